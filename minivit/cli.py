@@ -1,0 +1,69 @@
+"""What the command lines share: their flags in common, and how they end. Imports nothing slow."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from .errors import UserError
+
+BASE_MODEL = "google/vit-base-patch16-224"
+RUN_DIR = "runs/pets"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows defaults in --help and says what is wrong in one line."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def add_device_flags(self) -> None:
+        self.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N; auto takes a GPU if there is one")
+        self.add_argument(
+            "--amp",
+            choices=("auto", "bf16", "fp16", "off"),
+            default="auto",
+            help="precision; auto: bf16 where the device is good at it, fp16 on older GPUs, else float32 (off)",
+        )
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """Return an argparse type: a whole number of at least `low`."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, found {text!r}")
+        return int(text)
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """An argparse type: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return value
+
+
+def run(job: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None) -> int:
+    """Parse, do the job, and return its exit code: what a user can mend ends in one line and 2, an interrupt in 130."""
+    args = parser.parse_args(argv)
+    try:
+        return job(args)
+    except UserError as error:
+        message = str(error)
+    except OSError as error:  # a full disk, a folder that cannot be written, a file that vanished
+        message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    print(f"{parser.prog}: {' '.join(message.split())}", file=sys.stderr)
+    return 2

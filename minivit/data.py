@@ -1,0 +1,232 @@
+"""Data: Oxford-IIIT Pet or a folder of class folders, its splits, its photos decoded, and augmentation on the device.
+
+Shapes: n photos of a split, B of a batch, h, w pixels of the model's input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import random
+import shutil
+import socket
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from .errors import UserError
+from .photos import SUFFIXES, Preprocess, open_photo
+
+VAL_FRACTION = 0.1
+SERVER_TIMEOUT_S = 8  # for each answer of Oxford's server
+MAX_ROTATION = math.radians(10)
+MIN_CROP = 0.8  # of a side
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some photos and the index of each one's class."""
+
+    paths: list[Path]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: class names in label order, and three disjoint splits; test is for the very end."""
+
+    classes: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split
+
+
+def load_data(root: str | os.PathLike[str], *, seed: int) -> Data:
+    """List the photos of Oxford-IIIT Pet under `root` (downloaded there if absent), or of a folder of class folders.
+
+    Pets: validation is a stratified tenth of trainval, chosen by `seed`; test is the official one. Class folders:
+    `train/`, and `val/` and `test/` if present, hold a folder a class (without `train/`, the class folders lie right
+    in `root`); what is absent is set apart from the training photos in the same way.
+    Raises UserError if photos are missing, or if there is nothing to tell apart.
+    """
+    root = Path(root).expanduser()
+    if (root / "annotations" / "trainval.txt").is_file():
+        root = root.resolve().parent
+    pets = root / "oxford-iiit-pet"
+    if not pets.is_dir() and not _has_class_folders(root):
+        if root.exists() and (not root.is_dir() or any(not p.name.startswith(".") for p in root.iterdir())):
+            raise UserError(f"{root}: expected oxford-iiit-pet/, or a folder of photos for each class; found neither")
+        download_pets(root)
+    data = _load_pets(pets, seed) if pets.is_dir() else _load_class_folders(root, seed)
+    if len(data.classes) < 2:
+        raise UserError(f"{root}: expected photos of at least 2 classes, found {len(data.classes)} ({', '.join(data.classes)})")
+    return data
+
+
+def download_pets(root: Path) -> None:
+    """Download Oxford-IIIT Pet (774 MiB) into `root`/oxford-iiit-pet with torchvision, which checks its MD5 sums.
+
+    It is made in a folder beside and then renamed: an interrupted download keeps its whole archives for the next try,
+    and half-extracted photos, which torchvision takes for a complete data set, are never left in place.
+    """
+    from torchvision.datasets import OxfordIIITPet
+
+    partial = root / ".download"
+    print(f"{root}: downloading Oxford-IIIT Pet (774 MiB)", file=sys.stderr)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SERVER_TIMEOUT_S)  # torchvision sets none
+    try:
+        for folder in ("images", "annotations"):
+            shutil.rmtree(partial / "oxford-iiit-pet" / folder, ignore_errors=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            OxfordIIITPet(partial, download=True)
+        os.replace(partial / "oxford-iiit-pet", root / "oxford-iiit-pet")
+        partial.rmdir()
+    except (OSError, EOFError, RuntimeError) as error:
+        raise UserError(
+            f"Oxford-IIIT Pet cannot be fetched from www.robots.ox.ac.uk into {root} ({error}); try again, "
+            "or give a copy that has oxford-iiit-pet/images and annotations with --data FOLDER"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _load_pets(folder: Path, seed: int) -> Data:
+    names: dict[int, str] = {}
+    splits = {}
+    for split in ("trainval", "test"):
+        listing = folder / "annotations" / f"{split}.txt"
+        if not listing.is_file():
+            raise UserError(f"{listing}: no such file; remove {folder} to have it downloaded again")
+        found = Split([], [])
+        for line in listing.read_text(encoding="utf-8").splitlines():
+            if line.startswith("#") or not line.strip():
+                continue
+            try:
+                stem, label, _species, _breed = line.split()
+                names[int(label) - 1] = " ".join(part.title() for part in stem.rsplit("_", 1)[0].split("_"))
+            except ValueError:
+                raise UserError(f"{listing}: expected lines as `Abyssinian_1 1 1 1`, found {line!r}") from None
+            found.paths.append(folder / "images" / f"{stem}.jpg")
+            found.labels.append(int(label) - 1)
+        splits[split] = found
+    missing = [path for split in splits.values() for path in split.paths if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing)} of the photos listed are missing, {missing[0].name} the first; "
+            "remove the folder to have it downloaded again"
+        )
+    if sorted(names) != list(range(len(names))):
+        raise UserError(f"{folder}: expected labels 1 to {len(names)}, found {sorted(label + 1 for label in names)}")
+    train, val = _hold_out(splits["trainval"], seed)
+    return Data(tuple(names[i] for i in range(len(names))), train, val, splits["test"])
+
+
+def _has_class_folders(root: Path) -> bool:
+    base = root / "train" if (root / "train").is_dir() else root
+    return base.is_dir() and any(_photos_in(p) for p in base.iterdir() if p.is_dir())
+
+
+def _photos_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+
+def _load_class_folders(root: Path, seed: int) -> Data:
+    base = root / "train" if (root / "train").is_dir() else root
+    classes = tuple(sorted(p.name for p in base.iterdir() if p.is_dir() and _photos_in(p)))
+
+    def load(folder: Path) -> Split | None:
+        if not folder.is_dir():
+            return None
+        unknown = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in classes and _photos_in(p))
+        if unknown:
+            raise UserError(f"{folder}: class {unknown[0]!r} has no folder in {base}; expected only {', '.join(classes)}")
+        found = [(p, i) for i, name in enumerate(classes) if (folder / name).is_dir() for p in _photos_in(folder / name)]
+        if not found:
+            raise UserError(f"{folder}: no photos in its class folders")
+        return Split([p for p, _ in found], [i for _, i in found])
+
+    train, val, test = load(base), *(load(root / name) if base != root else None for name in ("val", "test"))
+    if test is None:
+        train, test = _hold_out(train, seed)
+        print(f"{root}: no test/ folder, so {len(test)} of the photos are set apart for the test", file=sys.stderr)
+    if val is None:
+        train, val = _hold_out(train, seed)
+    return Data(classes, train, val, test)
+
+
+def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
+    """Set a stratified tenth apart, at least one photo of each class: (the rest, the tenth)."""
+    by_class: dict[int, list[int]] = {}
+    for i, label in enumerate(split.labels):
+        by_class.setdefault(label, []).append(i)
+    held, rng = set(), random.Random(seed)
+    for indices in (by_class[label] for label in sorted(by_class)):
+        if len(indices) < 2:
+            raise UserError(f"{split.paths[indices[0]].parent}: a class with too few photos; expected at least 3")
+        held.update(rng.sample(indices, max(1, round(VAL_FRACTION * len(indices)))))
+
+    def take(indices: Sequence[int]) -> Split:
+        return Split([split.paths[i] for i in indices], [split.labels[i] for i in indices])
+
+    return take([i for i in range(len(split)) if i not in held]), take(sorted(held))
+
+
+def decode_all(data: Data, preprocess: Preprocess, *, workers: int) -> list[tuple[Tensor, Tensor]]:
+    """Decode every photo once, in parallel: for train, val and test its pixels, uint8 (n, 3, h, w), and labels (n,).
+
+    The pixels are those that infer.py gives to the model. Raises PhotoError for the first photo that cannot be read.
+    """
+    splits = (data.train, data.val, data.test)
+    with tqdm(total=sum(map(len, splits)), desc="decoding", unit="photo", leave=False) as progress:
+        return [(_decode(split, preprocess, workers, progress), torch.tensor(split.labels)) for split in splits]
+
+
+def _decode(split: Split, preprocess: Preprocess, workers: int, progress: tqdm) -> Tensor:
+    pixels = torch.empty(len(split), 3, *preprocess.size, dtype=torch.uint8)
+
+    def read(i: int) -> None:
+        pixels[i] = preprocess.pixels(open_photo(split.paths[i]))
+
+    with ThreadPoolExecutor(workers) as pool:  # Pillow lets go of the interpreter's lock while it works
+        try:
+            for _ in pool.map(read, range(len(split))):
+                progress.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return pixels
+
+
+def draw_augmentation(n: int, generator: torch.Generator) -> Tensor:
+    """Draw one random flip, rotation and crop for each of n photos: (n, 5) numbers in [0, 1), for augment."""
+    return torch.rand(n, 5, generator=generator)
+
+
+def augment(images: Tensor, draws: Tensor) -> Tensor:
+    """Flip, rotate by up to 10 degrees and crop images (B, 3, h, w) in one resampling, each by its own draws (B, 5).
+
+    The crop keeps 80 to 100 per cent of each side; what a rotation leaves empty is filled by reflection.
+    """
+    B, _, h, w = images.shape
+    flip, turn, scale, x, y = draws.to(images.device).unbind(1)
+    flip = torch.where(flip < 0.5, -1.0, 1.0)
+    turn = (2 * turn - 1) * MAX_ROTATION
+    scale = MIN_CROP + (1 - MIN_CROP) * scale
+    cos, sin, aspect = turn.cos() * scale, turn.sin() * scale, h / w
+    theta = torch.zeros(B, 2, 3, device=images.device)  # from output to input coordinates, both -1 to 1
+    theta[:, 0, 0], theta[:, 0, 1], theta[:, 0, 2] = flip * cos, -sin * aspect, (2 * x - 1) * (1 - scale)
+    theta[:, 1, 0], theta[:, 1, 1], theta[:, 1, 2] = flip * sin / aspect, cos, (2 * y - 1) * (1 - scale)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

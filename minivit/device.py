@@ -1,0 +1,51 @@
+"""Which device, and which precision on it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from .errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device asked for; `auto` is CUDA, else Apple's mps, else the CPU. Raises UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"device {name!r}: expected auto, cpu, mps, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device {name}: this torch ({torch.__version__}) sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps: this torch has no Metal device; use --device cpu")
+    return device
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """Return autocast's dtype, None for plain float32.
+
+    `auto` is bf16 where the device multiplies it in hardware (CUDA from Ampere on, CPUs with AMX or AVX512-BF16), fp16
+    on older CUDA devices, and float32 elsewhere. Raises UserError for a precision that the device does not have.
+    """
+    cuda_major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+    if name == "auto":
+        if cuda_major is not None:
+            name = "bf16" if cuda_major >= 8 else "fp16"
+        else:
+            name = "bf16" if device.type == "cpu" and _cpu_has_bf16() else "off"
+    if name == "bf16" and cuda_major is not None and cuda_major < 8:
+        raise UserError("amp bf16: this GPU is older than Ampere and would emulate it; use --amp fp16")
+    return DTYPES[name]
+
+
+def _cpu_has_bf16() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; torch has no public answer before 2.12
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return bool(flags & {"amx_bf16", "avx512_bf16"})

@@ -1,0 +1,237 @@
+"""A plain Vision Transformer, from pixels to logits, that gives its attention as a return value.
+
+Shapes: B images, N tokens (1 class token, then the patches row by row), D embed_dim, H heads, K = D / H,
+        Q query tokens. Parameter names are the ones timm and DINO share.
+Sources: ViT, Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929
+         LayerScale, Touvron et al. 2021, https://arxiv.org/abs/2103.17239
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """The sizes of a plain ViT; the defaults are google/vit-base-patch16-224's."""
+
+    img_size: tuple[int, int] = (224, 224)  # pixels, height before width
+    patch_size: int = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    num_classes: int = 1000  # 0: no head
+    eps: float = 1e-12  # of every LayerNorm: 1e-12 in Google's checkpoints, 1e-6 in timm's, torchvision's, DINOv2's
+    qkv_bias: bool = True
+    layer_scale: bool = False
+    pool: str = "cls"  # what the head reads: "cls", or "cls+mean" of the patches (DINOv2's classifier)
+    pos_grid: tuple[int, int] | None = None  # patches that pos_embed was trained on; None: those of img_size
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % self.num_heads:
+            raise UserError(f"embed_dim {self.embed_dim} does not divide into num_heads {self.num_heads}")
+        if any(side % self.patch_size for side in self.img_size):
+            raise UserError(f"img_size {self.img_size} is not a whole number of patches of {self.patch_size} pixels")
+        if self.pool not in ("cls", "cls+mean"):
+            raise UserError(f'pool is "cls" or "cls+mean", not {self.pool!r}')
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of one image, rows before columns."""
+        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+
+
+class PatchEmbed(nn.Module):
+    """Cuts images into patches and projects each to a token."""
+
+    def __init__(self, c: ViTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, c.embed_dim, kernel_size=c.patch_size, stride=c.patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).mT  # (B, N - 1, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention whose weights can be had beside the fused kernel's output."""
+
+    def __init__(self, c: ViTConfig) -> None:
+        super().__init__()
+        self.num_heads = c.num_heads
+        self.qkv = nn.Linear(c.embed_dim, 3 * c.embed_dim, bias=c.qkv_bias)
+        self.proj = nn.Linear(c.embed_dim, c.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._mix(*self._qkv(x))
+
+    def forward_with_attention(self, x: Tensor, queries: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Return forward's own output and the weights (B, H, Q, N) behind it, in float32."""
+        q, k, v = self._qkv(x)
+        return self._mix(q, k, v), self._weights(q if queries is None else q[:, :, list(queries)], k)
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # three of (B, H, N, K)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, K)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
+
+    def _weights(self, q: Tensor, k: Tensor) -> Tensor:
+        # The fused kernel keeps its scores in float32 whatever the precision of q and k, so these do too.
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        with torch.autocast(q.device.type, enabled=False):
+            scores = (q.to(dtype) * q.shape[-1] ** -0.5) @ k.to(dtype).mT  # (B, H, Q, N)
+            return scores.softmax(dim=-1)
+
+
+class MLP(nn.Module):
+    def __init__(self, c: ViTConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(c.embed_dim, c.mlp_dim)
+        self.fc2 = nn.Linear(c.mlp_dim, c.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))  # exact (erf) GELU, as all the checkpoints were trained
+
+
+class LayerScale(nn.Module):
+    def __init__(self, c: ViTConfig) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(c.embed_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP, each added to its input."""
+
+    def __init__(self, c: ViTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c.embed_dim, eps=c.eps)
+        self.attn = Attention(c)
+        self.ls1 = LayerScale(c) if c.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(c.embed_dim, eps=c.eps)
+        self.mlp = MLP(c)
+        self.ls2 = LayerScale(c) if c.layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+    def forward_with_attention(self, x: Tensor, queries: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        mixed, attn = self.attn.forward_with_attention(self.norm1(x), queries)
+        x = x + self.ls1(mixed)
+        return x + self.ls2(self.mlp(self.norm2(x))), attn
+
+
+class ViT(nn.Module):
+    """A Vision Transformer for images (B, 3, *img_size), normalised as its checkpoint asks."""
+
+    labels: tuple[str, ...] = ()  # class names in index order; like the next two, set with the weights (weights.py)
+    preprocess = None
+    origin = None
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.pos_grid = c.pos_grid or c.grid
+        self.patch_embed = PatchEmbed(c)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.pos_grid[0] * self.pos_grid[1], c.embed_dim))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.embed_dim, eps=c.eps)
+        self.head = self._new_head()
+        for name, parameter in self.named_parameters():  # weights of std 0.02 and biases of 0, as timm starts a ViT
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" not in name and "ls" not in name:
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (B, num_classes); without a head, the features it would read (B, D or 2 D)."""
+        return self.logits(self.tokens(images))
+
+    def forward_with_attention(
+        self, images: Tensor, blocks: Iterable[int], queries: Sequence[int] | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return forward's own logits, bit for bit, and the attention of the blocks asked for.
+
+        The attention of a block is (B, H, N, N) in float32: row i says how token i spreads its attention, and sums
+        to 1. With `queries` (0 is the class token) only those rows are computed: (B, H, Q, N).
+        Raises UserError for a block or token that the model does not have.
+        """
+        blocks = sorted(set(blocks))
+        self._check_index("block", blocks, self.config.depth)
+        self._check_index("token", queries or (), 1 + self.config.grid[0] * self.config.grid[1])
+        x, start, attn = self.embed(images), 0, {}
+        for i in blocks:
+            x = self._run(x, start, i)
+            x, attn[i] = self.blocks[i].forward_with_attention(x, queries)
+            start = i + 1
+        return self.logits(x, start), attn
+
+    def tokens(self, images: Tensor, stop: int = 0) -> Tensor:
+        """Return the tokens (B, N, D) that enter block `stop`: 0 gives the embeddings, `depth` all blocks' output."""
+        self._check_index("stop", [stop], self.config.depth + 1)
+        return self._run(self.embed(images), 0, stop)
+
+    def logits(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """Return the logits (B, num_classes) from the tokens (B, N, D) that enter block `start`."""
+        self._check_index("start", [start], self.config.depth + 1)
+        x = self._run(tokens, start, self.config.depth)
+        if self.config.pool == "cls":
+            return self.head(self.norm(x[:, 0]))
+        x = self.norm(x)
+        return self.head(torch.cat([x[:, 0], x[:, 1:].mean(dim=1)], dim=1))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the embeddings (B, N, D) of images (B, 3, *img_size): patches, class token, positions."""
+        if images.ndim != 4 or images.shape[1:] != (3, *self.config.img_size):
+            raise UserError(
+                f"expected images (B, 3, {self.config.img_size[0]}, {self.config.img_size[1]}), found {tuple(images.shape)}"
+            )
+        patches = self.patch_embed(images)
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)  # (B, N, D)
+        return x + self.positions()
+
+    def positions(self) -> Tensor:
+        """Return pos_embed (1, N, D), resampled to the grid of img_size as transformers does: bicubic, in float32."""
+        if self.pos_grid == self.config.grid:
+            return self.pos_embed
+        cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        patches = patches.unflatten(1, self.pos_grid).permute(0, 3, 1, 2)  # (1, D, gh, gw)
+        patches = F.interpolate(patches.float(), self.config.grid, mode="bicubic", align_corners=False)
+        return torch.cat([cls, patches.flatten(2).mT.to(cls.dtype)], dim=1)
+
+    def reset_head(self, num_classes: int) -> None:
+        """Put a fresh head on, all zeros as in the ViT paper's fine-tuning; 0 takes the head off."""
+        self.config = replace(self.config, num_classes=num_classes)
+        self.head = self._new_head().to(self.cls_token.device)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
+
+    def _new_head(self) -> nn.Module:
+        width = self.config.embed_dim * (2 if self.config.pool == "cls+mean" else 1)
+        return nn.Linear(width, self.config.num_classes) if self.config.num_classes else nn.Identity()
+
+    def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
+        for block in self.blocks[start:stop]:
+            x = block(x)
+        return x
+
+    @staticmethod
+    def _check_index(name: str, indices: Iterable[int], count: int) -> None:
+        for i in indices:
+            if not 0 <= i < count:
+                raise UserError(f"{name} {i} is out of range: this model has 0 to {count - 1}")

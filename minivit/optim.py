@@ -1,0 +1,58 @@
+"""Which parameters train, in which groups, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from .errors import UserError
+
+
+def parse_blocks(text: str, depth: int) -> list[int]:
+    """Read a range of blocks, 0-based and inclusive: `8-11`, `10,11`, `all`, `none`."""
+    if text in ("all", "none"):
+        return list(range(depth)) if text == "all" else []
+    blocks: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise UserError(f"blocks {text!r}: expected numbers and ranges as 8-11 or 10,11, or all, or none")
+        if int(last) >= depth:
+            raise UserError(f"blocks {text!r}: this model has blocks 0 to {depth - 1}")
+        blocks.update(range(int(first), int(last) + 1))
+    return sorted(blocks)
+
+
+def freeze_except(model: nn.Module, blocks: Sequence[int]) -> int:
+    """Let only these blocks, the final norm and the head train; return the cut, the first block that needs a graph.
+
+    Without blocks the cut is the model's depth: what comes before it is frozen and may be computed once.
+    """
+    model.requires_grad_(False)
+    for module in (*(model.blocks[i] for i in blocks), model.norm, model.head):
+        module.requires_grad_(True)
+    return min(blocks, default=len(model.blocks))
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what trains, by name: the tail."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Group what trains for AdamW: matrices decay, biases and the scales of norms and LayerScale do not."""
+    tail = trainable(model).values()
+    return [
+        {"params": [p for p in tail if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in tail if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def lr_at(step: int, *, peak: float, warmup: int, total: int) -> float:
+    """Return the learning rate of a step (0-based): linear warm-up to `peak`, then a cosine down to 0 at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

@@ -1,0 +1,191 @@
+"""Photos: open any of them safely, turn them into a model's input, and bring a map back to their own pixels.
+
+Shapes: h, w pixels of the model's input; gh, gw patches of a map; W, H a photo's width and height in pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin  # noqa: F401  (Pillow loads only five formats by itself)
+from torch import Tensor
+
+from .errors import UserError
+
+# Raster formats that Pillow decodes itself; EPS and the like would start other programs.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".ppm")
+MAX_PIXELS = 100_000_000  # a photo of 8000 x 6000 is half of this; a decompression bomb far above
+
+
+class PhotoError(UserError):
+    """This photo cannot be read; the message names it and says why."""
+
+
+def open_photo(path: str | os.PathLike[str]) -> Image.Image:
+    """Open a photo as RGB, turned upright by its EXIF orientation, transparency over white.
+
+    Takes greyscale, palette, CMYK and 16-bit photos too; of an animation, the first frame.
+    Raises PhotoError for anything that is not a whole, readable photo of at most MAX_PIXELS.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise PhotoError(f"{path}: no such photo")
+    if not path.is_file():
+        raise PhotoError(f"{path}: expected a photo, found something that is not a regular file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's hints on odd metadata; what matters is raised
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise PhotoError(
+                        f"{path}: {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are read; "
+                        "make it smaller"
+                    )
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except PhotoError:
+        raise
+    except Exception as error:  # decoders of broken files raise anything from OSError to struct.error
+        reason = "not a photo in a known format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise PhotoError(f"{path}: cannot be read as a photo ({reason})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of no known range")
+    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips instead of scaling
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def find_photos(folder: str | os.PathLike[str]) -> list[Path]:
+    """List the photos right inside a folder, by name; raises UserError if there are none."""
+    found = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    if not found:
+        raise UserError(f"{folder}: no photos in this folder; expected files ending in {', '.join(SUFFIXES)}")
+    return found
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What a checkpoint's preprocessor_config.json asks: resize, perhaps crop, and normalise.
+
+    `resize` is (h, w), the whole photo squashed to it, or the length of the shortest edge, of which the central
+    `crop` (h, w) is then taken. Both antialias, with Pillow's filter `resample` (2 bilinear, 3 bicubic).
+    """
+
+    resize: tuple[int, int] | int = (224, 224)
+    crop: tuple[int, int] | None = None
+    resample: int = 2
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The model's input (h, w) in pixels."""
+        return self.crop or self.resize
+
+    def __call__(self, photo: Image.Image) -> Tensor:
+        """Return one photo as a model's input, float32 (3, h, w); stack several for a batch."""
+        return self.normalize(self.pixels(photo))
+
+    def pixels(self, photo: Image.Image) -> Tensor:
+        """Return the photo resized and cropped, uint8 (3, h, w)."""
+        (w, h), filter = self.size[::-1], Image.Resampling(self.resample)
+        if self.crop is None or max(photo.size) > 20 * min(photo.size):
+            resized = photo.resize((w, h), filter, box=self.box(photo.size))  # a strip's long edge would take gigabytes
+        else:  # in the reference's two steps, so that its rounding in between is ours too
+            left, top, *resized_size = self._crop_of_resized(photo.size)
+            resized = photo.resize(resized_size, filter).crop((left, top, left + w, top + h))
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Turn pixels (..., 3, h, w) of 0 to 255 into float32 of the checkpoint's mean and std."""
+        mean, std = (pixels.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.mean, self.std))
+        return (pixels.float() / 255 - mean) / std
+
+    def box(self, photo_size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Return the part of a photo (W, H) that the model sees: left, top, right, bottom, in the photo's pixels."""
+        W, H = photo_size
+        if self.crop is None:
+            return 0, 0, W, H
+        left, top, resized_w, resized_h = self._crop_of_resized(photo_size)
+        x, y = W / resized_w, H / resized_h
+        return left * x, top * y, min((left + self.crop[1]) * x, W), min((top + self.crop[0]) * y, H)
+
+    def _crop_of_resized(self, photo_size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Return the crop's left and top in the resized photo, and that photo's width and height."""
+        short = min(photo_size)
+        w, h = (int(self.resize * side / short) for side in photo_size)  # truncated, as transformers does
+        return (w - self.crop[1]) // 2, (h - self.crop[0]) // 2, w, h
+
+    def to_photo(self, values: Tensor, photo_size: tuple[int, int], shape: tuple[int, int] | None = None) -> np.ndarray:
+        """Bring a map (gh, gw) back onto a photo of (W, H) pixels: float32 (H, W), smoothly upsampled.
+
+        What a crop cut away, the model has not seen: NaN there. `shape` (rows, columns) gives the whole photo at
+        another resolution, for drawing.
+        """
+        rows, columns = shape or photo_size[::-1]
+        W, H = photo_size
+        left, top, right, bottom = self.box(photo_size)
+        x = ((np.arange(columns) + 0.5) * W / columns - left) / (right - left) * 2 - 1  # grid_sample's -1 to 1
+        y = ((np.arange(rows) + 0.5) * H / rows - top) / (bottom - top) * 2 - 1
+        ys, xs = torch.meshgrid(torch.from_numpy(y).float(), torch.from_numpy(x).float(), indexing="ij")
+        seen = (xs.abs() <= 1) & (ys.abs() <= 1)
+        sampled = F.grid_sample(
+            values.detach().float().cpu()[None, None], torch.stack([xs, ys], -1)[None], "bicubic", "border", align_corners=False
+        )[0, 0]
+        sampled = sampled.clamp(values.min().item(), values.max().item())  # bicubic may overshoot
+        return torch.where(seen, sampled, torch.nan).numpy()
+
+    @classmethod
+    def from_config(cls, config: dict) -> Preprocess:
+        """Read a preprocessor_config.json in any of the forms that transformers has written."""
+        size, crop = config.get("size", 224), None
+        if isinstance(size, dict) and "shortest_edge" in size:
+            if not config.get("do_center_crop", True):
+                raise UserError('preprocessor_config.json: "shortest_edge" without a centre crop gives no fixed input size')
+            resize, crop = int(size["shortest_edge"]), _pair(config.get("crop_size", 224))
+            if max(crop) > resize:
+                raise UserError(f"preprocessor_config.json: a crop of {crop} does not fit a shortest edge of {resize}")
+        else:
+            resize = _pair(size)
+        default = (0.5, 0.5, 0.5)  # ViTImageProcessor's, of Google's checkpoints
+        return cls(
+            resize,
+            crop,
+            config.get("resample", 2),
+            tuple(config.get("image_mean", default)),
+            tuple(config.get("image_std", default)),
+        )
+
+    def to_config(self) -> dict:
+        """Return what transformers reads back as the same preprocessing."""
+        squash = self.crop is None
+        return {
+            "image_processor_type": "ViTImageProcessor" if squash else "BitImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": dict(zip(("height", "width"), self.resize)) if squash else {"shortest_edge": self.resize},
+            "resample": self.resample,
+            "do_center_crop": not squash,
+            **({} if squash else {"crop_size": dict(zip(("height", "width"), self.crop))}),
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+
+def _pair(size: int | dict) -> tuple[int, int]:
+    return (int(size["height"]), int(size["width"])) if isinstance(size, dict) else (int(size), int(size))
