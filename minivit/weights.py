@@ -317,7 +317,7 @@ def _hub_config(model: ViT, origin: Origin) -> dict:
         "hidden_size": c.embed_dim,
         "num_hidden_layers": c.depth,
         "num_attention_heads": c.num_heads,
-        **({"mlp_ratio": c.mlp_dim / c.embed_dim} if dinov2 else {"intermediate_size": c.mlp_dim}),
+        **({"mlp_ratio": c.mlp_dim // c.embed_dim} if dinov2 else {"intermediate_size": c.mlp_dim}),
         "hidden_act": "gelu",
         "layer_norm_eps": c.eps,
         "qkv_bias": c.qkv_bias,

@@ -1,0 +1,39 @@
+# Every target installs what it needs into .venv first, so each works as the first command in a fresh clone.
+PYTHON ?= python3
+IMAGE ?= cat.jpg
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: help setup train infer test lint clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
+
+setup: .venv/installed ## install minivit and what it needs into .venv
+
+train: setup ## fine-tune blocks 10-11 of google/vit-base-patch16-224 on Oxford-IIIT Pet (ARGS="--epochs 10")
+	$(BIN)/python train.py $(ARGS)
+
+infer: setup ## name what is in a photo and draw where blocks 8-11 look (IMAGE=cat.jpg)
+	$(BIN)/python infer.py $(ARGS) "$(IMAGE)"
+
+test: .venv/installed-dev ## hold every output against transformers', offline
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed-dev ## check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+clean: ## remove .venv and caches; runs/, data/ and attention/ stay
+	rm -rf .venv .cache .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "minivit needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; use make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -e .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@
