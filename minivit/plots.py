@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -33,20 +35,22 @@ def draw_attention(
     grey = shown.mean(2, keepdims=True) / 255
     columns = 1 + len(maps)
     panel_w, panel_h = _panel(photo.size, area=9, longest=6)
-    figure = Figure((columns * panel_w + 0.3, panel_h + 1.25), layout="constrained", dpi=120)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    figure = Figure((columns * panel_w + 0.3, panel_h + 1.2), layout="constrained", dpi=120)
+    axes, bars = figure.subplots(2, columns, squeeze=False, height_ratios=[panel_h, 0.1])
     _show(axes[0], shown, "photo")
-    for ax, (block, values) in zip(axes[1:], maps.items()):
+    bars[0].axis("off")
+    for ax, bar_ax, (block, values) in zip(axes[1:], bars[1:], maps.items()):
         percent = 100 * preprocess.to_photo(values, photo.size, shown.shape[:2])
         low, high = np.nanmin(percent), np.nanmax(percent)
         heat = HEAT((percent - low) / max(high - low, 1e-12))[..., :3]
-        unseen = np.isnan(percent)[..., None]  # cut away by the centre crop
+        unseen = np.isnan(percent)[..., None]
         _show(ax, np.where(unseen, 0.75 + 0.25 * grey, 0.4 * grey + 0.6 * heat), f"block {block}")
-        mappable = ax.imshow(percent, cmap=HEAT, vmin=low, vmax=high, visible=False)
-        bar = figure.colorbar(mappable, ax=ax, orientation="horizontal", fraction=0.05, pad=0.02, aspect=30)
+        bar = figure.colorbar(ScalarMappable(Normalize(low, high), HEAT), cax=bar_ax, orientation="horizontal")
         bar.locator = MaxNLocator(3)
-        bar.ax.tick_params(labelsize=7)
-        bar.set_label("% of attention per patch, own scale", fontsize=7)
+        bar_ax.tick_params(labelsize=8)
+        bar.set_label("% of attention per patch (own scale)", fontsize=8)
+    if preprocess.crop:
+        bars[0].text(0.5, 0, "pale borders: cropped away, not seen", ha="center", va="top", fontsize=8)
     figure.suptitle(title, fontsize=11, parse_math=False)
     _save(figure, path)
 
@@ -73,7 +77,7 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     C = len(classes)
     side = min(0.32 * C, 40) + 3.2
-    figure = Figure((side, side - 0.6), layout="constrained", dpi=110 if C <= 60 else 60)
+    figure = Figure((side + 0.6, side - 0.6), layout="constrained", dpi=110 if C <= 60 else 60)
     ax = figure.subplots()
     shaded = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     names = [_shorten(name, 28) for name in classes]
@@ -95,7 +99,7 @@ def draw_predictions(path: Path, photos: Sequence[Image.Image], captions: Sequen
     columns = min(6, len(photos))
     rows = math.ceil(len(photos) / columns)
     figure = Figure((2.3 * columns, 2.6 * rows + 0.5), layout="constrained", dpi=110)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes:
         ax.axis("off")
     for ax, photo, (true, predicted, probability) in zip(axes, photos, captions):
