@@ -202,12 +202,20 @@ def _fetch(source: str, revision: str | None) -> tuple[Path, str | None]:
     if folder.exists():
         raise UserError(f"{source}: expected a Hub id or a folder, found a file")
 
-    from huggingface_hub import constants, errors, hf_hub_download  # takes 0.3 s, for those who need it
+    # takes 0.3 s, for those who need it
+    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     what = f"{source}: cannot fetch %s from {constants.ENDPOINT}"
+    try:  # once: hf_hub_download would try an unreachable Hub six times, each with a longer wait
+        get_hf_file_metadata(hf_hub_url(source, files[0], revision=revision), timeout=HUB_TIMEOUT_S)
+        cached_only = False
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.EntryNotFoundError):
+        cached_only = False  # it answers: hf_hub_download will say what is wrong
+    except Exception:  # whatever the HTTP library raises when nobody answers
+        cached_only = True
     for name in files:
         try:
-            path = Path(hf_hub_download(source, name, revision=revision, etag_timeout=HUB_TIMEOUT_S))
+            path = Path(hf_hub_download(source, name, revision=revision, local_files_only=cached_only))
         except errors.HFValidationError as error:
             raise UserError(f"{source}: neither a folder here nor a Hub id (owner/name)") from error
         except errors.LocalEntryNotFoundError as error:

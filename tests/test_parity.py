@@ -54,7 +54,7 @@ def reference(pair):
 
 
 @pytest.mark.parametrize("backend, bound", [("pil", 0), ("torchvision", None)])
-def test_pixels(pair, photos, backend, bound, request):
+def test_pixels(pair, photos, backend, bound):
     # Pillow's pixels are ours bit for bit. torchvision rounds its own resizing to another level of 255: one for
     # bilinear, up to two where bicubic overshoots.
     levels = bound if bound is not None else 1 if pair.ours.preprocess.resample == 2 else 2

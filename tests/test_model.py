@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from minivit import ViT, ViTConfig
+from minivit.errors import UserError
+from minivit.optim import freeze_except, trainable
+
+DTYPES = {"fp32": (torch.float32, None), "autocast bf16": (torch.float32, torch.bfloat16), "bf16": (torch.bfloat16, None)}
+
+
+@pytest.mark.parametrize("dtype, amp", DTYPES.values(), ids=DTYPES)
+@torch.no_grad()
+def test_asking_for_attention_does_not_change_a_bit_of_the_logits(tiny, dtype, amp):
+    model, images = tiny.to(dtype), torch.randn(2, 3, 32, 32, dtype=dtype)
+    with torch.autocast("cpu", dtype=amp) if amp else contextlib.nullcontext():
+        plain = model(images)
+        for blocks, queries in (((), None), (range(12), None), ([8, 11], [0])):
+            logits, attn = model.forward_with_attention(images, blocks, queries)
+            assert torch.equal(logits, plain)
+            assert list(attn) == list(blocks)
+
+
+@torch.no_grad()
+def test_attention_has_its_stated_shape_and_its_rows_sum_to_1(tiny):
+    images = torch.randn(2, 3, 32, 32)
+    _, attn = tiny.forward_with_attention(images, [3, 11])
+    _, rows = tiny.forward_with_attention(images, [3, 11], queries=[0, 5])
+    for block in (3, 11):
+        assert attn[block].shape == (2, 3, 17, 17)
+        assert attn[block].dtype == torch.float32
+        assert_close(attn[block].sum(-1), torch.ones(2, 3, 17))
+        assert_close(rows[block], attn[block][:, :, [0, 5]])
+
+
+@torch.no_grad()
+def test_attention_is_what_mixes_the_values(tiny):
+    block = tiny.blocks[4]
+    x = block.norm1(torch.randn(2, 17, 24))
+    _, _, v = block.attn._qkv(x)
+    mixed, attn = block.attn.forward_with_attention(x)
+    # float32 sums of 17 terms in another order than the fused kernel's
+    assert_close(mixed, block.attn.proj((attn @ v).transpose(1, 2).flatten(2)), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_logits_from_any_cut_are_the_whole_forward(tiny):
+    images = torch.randn(2, 3, 32, 32)
+    for cut in (0, 5, 12):
+        tokens = tiny.tokens(images, stop=cut)
+        assert tokens.shape == (2, 17, 24)
+        assert torch.equal(tiny.logits(tokens, start=cut), tiny(images))
+
+
+def test_a_model_without_classes_gives_features():
+    assert ViT(ViTConfig(num_classes=0, depth=1, embed_dim=24, num_heads=3, mlp_dim=24))(torch.zeros(1, 3, 224, 224)).shape == (
+        1,
+        24,
+    )
+
+
+def test_the_default_fine_tuning_has_14205733_parameters():
+    with torch.device("meta"):
+        model = ViT(ViTConfig(num_classes=37))
+    assert freeze_except(model, [10, 11]) == 10
+    assert sum(p.numel() for p in trainable(model).values()) == 14_205_733
+    assert sum(p.numel() for p in ViT(ViTConfig(depth=0)).parameters()) == 742_656 + 1_536 + 769_000
+
+
+def test_positions_of_the_own_grid_are_left_alone_and_others_resampled():
+    small = ViTConfig(img_size=(32, 48), patch_size=8, embed_dim=24, depth=1, num_heads=3, mlp_dim=24)
+    assert torch.equal((model := ViT(small)).positions(), model.pos_embed)
+    from dataclasses import replace
+
+    model = ViT(replace(small, pos_grid=(7, 7)))
+    model.pos_embed.data[:, 1:] = 3.0
+    assert model.positions().shape == (1, 25, 24)
+    assert_close(model.positions()[:, 1:], torch.full((1, 24, 24), 3.0))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    {
+        "block": (lambda m: m.forward_with_attention(torch.zeros(1, 3, 32, 32), [12]), "block 12 is out of range"),
+        "negative": (lambda m: m.forward_with_attention(torch.zeros(1, 3, 32, 32), [-1]), "block -1 is out of range"),
+        "token": (lambda m: m.forward_with_attention(torch.zeros(1, 3, 32, 32), [0], [17]), "token 17 is out of range"),
+        "stop": (lambda m: m.tokens(torch.zeros(1, 3, 32, 32), stop=13), "stop 13 is out of range"),
+        "size": (lambda m: m(torch.zeros(1, 3, 32, 40)), r"expected images \(B, 3, 32, 32\), found \(1, 3, 32, 40\)"),
+        "heads": (lambda _: ViTConfig(embed_dim=10, num_heads=3), "does not divide"),
+        "patches": (lambda _: ViTConfig(img_size=(30, 32)), "whole number of patches"),
+        "pool": (lambda _: ViTConfig(pool="max"), "pool is"),
+    }.values(),
+)
+def test_what_cannot_be_is_refused(tiny, call, message):
+    with pytest.raises(UserError, match=message):
+        call(tiny)

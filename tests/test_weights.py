@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from minivit import load_pretrained, open_photo, save_pretrained
+from minivit.errors import UserError
+from minivit.optim import freeze_except
+from minivit.weights import load_tail, save_tail
+
+
+def test_a_round_trip_is_lossless(tiny, tiny_folder, tmp_path):
+    again = load_pretrained(tiny_folder)
+    assert again.config == tiny.config.__class__(**{**vars(tiny.config), "pos_grid": (4, 4)})
+    assert again.labels == tiny.labels
+    assert again.preprocess == tiny.preprocess
+    for name, tensor in tiny.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("family", ["vit_b16", "dinov2_s14"])
+def test_what_was_frozen_is_written_back_byte_for_byte(family, request, tmp_path):
+    source = request.getfixturevalue(family)
+    model = load_pretrained(source, num_classes=3)
+    torch.nn.init.ones_(model.blocks[11].mlp.fc2.bias)
+    save_pretrained(model, tmp_path)
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    prefix = "" if family == "vit_b16" else "dinov2."
+    changed = [
+        name for name, tensor in before.items() if prefix + name not in after or not torch.equal(after[prefix + name], tensor)
+    ]
+    if family == "vit_b16":
+        assert changed == ["classifier.bias", "classifier.weight", "vit.encoder.layer.11.output.dense.bias"]
+    else:
+        assert changed == ["encoder.layer.11.mlp.fc2.bias"]
+
+
+def test_another_number_of_classes_gets_a_fresh_head_and_says_so(tiny_folder, capsys):
+    assert load_pretrained(tiny_folder, num_classes=5).labels == tuple(f"thing {i}" for i in range(5))
+    assert capsys.readouterr().err == ""
+    model = load_pretrained(tiny_folder, labels=("cat", "dog"))
+    assert model(torch.randn(1, 3, 32, 32)).tolist() == [[0, 0]]
+    assert model.labels == ("cat", "dog")
+    assert capsys.readouterr().err == "new head for 2 classes, in place of the checkpoint's 5\n"
+
+
+def test_as_many_classes_of_other_names_get_a_fresh_head_too(tiny_folder, capsys):
+    assert not load_pretrained(tiny_folder, labels=tuple("abcde")).head.weight.any()
+    assert "new head for 5 classes" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_head_is_a_backbone(dinov2_s14):
+    model = load_pretrained(dinov2_s14)
+    assert model.labels == ()
+    assert model.config.num_classes == 0
+    assert model.pos_embed.shape == (1, 1 + 37 * 37, 384)
+
+
+@pytest.mark.filterwarnings("default")
+def test_transformers_pipeline_gives_our_top_5(vit_b16, photos, tmp_path):
+    from transformers import AutoImageProcessor, pipeline
+
+    model = load_pretrained(vit_b16, labels=[f"breed {i}" for i in range(37)])
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+    save_pretrained(model, tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    classify = pipeline("image-classification", str(tmp_path), image_processor=processor)
+    for path in photos[:3]:
+        with torch.no_grad():
+            ours = model(model.preprocess(open_photo(path))[None])[0].softmax(0).topk(5)
+        theirs = classify(str(path), top_k=5)
+        assert [row["label"] for row in theirs] == [model.labels[i] for i in ours.indices]
+        assert_close(torch.tensor([row["score"] for row in theirs]), ours.values, rtol=0, atol=1e-4)
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def set_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+BIAS = "vit.encoder.layer.3.attention.attention.query.bias"
+BAD_FOLDERS = {
+    "missing tensor": (lambda f: edit(f, lambda t: t.pop(BIAS)), f"1 missing \\({BIAS}\\)"),
+    "unexpected tensor": (lambda f: edit(f, lambda t: t.update(extra=torch.zeros(2))), "1 unexpected \\(extra\\)"),
+    "misshapen tensor": (
+        lambda f: edit(f, lambda t: t.update({BIAS: torch.zeros(7)})),
+        r"1 misshapen .*expected \(24,\), found \(7,\)",
+    ),
+    "integer tensor": (lambda f: edit(f, lambda t: t.update({BIAS: torch.zeros(24).int()})), "int32"),
+    "truncated": (truncate, "cannot be read as safetensors"),
+    "no safetensors": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors in this folder"),
+    "not JSON": (lambda f: (f / "config.json").write_text("{"), "expected JSON"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object, found a list"),
+    "another family": (lambda f: set_config(f, model_type="swin"), "model_type 'swin'; expected vit or dinov2"),
+    "another activation": (lambda f: set_config(f, hidden_act="relu"), "hidden_act is 'relu'"),
+    "labels not numbered": (lambda f: set_config(f, id2label={str(2 * i): str(i) for i in range(5)}), "id2label"),
+}
+
+
+@pytest.mark.parametrize("spoil, message", BAD_FOLDERS.values(), ids=BAD_FOLDERS)
+def test_a_bad_folder_is_refused_by_name(tiny_folder, spoil, message):
+    spoil(tiny_folder)
+    with pytest.raises(UserError, match=message):
+        load_pretrained(tiny_folder)
+
+
+def test_a_config_that_lacks_a_size_is_refused(tiny_folder):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    del config["hidden_size"]
+    (tiny_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="lacks 'hidden_size'"):
+        load_pretrained(tiny_folder)
+
+
+def test_a_tail_goes_back_into_its_own_model_only(tiny, tmp_path):
+    from minivit.weights import Origin
+
+    tiny.origin = Origin(source="base")
+    freeze_except(tiny, [10, 11])
+    save_tail(tiny, tmp_path / "tail.safetensors")
+    expected = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    with torch.no_grad():
+        for parameter in tiny.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    load_tail(tiny, tmp_path / "tail.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tiny.state_dict().items())
+    freeze_except(tiny, [11])
+    with pytest.raises(UserError, match="other tensors"):
+        load_tail(tiny, tmp_path / "tail.safetensors")
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the Hub does for one repository, owner/tiny, whose files lie in `folder`."""
+
+    folder = None
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        path = self.folder / self.path.rpartition("/")[2]
+        known = self.path.startswith("/owner/tiny/resolve/")
+        content = path.read_bytes() if known and path.exists() else b""
+        self.send_response(200 if content else 404)
+        if not content:
+            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+        self.send_header("ETag", f'"{abs(hash(content)):040x}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tiny_folder):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"folder": tiny_folder}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def run_python(code, endpoint, cache):
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(cache),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    return subprocess.run([sys.executable, *code], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
+
+
+LOAD = (
+    "import sys; from minivit import load_pretrained; m = load_pretrained(sys.argv[1]); print(m.origin.commit, len(m.labels))"
+)
+
+
+def test_a_hub_id_is_downloaded_then_cached(hub, tmp_path):
+    done = run_python(["-c", LOAD, "owner/tiny"], hub, tmp_path / "cache")
+    assert (done.stdout, done.returncode) == (f"{COMMIT} 5\n", 0), done.stderr
+    unreachable = "http://127.0.0.1:9"
+    done = run_python(["-c", LOAD, "owner/tiny"], unreachable, tmp_path / "cache")
+    assert (done.stdout, done.returncode) == (f"{COMMIT} 5\n", 0), done.stderr
+
+
+def infer(endpoint, cache, model, photo):
+    return run_python(["infer.py", str(photo), "--model", model, "--out", str(cache / "out")], endpoint, cache)
+
+
+def test_a_repository_that_is_not_there_is_one_line(hub, tmp_path, photos):
+    done = infer(hub, tmp_path, "owner/other", photos[0])
+    assert done.returncode == 2
+    assert "no such folder here" in done.stderr.splitlines()[-1]
+
+
+def test_a_repository_without_safetensors_is_one_line(hub, tmp_path, photos, tiny_folder):
+    (tiny_folder / "model.safetensors").unlink()
+    done = infer(hub, tmp_path, "owner/tiny", photos[0])
+    assert done.returncode == 2
+    assert "no model.safetensors on" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("how", ["refused", "silent"])
+def test_a_hub_that_does_not_answer_ends_within_15_seconds_in_one_line(how, tmp_path, photos):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        if how == "silent":
+            silent.listen()
+        started = time.perf_counter()
+        done = infer(f"http://127.0.0.1:{port}", tmp_path, "owner/tiny", photos[0])
+    assert time.perf_counter() - started < 15
+    assert done.returncode == 2
+    assert f"cannot fetch config.json from http://127.0.0.1:{port}" in done.stderr.splitlines()[-1]
+    assert "--model FOLDER" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_nothing_is_left_half_written(tiny, tmp_path, monkeypatch):
+    save_pretrained(tiny, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(_tensors, path, _metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("minivit.weights.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_pretrained(tiny, tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_a_folder_copied_elsewhere_still_loads(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "elsewhere")
+    assert load_pretrained(tmp_path / "elsewhere").labels
