@@ -26,7 +26,7 @@ from .errors import UserError
 from .photos import SUFFIXES, Preprocess, open_photo
 
 VAL_FRACTION = 0.1
-SERVER_TIMEOUT_S = 8  # for each answer of Oxford's server
+SERVER_TIMEOUT_S = 6  # for each answer of Oxford's server
 MAX_ROTATION = math.radians(10)
 MIN_CROP = 0.8  # of a side
 

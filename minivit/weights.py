@@ -20,7 +20,7 @@ from .model import ViT, ViTConfig
 from .optim import trainable
 from .photos import Preprocess
 
-HUB_TIMEOUT_S = 8  # for the Hub's first answer; without network a person waits no longer than this
+HUB_TIMEOUT_S = 6  # for the Hub's first answer; without network a person waits no longer than this
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from conftest import draw_photo
+from torch.testing import assert_close
+
+from minivit import Preprocess
+from minivit.data import augment, decode_all, draw_augmentation, load_data
+from minivit.errors import UserError
+from minivit.photos import PhotoError
+
+BREEDS = ["Zorro_cat", "alpha_dog", "Beta_cat"]  # in label order, which is not the alphabet's
+
+
+def make_pets(root, trainval=20, test=3):
+    folder = root / "oxford-iiit-pet"
+    (folder / "images").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    for split, start, n in (("trainval", 0, trainval), ("test", trainval, test)):
+        lines = []
+        for label, breed in enumerate(BREEDS, 1):
+            for i in range(start, start + n):
+                draw_photo(40, 30, i).save(folder / "images" / f"{breed}_{i}.jpg")
+                lines.append(f"{breed}_{i} {label} 1 1")
+        (folder / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    draw_photo(40, 30).save(folder / "images" / "unlisted_1.jpg")
+    return root
+
+
+@pytest.fixture
+def pets(tmp_path):
+    return make_pets(tmp_path)
+
+
+def test_pets_are_in_label_order_with_a_stratified_tenth_for_validation(pets):
+    data = load_data(pets, seed=0)
+    assert data.classes == ("Zorro Cat", "Alpha Dog", "Beta Cat")
+    assert [len(split) for split in (data.train, data.val, data.test)] == [54, 6, 9]
+    assert sorted(data.val.labels) == [0, 0, 1, 1, 2, 2]
+    paths = [set(split.paths) for split in (data.train, data.val, data.test)]
+    assert sum(map(len, paths)) == len(set.union(*paths)) == 69
+    for path, label in zip(data.train.paths, data.train.labels):
+        assert path.name.startswith(BREEDS[label])
+
+
+def test_the_split_is_fixed_by_the_seed(pets):
+    assert load_data(pets, seed=0) == load_data(pets / "oxford-iiit-pet", seed=0)
+    assert load_data(pets, seed=0).val != load_data(pets, seed=1).val
+    assert load_data(pets, seed=0).test == load_data(pets, seed=1).test
+
+
+def test_a_listed_photo_that_is_missing_is_named(pets):
+    (pets / "oxford-iiit-pet" / "images" / "alpha_dog_3.jpg").unlink()
+    with pytest.raises(UserError, match="1 of the photos listed are missing, alpha_dog_3.jpg the first"):
+        load_data(pets, seed=0)
+
+
+@pytest.mark.parametrize("line, message", [("nonsense", "expected lines as"), ("x_1 9 1 1", "expected labels 1 to 4")])
+def test_a_bad_listing_is_refused(pets, line, message):
+    listing = pets / "oxford-iiit-pet" / "annotations" / "test.txt"
+    listing.write_text(f"{line}\n")
+    draw_photo(4, 4).save(pets / "oxford-iiit-pet" / "images" / "x_1.jpg")
+    with pytest.raises(UserError, match=message):
+        load_data(pets, seed=0)
+
+
+def test_class_folders_work_with_and_without_splits(shapes_data, tmp_path, capsys):
+    data = load_data(shapes_data, seed=0)
+    assert data.classes == ("blue", "green", "red")
+    assert [len(split) for split in (data.train, data.val, data.test)] == [33, 3, 12]
+    assert capsys.readouterr().err == ""
+    data = load_data(shapes_data / "train", seed=0)
+    assert [len(split) for split in (data.train, data.val, data.test)] == [30, 3, 3]
+    assert "no test/ folder" in capsys.readouterr().err
+
+
+def test_folders_that_cannot_be_trained_on_are_refused(tmp_path):
+    (tmp_path / "one" / "cat").mkdir(parents=True)
+    for i in range(5):
+        draw_photo(9, 9).save(tmp_path / "one" / "cat" / f"{i}.png")
+    with pytest.raises(UserError, match=r"at least 2 classes, found 1 \(cat\)"):
+        load_data(tmp_path / "one", seed=0)
+    (tmp_path / "one" / "dog").mkdir()
+    draw_photo(9, 9).save(tmp_path / "one" / "dog" / "1.png")
+    with pytest.raises(UserError, match="too few photos"):
+        load_data(tmp_path / "one", seed=0)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(UserError, match="found neither"):
+        load_data(tmp_path / "other", seed=0)
+
+
+def test_a_class_that_is_only_in_the_test_is_refused(tmp_path):
+    for split, names in (("train", ("cat", "dog")), ("test", ("cat", "dog", "fox"))):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(3):
+                draw_photo(9, 9).save(tmp_path / split / name / f"{i}.png")
+    with pytest.raises(UserError, match="class 'fox' has no folder"):
+        load_data(tmp_path, seed=0)
+
+
+def test_decoding_gives_inference_pixels_and_names_a_bad_photo(pets):
+    from minivit import open_photo
+
+    data, preprocess = load_data(pets, seed=0), Preprocess((16, 16))
+    splits = decode_all(data, preprocess, workers=2)
+    for (pixels, labels), split in zip(splits, (data.train, data.val, data.test)):
+        assert labels.tolist() == split.labels
+        for i, path in enumerate(split.paths):
+            assert torch.equal(pixels[i], preprocess.pixels(open_photo(path)))
+    data.val.paths[0].write_text("no photo")
+    with pytest.raises(PhotoError, match=data.val.paths[0].name):
+        decode_all(data, preprocess, workers=2)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves the two archives as Oxford's server does; torchvision is told where."""
+    from torchvision.datasets import OxfordIIITPet
+
+    make_pets(tmp_path / "there")
+    resources = []
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "there"))
+    handler.log_message = lambda *_: None
+    web = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    for name in ("images", "annotations"):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+            archive.add(tmp_path / "there" / "oxford-iiit-pet" / name, name)
+        (tmp_path / "there" / f"{name}.tar.gz").write_bytes(buffer.getvalue())
+        url = f"http://127.0.0.1:{web.server_port}/{name}.tar.gz"
+        resources.append((url, hashlib.md5(buffer.getvalue()).hexdigest()))
+    monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", tuple(resources))
+    yield tmp_path / "there"
+    web.shutdown()
+    web.server_close()
+
+
+def test_pets_are_downloaded_where_they_are_absent(server, tmp_path):
+    data = load_data(tmp_path / "here", seed=0)
+    assert [len(split) for split in (data.train, data.val, data.test)] == [54, 6, 9]
+    assert not (tmp_path / "here" / ".download").exists()
+
+
+def test_an_interrupted_download_is_made_good(server, tmp_path):
+    annotations = server / "annotations.tar.gz"
+    whole = annotations.read_bytes()
+    annotations.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="cannot be fetched.*--data FOLDER"):
+        load_data(tmp_path / "here", seed=0)
+    assert not (tmp_path / "here" / "oxford-iiit-pet").exists()
+    annotations.write_bytes(whole)
+    assert len(load_data(tmp_path / "here", seed=0).test) == 9
+
+
+def test_a_server_that_cannot_be_reached_is_one_line(server, tmp_path, monkeypatch):
+    from torchvision.datasets import OxfordIIITPet
+
+    monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", (("http://127.0.0.1:9/images.tar.gz", "0"),))
+    with pytest.raises(UserError, match=r"cannot be fetched from www.robots.ox.ac.uk"):
+        load_data(tmp_path / "here", seed=0)
+
+
+def draws(**wanted):
+    values = {"flip": 0.9, "turn": 0.5, "scale": 1.0, "x": 0.5, "y": 0.5} | wanted  # the identity
+    return torch.tensor([list(values.values())])
+
+
+def test_augmentation_does_what_its_draws_say():
+    image = torch.rand(1, 3, 20, 30)
+    assert_close(augment(image, draws()), image, rtol=0, atol=1e-5)
+    assert_close(augment(image, draws(flip=0.1)), image.flip(3), rtol=0, atol=1e-5)
+    ramp = torch.arange(100.0).view(1, 1, 1, 100).expand(1, 3, 100, 100)
+    left = augment(ramp, draws(scale=0.0, x=0.0))
+    assert_close(left[0, 0, 50, [0, 99]], torch.tensor([-0.1, 79.1]).clamp(min=0.1), rtol=0, atol=0.3)
+    spot = torch.zeros(1, 3, 101, 201)
+    spot[:, :, 49:52, 179:182] = 1  # 80 pixels right of the centre
+    turned = augment(spot, draws(turn=1.0))[0, 0]
+    y, x = (turned == turned.max()).nonzero()[0].tolist()
+    assert abs(x - 100) == pytest.approx(80 * 0.985, abs=1.5)
+    assert abs(y - 50) == pytest.approx(80 * 0.174, abs=1.5)
+
+
+def test_each_photo_has_its_own_augmentation_whatever_its_batch():
+    images, drawn = torch.rand(6, 3, 16, 16), draw_augmentation(6, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, draw_augmentation(6, torch.Generator().manual_seed(0)))
+    assert_close(augment(images, drawn), torch.cat([augment(images[:4], drawn[:4]), augment(images[4:], drawn[4:])]))
