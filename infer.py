@@ -74,11 +74,15 @@ def infer(args: argparse.Namespace) -> int:
 
 
 def expand(arguments: Iterable[str]) -> Iterator[Path]:
-    """Yield the photos that are meant: a folder stands for those right inside it."""
-    from minivit.photos import find_photos
+    """Yield the photos that are meant: a folder stands for those right inside it, and must have some."""
+    from minivit.errors import UserError
+    from minivit.photos import SUFFIXES, list_photos
 
     for path in map(Path, arguments):
-        yield from find_photos(path) if path.is_dir() else [path]
+        found = list_photos(path) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"{path}: no photos in this folder; expected files ending in {', '.join(SUFFIXES)}")
+        yield from found
 
 
 def unused(stem: str, taken: set[str]) -> str:

@@ -9,7 +9,9 @@ S = 4  # drawn larger, then reduced: smooth edges
 W, H = 640, 480
 
 
-def ellipse(draw: ImageDraw.ImageDraw, x: float, y: float, rx: float, ry: float, colour: str, outline: str | None = None) -> None:
+def ellipse(
+    draw: ImageDraw.ImageDraw, x: float, y: float, rx: float, ry: float, colour: str, outline: str | None = None
+) -> None:
     draw.ellipse([S * (x - rx), S * (y - ry), S * (x + rx), S * (y + ry)], colour, outline, 3 * S if outline else 0)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import UserError
-from .photos import SUFFIXES, Preprocess, open_photo
+from .photos import Preprocess, list_photos, open_photo
 
 VAL_FRACTION = 0.1
 SERVER_TIMEOUT_S = 6  # for each answer of Oxford's server
@@ -135,24 +135,20 @@ def _load_pets(folder: Path, seed: int) -> Data:
 
 def _has_class_folders(root: Path) -> bool:
     base = root / "train" if (root / "train").is_dir() else root
-    return base.is_dir() and any(_photos_in(p) for p in base.iterdir() if p.is_dir())
-
-
-def _photos_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    return base.is_dir() and any(list_photos(p) for p in base.iterdir() if p.is_dir())
 
 
 def _load_class_folders(root: Path, seed: int) -> Data:
     base = root / "train" if (root / "train").is_dir() else root
-    classes = tuple(sorted(p.name for p in base.iterdir() if p.is_dir() and _photos_in(p)))
+    classes = tuple(sorted(p.name for p in base.iterdir() if p.is_dir() and list_photos(p)))
 
     def load(folder: Path) -> Split | None:
         if not folder.is_dir():
             return None
-        unknown = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in classes and _photos_in(p))
+        unknown = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in classes and list_photos(p))
         if unknown:
             raise UserError(f"{folder}: class {unknown[0]!r} has no folder in {base}; expected only {', '.join(classes)}")
-        found = [(p, i) for i, name in enumerate(classes) if (folder / name).is_dir() for p in _photos_in(folder / name)]
+        found = [(p, i) for i, name in enumerate(classes) if (folder / name).is_dir() for p in list_photos(folder / name)]
         if not found:
             raise UserError(f"{folder}: no photos in its class folders")
         return Split([p for p, _ in found], [i for _, i in found])

@@ -67,12 +67,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def find_photos(folder: str | os.PathLike[str]) -> list[Path]:
-    """List the photos right inside a folder, by name; raises UserError if there are none."""
-    found = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    if not found:
-        raise UserError(f"{folder}: no photos in this folder; expected files ending in {', '.join(SUFFIXES)}")
-    return found
+def list_photos(folder: Path) -> list[Path]:
+    """List the photos right inside a folder, by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
 
 
 @dataclass(frozen=True)

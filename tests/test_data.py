@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import socket
 import tarfile
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -163,12 +165,20 @@ def test_an_interrupted_download_is_made_good(server, tmp_path):
     assert len(load_data(tmp_path / "here", seed=0).test) == 9
 
 
-def test_a_server_that_cannot_be_reached_is_one_line(server, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["refused", "silent"])
+def test_a_server_that_does_not_answer_is_one_line_within_10_seconds(how, tmp_path, monkeypatch):
     from torchvision.datasets import OxfordIIITPet
 
-    monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", (("http://127.0.0.1:9/images.tar.gz", "0"),))
-    with pytest.raises(UserError, match=r"cannot be fetched from www.robots.ox.ac.uk"):
-        load_data(tmp_path / "here", seed=0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        if how == "silent":
+            silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/images.tar.gz"
+        monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", ((url, "0"),))
+        started = time.perf_counter()
+        with pytest.raises(UserError, match=r"cannot be fetched from www.robots.ox.ac.uk"):
+            load_data(tmp_path / "here", seed=0)
+    assert time.perf_counter() - started < 10
 
 
 def draws(**wanted):

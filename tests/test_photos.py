@@ -10,7 +10,7 @@ from PIL import Image
 
 from minivit import Preprocess, open_photo
 from minivit.errors import UserError
-from minivit.photos import PhotoError, find_photos
+from minivit.photos import PhotoError, list_photos
 
 SQUASH, CROP = Preprocess(), Preprocess.from_config(DINOV2_PREPROCESSOR)
 
@@ -97,12 +97,11 @@ def test_a_photo_of_another_format_than_its_name_says_is_read(tmp_path):
     assert open_photo(tmp_path / "photo.jpg").size == (20, 20)
 
 
-def test_find_photos_lists_a_folder_by_name(tmp_path):
-    with pytest.raises(UserError, match="no photos"):
-        find_photos(tmp_path)
+def test_the_photos_of_a_folder_are_listed_by_name(tmp_path):
+    assert list_photos(tmp_path) == []
     for name in ("b.JPG", "a.png", ".hidden.jpg", "notes.txt"):
         (tmp_path / name).touch()
-    assert [path.name for path in find_photos(tmp_path)] == ["a.png", "b.JPG"]
+    assert [path.name for path in list_photos(tmp_path)] == ["a.png", "b.JPG"]
 
 
 @pytest.mark.parametrize("size", [(500, 375), (333, 500), (1, 8000), (8000, 3), (1, 1)])
