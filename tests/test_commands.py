@@ -83,7 +83,10 @@ def test_the_same_command_twice_gives_the_same_metrics_and_keeps_the_earlier_run
     assert run_train(tiny_folder, shapes_data, out, "--epochs", "6") == 0
     timing = {"images_per_s", "seconds", "peak_gib"}
     now, then = (
-        [{k: v for k, v in json.loads(line).items() if k not in timing} for line in (folder / "metrics.jsonl").open()]
+        [
+            {k: v for k, v in json.loads(line).items() if k not in timing}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
         for folder in (out, out / "earlier-1")
     )
     assert now == then
