@@ -197,9 +197,9 @@ def _fill(model: ViT, family: Family, path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: cannot be read as safetensors ({error}); is the file complete?") from error
     classifier = model.config.num_classes > 0
     unused = {name: tensors.pop(theirs) for name in family.unused if (theirs := _prefixed(name, family, classifier)) in tensors}
-    missing, misshapen, state = [], [], {}
+    layout, missing, misshapen, state = _layout(model, family), [], [], {}
     for name, parameter in model.state_dict().items():
-        theirs = _layout(model, family)[name]
+        theirs = layout[name]
         shape = (parameter.shape[0] // len(theirs), *parameter.shape[1:])
         parts = [tensors.pop(part, None) for part in theirs]
         for part, tensor in zip(theirs, parts):

@@ -82,6 +82,19 @@ def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(tiny):
     assert not torch.equal(tiny.head.weight, before["head.weight"])
 
 
+def test_clipping_sees_the_unscaled_gradients(tiny):
+    images, labels = batch()
+    cut = freeze_except(tiny, [10, 11])
+    kept = {name: p.detach().clone() for name, p in tiny.named_parameters()}
+    _, expected = loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, cut=cut, micro_batch=3, amp=None)
+    stepped = tiny.head.weight.detach().clone()
+    tiny.load_state_dict(kept)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    _, norm = loop.train_step(tiny, sgd(tiny), scaler, images, labels, cut=cut, micro_batch=3, amp=None)
+    assert_close(norm, expected)
+    assert_close(tiny.head.weight.detach(), stepped)
+
+
 def fit(model, data, **changes):
     settings = {"amp": None, "epochs": 2, "batch_size": 4, "micro_batch": 4, "lr": 1e-3, "seed": 0, "cut": 10}
     return list(loop.fit(model, data, data, **(settings | changes)))
