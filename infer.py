@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="infer.py", description=__doc__)
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO|FOLDER", help="photos, or folders of photos")
-    add("--model", metavar="ID|DIR", help=f"Hub id or local folder; none: {cli.RUN_DIR} if it is there, else {cli.BASE_MODEL}")
+    add("--model", metavar="ID|DIR|demo", help=f"as in train.py; none: {cli.RUN_DIR} if it is there, else {cli.BASE_MODEL}")
     add("--revision", metavar="REV", help="Hub revision; none: the default branch")
     add("--layers", default="8-11", metavar="RANGE", help="blocks to draw, from 0: 8-11, 10,11, all")
     add("--top-k", type=cli.at_least(1), default=5, help="names to print for each photo")
@@ -38,12 +39,12 @@ def infer(args: argparse.Namespace) -> int:
 
     paths = list(expand(args.photos))
     source = args.model or (cli.RUN_DIR if Path(cli.RUN_DIR, "config.json").exists() else cli.BASE_MODEL)
-    print(f"model: {source}", file=sys.stderr)
+    print(f"model: {cli.printable(source)}", file=sys.stderr)
     on = device.pick_device(args.device)
     amp = device.pick_amp(args.amp, on)
     model = weights.load_pretrained(source, revision=args.revision).to(on)
     layers = optim.parse_blocks(args.layers, model.config.depth)
-    out, taken = Path(args.out), set()
+    out, taken = Path(args.out), {os.path.realpath(path) for path in paths}
     out.mkdir(parents=True, exist_ok=True)
 
     unreadable = 0
@@ -51,25 +52,25 @@ def infer(args: argparse.Namespace) -> int:
         try:
             photo = photos.open_photo(path)
         except photos.PhotoError as error:
-            print(error, file=sys.stderr)
+            print(cli.printable(error), file=sys.stderr)
             unreadable += 1
             continue
         images = model.preprocess(photo)[None].to(on)
         with torch.inference_mode(), loop.autocast(on, amp):
             logits, attn = model.forward_with_attention(images, layers, queries=[CLASS_TOKEN])
         maps = {block: query_maps(weights, model.config.grid)[0].mean(0) for block, weights in attn.items()}
-        print(path)
-        title = path.name
+        print(cli.printable(path))
+        title = plots.shorten(path.name, 60)
         if model.labels:
             top = logits[0].float().softmax(0).topk(min(args.top_k, len(model.labels)))
-            names = [(p, model.labels[i]) for p, i in zip(top.values.tolist(), top.indices.tolist())]
-            title = f"{names[0][1]} {names[0][0]:.3f}"
+            names = [(p, cli.printable(model.labels[i])) for p, i in zip(top.values.tolist(), top.indices.tolist())]
+            title = f"{plots.shorten(names[0][1], 60)} {names[0][0]:.3f}"
             print("\n".join(f"{probability:.3f}  {name}" for probability, name in names))
         else:
-            print(f"{source} has no classifier: attention only", file=sys.stderr)
-        figure = out / f"{unused(path.stem, taken)}.png"
+            print(f"{cli.printable(source)} has no classifier: attention only", file=sys.stderr)
+        figure = unused(out, path.stem, taken)
         plots.draw_attention(figure, photo, maps, model.preprocess, title)
-        print(figure, flush=True)
+        print(cli.printable(figure), flush=True)
     return 2 if unreadable else 0
 
 
@@ -79,18 +80,24 @@ def expand(arguments: Iterable[str]) -> Iterator[Path]:
     from minivit.photos import SUFFIXES, list_photos
 
     for path in map(Path, arguments):
-        found = list_photos(path) if path.is_dir() else [path]
+        try:
+            found = list_photos(path)
+        except OSError:  # not a folder; if it is no photo either, open_photo says why
+            found = [path]
         if not found:
             raise UserError(f"{path}: no photos in this folder; expected files ending in {', '.join(SUFFIXES)}")
         yield from found
 
 
-def unused(stem: str, taken: set[str]) -> str:
-    """Return a figure's stem that no other photo of this run has: cat, cat-2, ..."""
-    name = next(n for i in itertools.count(1) if (n := stem if i == 1 else f"{stem}-{i}") not in taken)
-    taken.add(name)
-    return name
+def unused(out: Path, stem: str, taken: set[str]) -> Path:
+    """Return where to draw, over no photo and no other figure of this run: cat.png, cat-2.png, ..."""
+    while len(os.fsencode(stem)) > 240:  # of the 255 bytes that a name can have
+        stem = stem[:-1]
+    names = (stem if i == 1 else f"{stem}-{i}" for i in itertools.count(1))
+    figure = next(path for name in names if os.path.realpath(path := out / f"{name}.png") not in taken)
+    taken.add(os.path.realpath(figure))
+    return figure
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.start(main)

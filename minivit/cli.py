@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from .errors import UserError
+from .errors import UserError, printable
+from .files import unfinished
 
 BASE_MODEL = "google/vit-base-patch16-224"
 RUN_DIR = "runs/pets"
@@ -19,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
 
     def add_device_flags(self) -> None:
         self.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N; auto takes a GPU if there is one")
@@ -57,13 +61,41 @@ def run(job: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence
     """Parse, do the job, and return its exit code: what a user can mend ends in one line and 2, an interrupt in 130."""
     args = parser.parse_args(argv)
     try:
-        return job(args)
+        code = job(args)
+        print(end="", flush=True)
+        return code
     except UserError as error:
         message = str(error)
+    except BrokenPipeError:  # who read our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
+        return 141  # as programs end that do not handle SIGPIPE
     except OSError as error:  # a full disk, a folder that cannot be written, a file that vanished
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted", file=sys.stderr)
         return 130
-    print(f"{parser.prog}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{parser.prog}: {printable(message)}", file=sys.stderr)
     return 2
+
+
+def start(main: Callable[[], int]) -> NoReturn:
+    """Run main as a script: from here on Ctrl-C ends it at once, with one line, exit code 130 and no half file.
+
+    Not by KeyboardInterrupt, which torch swallows while it imports numpy, and Python inside of callbacks.
+    """
+
+    def stop(*_) -> NoReturn:
+        try:
+            for path in unfinished:
+                path.unlink(missing_ok=True)
+            os.write(2, b"\ninterrupted\n")
+        finally:  # even if stderr's reader was interrupted first
+            os._exit(130)
+
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # an old terminal's encoding lacks what names may hold
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
+        signal.signal(signal.SIGINT, stop)
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written
+    sys.exit(code)

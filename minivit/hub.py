@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from .errors import UserError
 
 FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
+DEMO = Path(__file__).with_name("demo_model")  # the checkpoint that comes with minivit
 TIMEOUT_S = 6  # for the Hub's first answer; without network a person waits no longer than this
 
 
@@ -15,7 +17,7 @@ def fetch(source: str, revision: str | None) -> tuple[Path, str | None]:
 
     Raises UserError, saying what could not be had, from where, and what to do.
     """
-    folder = Path(source).expanduser()
+    folder = DEMO if source == "demo" else Path(os.path.expanduser(source))
     if folder.is_dir():
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:

@@ -6,7 +6,7 @@ Colours go from dark to light, and lines differ in more than colour, so that all
 from __future__ import annotations
 
 import math
-import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
+from .errors import printable
+from .files import whole_file
 from .photos import Preprocess
 
 HEAT = colormaps["inferno"]
@@ -41,7 +43,8 @@ def draw_attention(
     bars[0].axis("off")
     for ax, bar_ax, (block, values) in zip(axes[1:], bars[1:], maps.items()):
         percent = 100 * preprocess.to_photo(values, photo.size, shown.shape[:2])
-        low, high = np.nanmin(percent), np.nanmax(percent)
+        low = np.nanmin(percent, initial=100 * values.max().item())  # of a thin strip, no drawn pixel may be seen
+        high = np.nanmax(percent, initial=low)
         heat = HEAT((percent - low) / max(high - low, 1e-12))[..., :3]
         unseen = np.isnan(percent)[..., None]
         _show(ax, np.where(unseen, 0.75 + 0.25 * grey, 0.4 * grey + 0.6 * heat), f"block {block}")
@@ -80,7 +83,7 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
     figure = Figure((side + 0.6, side - 0.6), layout="constrained", dpi=110 if C <= 60 else 60)
     ax = figure.subplots()
     shaded = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    names = [_shorten(name, 28) for name in classes]
+    names = [shorten(name, 28) for name in classes]
     ax.set_xticks(
         range(C), names, rotation=60 if C > 3 else 20, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False
     )
@@ -106,8 +109,8 @@ def draw_predictions(path: Path, photos: Sequence[Image.Image], captions: Sequen
         photo = photo.copy()
         photo.thumbnail((300, 300))
         right = true == predicted
-        caption = f"{'✓' if right else '✗'} {_shorten(predicted, 20)} {probability:.2f}\n"
-        _show(ax, np.asarray(photo), caption + ("" if right else f"true: {_shorten(true, 20)}"), size=8)
+        caption = f"{'✓' if right else '✗'} {shorten(predicted, 20)} {probability:.2f}\n"
+        _show(ax, np.asarray(photo), caption + ("" if right else f"true: {shorten(true, 20)}"), size=8)
         ax.title.set(color=RIGHT if right else WRONG, weight="normal" if right else "bold")
         for spine in ax.spines.values():
             spine.set(visible=True, color=RIGHT if right else WRONG, linewidth=1 if right else 3)
@@ -130,11 +133,13 @@ def _panel(photo_size: tuple[int, int], *, area: float, longest: float) -> tuple
     return max(1.2, width * shrink), max(0.6, height * shrink)
 
 
-def _shorten(name: str, length: int) -> str:
+def shorten(name: str, length: int) -> str:
+    """Return a name as one line of at most so many characters."""
+    name = printable(name)
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def _save(figure: Figure, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    with whole_file(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")  # drawn as boxes
+        figure.savefig(partial, format="png")

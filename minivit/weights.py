@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import UserError
+from .files import read_json, whole_file, write_json
 from .hub import fetch
 from .model import ViT, ViTConfig
 from .optim import trainable
@@ -127,7 +128,7 @@ def load_pretrained(
 def save_pretrained(model: ViT, folder: str | os.PathLike[str]) -> None:
     """Write model.safetensors, config.json and preprocessor_config.json as transformers lays them out on the Hub.
 
-    Every file is written beside its place and then renamed, so a folder never holds half of one.
+    A folder never holds half of one.
     """
     folder, origin = Path(folder), model.origin or Origin()
     classifier = model.config.num_classes > 0
@@ -146,7 +147,7 @@ def save_tail(model: ViT, path: Path) -> None:
     metadata = {
         "base": model.origin.source,
         "commit": model.origin.commit or "",
-        "labels": json.dumps(model.labels, ensure_ascii=False),
+        "labels": json.dumps(model.labels),
     }
     save_tensors(path, {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}, metadata)
 
@@ -162,31 +163,15 @@ def load_tail(model: ViT, path: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file in one step: it is whole or not there."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.touch()
-    mode = partial.stat().st_mode
-    save_file(tensors, partial, metadata)
-    partial.chmod(mode)  # safetensors lets only the owner read its files
-    os.replace(partial, path)
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file in one step: it is whole or not there."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object; raises UserError if the file holds anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise UserError(f"{path}: expected JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
+    """Write a safetensors file, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
+        try:
+            save_file(tensors, partial, metadata)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{path}: cannot be written ({error})") from error
+        partial.chmod(mode)  # safetensors lets only the owner read its files
 
 
 def _fill(model: ViT, family: Family, path: Path) -> dict[str, Tensor]:
@@ -284,7 +269,7 @@ def _hub_config(model: ViT, origin: Origin) -> dict:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         **({"use_mask_token": bool(origin.unused), "use_swiglu_ffn": False} if dinov2 else {}),
-        "torch_dtype": "float32",
+        "torch_dtype": str(model.cls_token.dtype).removeprefix("torch."),
         "id2label": {str(i): label for i, label in enumerate(model.labels)},
         "label2id": {label: i for i, label in enumerate(model.labels)},
     }
