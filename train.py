@@ -30,7 +30,7 @@ RUN_FILES += ("summary.json", "curves.png", "confusion.png", "predictions.png")
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="train.py", description=__doc__)
     add = parser.add_argument
-    add("--model", default=cli.BASE_MODEL, metavar="ID|DIR", help="what to start from: a Hub id or a local folder")
+    add("--model", default=cli.BASE_MODEL, metavar="ID|DIR|demo", help="a Hub id, a local folder, or the embedded checkpoint")
     add("--revision", metavar="REV", help="Hub revision; none: the default branch")
     add("--data", default="data", metavar="DIR", help="holds oxford-iiit-pet (downloaded there if absent) or class folders")
     add("--blocks", default="10-11", metavar="RANGE", help="blocks to train besides norm and head: 8-11, 10,11, all, none")
@@ -41,6 +41,7 @@ def make_parser() -> cli.Parser:
     parser.add_device_flags()
     add("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that decode photos")
     add("--seed", type=cli.at_least(0), default=0, help="of the validation split, the data order and augmentation")
+    add("--skip-bad", action="store_true", help="go on without photos that cannot be read")
     add("--out", default=cli.RUN_DIR, metavar="DIR", help="where everything is written")
     return parser
 
@@ -53,19 +54,24 @@ def train(args: argparse.Namespace) -> int:
     """The whole job: data and model in, epochs, the best one's weights written and read back, the test, figures."""
     import torch
 
-    from minivit import data, loop, optim, weights
+    from minivit import data, doctor, files, loop, optim, weights
     from minivit.device import pick_amp, pick_device
+    from minivit.errors import UserError
 
     started, out, device = time.perf_counter(), Path(args.out), pick_device(args.device)
     amp = pick_amp(args.amp, device)
+    if args.out.encode(errors="ignore").decode() != args.out:
+        raise UserError(f"{out}: expected a name in UTF-8, without which safetensors reads no file")
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
 
     photos = data.load_data(args.data, seed=args.seed)
+    for finding in doctor.quick_check(args.data):
+        print(finding, file=sys.stderr)
     model = weights.load_pretrained(args.model, revision=args.revision, labels=photos.classes)
     cut = optim.freeze_except(model, optim.parse_blocks(args.blocks, model.config.depth))
     print(describe(model, photos, device, amp), flush=True)
-    train, val, test = data.decode_all(photos, model.preprocess, workers=args.workers)
+    photos, (train, val, test) = data.decode_all(photos, model.preprocess, workers=args.workers, skip_bad=args.skip_bad)
 
     keep_earlier_run(out)
     rows, tail = [], out / "tail.safetensors"
@@ -112,7 +118,7 @@ def train(args: argparse.Namespace) -> int:
         "classes": list(photos.classes),
         "versions": {"minivit": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    weights.write_json(out / "summary.json", summary)
+    files.write_json(out / "summary.json", summary)
     right = f"{round(scores['accuracy'] * len(test[1]))}/{len(test[1])}"
     print(
         f"test accuracy {scores['accuracy']:.4f} ({right}) · macro F1 {scores['macro_f1']:.4f} · "
@@ -199,4 +205,4 @@ def draw_figures(out: Path, rows: Sequence[Mapping[str, float]], best_epoch: int
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.start(main)

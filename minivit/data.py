@@ -12,6 +12,7 @@ import random
 import shutil
 import socket
 import sys
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import UserError
-from .photos import Preprocess, list_photos, open_photo
+from .errors import UserError, printable
+from .photos import PhotoError, Preprocess, list_photos, open_photo
 
 VAL_FRACTION = 0.1
 SERVER_TIMEOUT_S = 6  # for each answer of Oxford's server
@@ -40,6 +41,9 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def take(self, indices: Sequence[int]) -> Split:
+        return Split([self.paths[i] for i in indices], [self.labels[i] for i in indices])
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def load_data(root: str | os.PathLike[str], *, seed: int) -> Data:
     in `root`); what is absent is set apart from the training photos in the same way.
     Raises UserError if photos are missing, or if there is nothing to tell apart.
     """
-    root = Path(root).expanduser()
+    root = Path(os.path.expanduser(root))
     if (root / "annotations" / "trainval.txt").is_file():
         root = root.resolve().parent
     pets = root / "oxford-iiit-pet"
@@ -110,7 +114,7 @@ def _load_pets(folder: Path, seed: int) -> Data:
         if not listing.is_file():
             raise UserError(f"{listing}: no such file; remove {folder} to have it downloaded again")
         found = Split([], [])
-        for line in listing.read_text(encoding="utf-8").splitlines():
+        for line in listing.read_text(encoding="utf-8", errors="backslashreplace").splitlines():
             if line.startswith("#") or not line.strip():
                 continue
             try:
@@ -135,17 +139,22 @@ def _load_pets(folder: Path, seed: int) -> Data:
 
 def _has_class_folders(root: Path) -> bool:
     base = root / "train" if (root / "train").is_dir() else root
-    return base.is_dir() and any(list_photos(p) for p in base.iterdir() if p.is_dir())
+    return base.is_dir() and bool(_class_folders(base))
+
+
+def _class_folders(base: Path) -> list[str]:
+    """List the folders with photos, but for hidden ones, which editors leave."""
+    return sorted(p.name for p in base.iterdir() if p.is_dir() and not p.name.startswith(".") and list_photos(p))
 
 
 def _load_class_folders(root: Path, seed: int) -> Data:
     base = root / "train" if (root / "train").is_dir() else root
-    classes = tuple(sorted(p.name for p in base.iterdir() if p.is_dir() and list_photos(p)))
+    classes = _class_folders(base)
 
     def load(folder: Path) -> Split | None:
         if not folder.is_dir():
             return None
-        unknown = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in classes and list_photos(p))
+        unknown = [name for name in _class_folders(folder) if name not in classes]
         if unknown:
             raise UserError(f"{folder}: class {unknown[0]!r} has no folder in {base}; expected only {', '.join(classes)}")
         found = [(p, i) for i, name in enumerate(classes) if (folder / name).is_dir() for p in list_photos(folder / name)]
@@ -159,7 +168,8 @@ def _load_class_folders(root: Path, seed: int) -> Data:
         print(f"{root}: no test/ folder, so {len(test)} of the photos are set apart for the test", file=sys.stderr)
     if val is None:
         train, val = _hold_out(train, seed)
-    return Data(classes, train, val, test)
+    labels = (name.encode("utf-8", "surrogateescape").decode(errors="backslashreplace") for name in classes)  # for JSON
+    return Data(tuple(labels), train, val, test)
 
 
 def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
@@ -172,37 +182,59 @@ def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
         if len(indices) < 2:
             raise UserError(f"{split.paths[indices[0]].parent}: a class with too few photos; expected at least 3")
         held.update(rng.sample(indices, max(1, round(VAL_FRACTION * len(indices)))))
-
-    def take(indices: Sequence[int]) -> Split:
-        return Split([split.paths[i] for i in indices], [split.labels[i] for i in indices])
-
-    return take([i for i in range(len(split)) if i not in held]), take(sorted(held))
+    return split.take([i for i in range(len(split)) if i not in held]), split.take(sorted(held))
 
 
-def decode_all(data: Data, preprocess: Preprocess, *, workers: int) -> list[tuple[Tensor, Tensor]]:
+def decode_all(
+    data: Data, preprocess: Preprocess, *, workers: int, skip_bad: bool = False
+) -> tuple[Data, list[tuple[Tensor, Tensor]]]:
     """Decode every photo once, in parallel: for train, val and test its pixels, uint8 (n, 3, h, w), and labels (n,).
 
-    The pixels are those that infer.py gives to the model. Raises PhotoError for the first photo that cannot be read.
+    The pixels are those that infer.py gives to the model. Photos that cannot be read are left out of the data that
+    is returned too, and named on stderr, if `skip_bad`. Raises UserError, naming them, if not, or if too few are left.
     """
-    splits = (data.train, data.val, data.test)
+    splits, bad = (data.train, data.val, data.test), []
     with tqdm(total=sum(map(len, splits)), desc="decoding", unit="photo", leave=False) as progress:
-        return [(_decode(split, preprocess, workers, progress), torch.tensor(split.labels)) for split in splits]
+        decoded = [_decode(split, preprocess, workers, progress, bad) for split in splits]
+    if bad and not skip_bad:
+        shown = "; ".join([*bad[:3], "..."][: len(bad)])
+        raise UserError(
+            f"{len(bad)} of {sum(map(len, splits))} photos cannot be read: {shown}; to go on without them, add --skip-bad; "
+            "python -m minivit doctor --data DIR lists everything that is wrong"
+        )
+    for reason in bad:
+        print(f"left out: {printable(reason)}", file=sys.stderr)
+    data = Data(data.classes, *(split for split, _ in decoded))
+    lost = [f"of {data.classes[i]}" for i in sorted(set(range(len(data.classes))) - set(data.train.labels))]
+    lost += [f"for {name}" for name, split in (("validation", data.val), ("the test", data.test)) if not split]
+    if lost:
+        raise UserError(f"no photos are left {', '.join(lost)}: mend or replace those that cannot be read")
+    return data, [(pixels, torch.tensor(split.labels)) for split, pixels in decoded]
 
 
-def _decode(split: Split, preprocess: Preprocess, workers: int, progress: tqdm) -> Tensor:
-    pixels = torch.empty(len(split), 3, *preprocess.size, dtype=torch.uint8)
+def _decode(split: Split, preprocess: Preprocess, workers: int, progress: tqdm, reasons: list[str]) -> tuple[Split, Tensor]:
+    """Return the part of a split that can be read and its pixels; add the reasons for the rest."""
+    pixels, bad = torch.empty(len(split), 3, *preprocess.size, dtype=torch.uint8), {}
 
     def read(i: int) -> None:
-        pixels[i] = preprocess.pixels(open_photo(split.paths[i]))
+        try:
+            pixels[i] = preprocess.pixels(open_photo(split.paths[i]))
+        except PhotoError as error:
+            bad[i] = str(error)
 
-    with ThreadPoolExecutor(workers) as pool:  # Pillow lets go of the interpreter's lock while it works
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:  # Pillow lets go of the GIL while it works
+        warnings.simplefilter("ignore")  # around all threads, since each puts back the filters that it happened to find
         try:
             for _ in pool.map(read, range(len(split))):
                 progress.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return pixels
+    if bad:
+        reasons += (bad[i] for i in sorted(bad))
+        sound = [i for i in range(len(split)) if i not in bad]
+        split, pixels = split.take(sound), pixels[sound]
+    return split, pixels
 
 
 def draw_augmentation(n: int, generator: torch.Generator) -> Tensor:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import ROOT, draw_photo
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import infer
 import train
-from minivit import load_pretrained
+from minivit import Preprocess, load_pretrained, save_pretrained
+
+
+def open_size(path):
+    with Image.open(path) as image:
+        image.load()
+        return image.size
 
 
 def run_train(tiny_folder, data, out, *flags):
@@ -51,7 +63,7 @@ def test_a_run_learns_and_writes_all_it_promises(run, tiny_folder):
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert max(row["val_accuracy"] for row in rows) == rows[summary["best_epoch"] - 1]["val_accuracy"]
     for name in ("curves", "confusion", "predictions"):
-        assert Image.open(out / f"{name}.png").width > 300
+        assert open_size(out / f"{name}.png")[0] > 300
     before, after = load_file(tiny_folder / "model.safetensors"), load_file(out / "model.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {
@@ -128,7 +140,7 @@ def test_inference_gives_the_logits_of_training(run, shapes_data):
 
     model = load_pretrained(run[0])
     data = load_data(shapes_data, seed=0)
-    logits = predict_photos(model, decode_all(data, model.preprocess, workers=2)[2][0], amp=None)
+    logits = predict_photos(model, decode_all(data, model.preprocess, workers=2)[1][2][0], amp=None)
     with torch.no_grad():
         one = model(model.preprocess(open_photo(data.test.paths[5]))[None])
     torch.testing.assert_close(one[0], logits[5], rtol=0, atol=1e-5)
@@ -146,6 +158,14 @@ def test_a_bad_photo_is_reported_and_the_rest_goes_on(tiny_folder, tmp_path, cap
     assert printed.out.startswith(paths[2])
 
 
+def test_training_says_what_the_doctor_sees_at_a_glance(tiny_folder, shapes_data, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(shapes_data, data)
+    (data / "train" / "red" / "notes.txt").touch()
+    assert run_train(tiny_folder, data, tmp_path / "run", "--epochs", "1") == 0
+    assert "note     1 unused file or folder (train/red/notes.txt)" in capsys.readouterr().err
+
+
 BAD_FLAGS = {
     "blocks": (["--blocks", "12"], "this model has blocks 0 to 11"),
     "batch size": (["--batch-size", "0"], "expected a whole number of at least 1, found '0'"),
@@ -157,6 +177,7 @@ BAD_FLAGS = {
     "not a Hub id": (["--model", "a/b/c"], "neither a folder here nor a Hub id"),
     "out": (["--out", "README.md/run"], "README.md/run: Not a directory"),
     "data": (["--data", "tests"], "expected oxford-iiit-pet/"),
+    "out that safetensors cannot read": (["--out", "caf\udce9"], "caf\\udce9: expected a name in UTF-8"),
 }
 
 
@@ -194,6 +215,260 @@ def test_an_interrupt_ends_with_130(monkeypatch, capsys):
     monkeypatch.setattr(device, "pick_device", interrupt)
     assert train.main([]) == 130
     assert capsys.readouterr().err == "\ntrain.py: interrupted\n"
+
+
+@pytest.fixture
+def odd_photos(tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    names = [
+        b"a b.png",
+        b"q\"'.png",
+        b"new\nline.png",
+        b"\x1b[31mred.png",
+        b"caf\xe9.png",
+        "\N{CAT FACE}.png".encode(),
+        b"-x.png",
+    ]
+    names += [b"x" * 250 + b".png", b"x" * 250 + b".tif", "é".encode() * 125 + b".png"]
+    for name in names:
+        draw_photo(12, 9).save(folder / os.fsdecode(name))
+    (folder / "directory.jpg").mkdir()
+    (folder / "nowhere.jpg").symlink_to("nowhere")
+    os.mkfifo(folder / "fifo.jpg")
+    return folder
+
+
+def assert_harmless(text):
+    assert all(line.isprintable() for line in text.replace("\r", "\n").split("\n"))
+    text.encode()
+
+
+def test_photos_of_any_name_are_printed_and_drawn(tiny_folder, odd_photos, tmp_path, capsys):
+    absent = "n" * 300 + ".jpg"
+    out = tmp_path / "out"
+    code = infer.main([str(odd_photos), "/dev/zero", absent, "--model", str(tiny_folder), "--out", str(out), "--device", "cpu"])
+    printed = capsys.readouterr()
+    assert code == 2
+    assert_harmless(printed.out + printed.err)
+    figures = sorted(path.name for path in out.iterdir())
+    stems = [
+        "a b",
+        "q\"'",
+        "new\nline",
+        "\x1b[31mred",
+        "caf\udce9",
+        "\N{CAT FACE}",
+        "-x",
+        "x" * 240,
+        "x" * 240 + "-2",
+        "é" * 120,
+    ]
+    assert figures == sorted(f"{stem}.png" for stem in stems)
+    for path in out.iterdir():
+        open_size(path)
+    said = [line for line in printed.err.splitlines() if "cannot be read" in line or "no such" in line]
+    assert len(said) == 5
+    for bad in ("directory.jpg", "nowhere.jpg", "fifo.jpg", "/dev/zero", absent):
+        assert sum(f"{bad}: " in line for line in said) == 1
+
+
+def test_a_photo_whose_name_begins_with_a_dash_is_read_after_two(tiny_folder, odd_photos, monkeypatch, capsys):
+    monkeypatch.chdir(odd_photos)
+    assert infer.main(["--model", str(tiny_folder), "--out", "out", "--device", "cpu", "--", "-x.png"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "-x.png"
+
+
+def test_no_figure_takes_the_place_of_a_photo(tiny_folder, tmp_path):
+    path = tmp_path / "cat.png"
+    draw_photo(20, 20).save(path)
+    before = path.read_bytes()
+    assert infer.main([str(path), "--model", str(tiny_folder), "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert path.read_bytes() == before
+    assert (tmp_path / "cat-2.png").exists()
+
+
+def test_hostile_labels_reach_neither_terminal_nor_paths(tiny, photos, tmp_path, capsys):
+    tiny.labels = ("\x1b[31mred\x1b[0m", "a\nb\r<script>alert(1)</script>", "x" * 5_000, "../x", "$\\frac{ \N{CAT FACE} \udcff")
+    (tmp_path / "hostile").mkdir()
+    save_pretrained(tiny, tmp_path / "hostile")
+    out = tmp_path / "in" / "out"
+    paths = list(map(str, photos[:3]))
+    assert infer.main([*paths, "--model", str(tmp_path / "hostile"), "--out", str(out), "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert_harmless(printed.out + printed.err)
+    assert len(printed.out.splitlines()) == 3 * 7
+    assert sorted(path.name for path in out.iterdir()) == [f"photo {i}.png" for i in range(3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hostile", "in"]
+    assert max(open_size(path)[0] for path in out.iterdir()) < 3_000
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 8000), (65_535, 1)], ids=str)
+def test_the_smallest_and_the_thinnest_are_drawn(tiny, tmp_path, size):
+    tiny.preprocess = Preprocess(40, (32, 32))
+    save_pretrained(tiny, tmp_path)
+    Image.new("RGB", size, "red").save(tmp_path / "photo.png")
+    assert infer.main([str(tmp_path / "photo.png"), "--model", str(tmp_path), "--out", str(tmp_path), "--device", "cpu"]) == 0
+    open_size(tmp_path / "photo-2.png")
+
+
+def class_folders(root, names):
+    for i, name in enumerate(names):
+        folder = root / os.fsdecode(name)
+        folder.mkdir(parents=True)
+        for j in range(5):
+            draw_photo(12, 9, 5 * i + j).save(folder / f"{j}.png")
+    return root
+
+
+def test_training_works_with_class_folders_of_any_name(tiny_folder, tmp_path, capsys):
+    names = [b"<b>&amp;", b"\x1b[31mred", b"caf\xe9", b"x" * 255, b"new\nline", b"$\\frac{"]
+    out = tmp_path / "run"
+    assert run_train(tiny_folder, class_folders(tmp_path / "data", names), out, "--epochs", "1") == 0
+    printed = capsys.readouterr()
+    assert_harmless(printed.err)
+    labels = set(load_pretrained(out).labels)
+    assert labels == {"<b>&amp;", "\x1b[31mred", "caf\\xe9", "x" * 255, "new\nline", "$\\frac{"}
+    for name in ("config.json", "summary.json"):
+        json.loads((out / name).read_bytes().decode("utf-8"))
+    with safe_open(out / "tail.safetensors", "pt") as tail:
+        assert set(json.loads(tail.metadata()["labels"])) == labels
+    for name in ("confusion", "predictions"):
+        assert open_size(out / f"{name}.png")[0] < 3_000
+
+
+def test_unreadable_photos_stop_training_before_its_first_step_or_are_left_out(tiny_folder, tmp_path, capsys):
+    data = class_folders(tmp_path / "data", [b"cat", b"dog"])
+    bad = data / "dog" / "\x1b[31m.jpg"
+    bad.write_text("no photo")
+    assert run_train(tiny_folder, data, tmp_path / "run", "--epochs", "1") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "1 of 11 photos cannot be read" in last
+    assert "dog/\\x1b[31m.jpg" in last
+    assert "--skip-bad" in last
+    assert list((tmp_path / "run").iterdir()) == []
+    assert run_train(tiny_folder, data, tmp_path / "run", "--epochs", "1", "--skip-bad") == 0
+    printed = capsys.readouterr()
+    assert_harmless(printed.err)
+    assert sum(line.startswith("left out: ") for line in printed.err.splitlines()) == 1
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def script(name, *arguments, **how):
+    return subprocess.Popen(
+        [sys.executable, ROOT / name, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        **how,
+    )
+
+
+def test_infer_ends_quietly_when_nobody_reads_on(tiny_folder, photos):
+    out = photos[0].parent / "out"
+    with script("infer.py", *photos, "--model", tiny_folder, "--out", out, "--device", "cpu", "--top-k", "1") as process:
+        assert process.stdout.readline() == f"{photos[0]}\n"
+        process.stdout.close()
+        assert process.stderr.read() == f"model: {tiny_folder}\n"
+    assert process.returncode == 141
+
+
+def test_names_that_the_terminals_encoding_lacks_are_printed_as_escapes(tiny_folder, tmp_path):
+    path = tmp_path / "\N{CAT FACE}.png"
+    draw_photo(12, 9).save(path)
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    flags = [path, "--model", tiny_folder, "--out", tmp_path / "out", "--device", "cpu"]
+    with script("infer.py", *flags, env=ascii_only) as process:
+        assert process.stdout.readline() == f"{tmp_path}/\\U0001f431.png\n"
+        process.communicate()
+    assert process.returncode == 0
+
+
+def interrupt(name, arguments, after):
+    """Run a script and send it SIGINT so many seconds after it takes charge: (exit code, stderr, seconds until it ended)."""
+    module = name.removesuffix(".py")
+    code = f"import {module}; from minivit import cli; cli.start(lambda: print('ready', flush=True) or {module}.main())"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout.readline() == "ready\n"
+        started = time.perf_counter()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(after)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+        return process.returncode, err, time.perf_counter() - started
+
+
+def assert_all_whole(folder):
+    for path in folder.rglob("*"):
+        assert not path.name.endswith(".partial"), path
+        if path.suffix == ".png":
+            open_size(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".safetensors":
+            load_file(path)
+
+
+@pytest.mark.parametrize("name", ["train.py", "infer.py"])
+def test_an_interrupt_at_any_moment_ends_in_one_line_with_no_half_file(name, tiny_folder, shapes_data, photos, tmp_path):
+    def flags(out):
+        if name == "infer.py":
+            return [*photos[:3], "--model", tiny_folder, "--out", tmp_path / out, "--device", "cpu"]
+        return ["--model", tiny_folder, "--data", shapes_data, "--out", tmp_path / out, "--device", "cpu", "--epochs", "4"]
+
+    code, _, whole_run = interrupt(name, flags("whole"), after=100)
+    assert code == 0
+    # Half of the moments lie in the first half, which is torch's import, and half in what follows.
+    moments = [whole_run * share for share in (0.0, 0.2, 0.4, 0.55, 0.65, 0.75, 0.85, 0.95)]
+    with ThreadPoolExecutor(2) as pool:
+        ends = list(pool.map(lambda i: interrupt(name, flags(f"out{i}"), moments[i]), range(len(moments))))
+    for code, err, _ in ends:
+        assert "Traceback" not in err
+        assert code in (0, 130)
+        assert code == 0 or err.splitlines()[-1] == "interrupted"
+    assert [code for code, _, _ in ends].count(130) >= 4
+    assert_all_whole(tmp_path)
+
+
+def test_an_interrupt_in_the_middle_of_a_file_removes_it(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from minivit import cli, files\n"
+        "def main():\n"
+        "    with files.whole_file(Path('a.txt')) as partial:\n"
+        "        partial.write_text('half'); os.kill(os.getpid(), signal.SIGINT); print('not reached')\n"
+        "cli.start(main)"
+    )
+    (tmp_path / "a.txt").write_text("old")
+    path = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ | path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+@pytest.mark.parametrize("name", ["train.py", "infer.py"])
+def test_the_scripts_themselves_handle_interrupts(name, tiny_folder, shapes_data, photos, tmp_path):
+    flags = ["--data", shapes_data, "--epochs", "1000"] if name == "train.py" else photos * 100
+    with script(name, *flags, "--model", tiny_folder, "--out", tmp_path / "out", "--device", "cpu") as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == "interrupted"
+    assert_all_whole(tmp_path)
+
+
+def test_an_interrupt_that_was_ignored_from_the_start_stays_so(tiny_folder, photos, tmp_path):
+    """As of a shell's background jobs."""
+    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    flags = [*photos[:2], "--model", tiny_folder, "--out", tmp_path / "out", "--device", "cpu"]
+    with script("infer.py", *flags, preexec_fn=ignore) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+    assert process.returncode == 0
 
 
 def test_help_answers_at_once_and_import_is_quiet():
