@@ -1,0 +1,32 @@
+"""The commands beside train.py and infer.py: python -m minivit COMMAND."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from . import cli
+
+COMMANDS = {
+    "demo": "the whole story on drawings, without network: fine-tune, then see where attention went",
+    "doctor": "check a folder of photos before hours are spent on it",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hand the arguments to the command's own module, which is named like it; only that one is imported."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in COMMANDS:
+        return import_module(f".{argv[0]}", __package__).main(argv[1:])
+    asked = not argv or argv[0] in ("-h", "--help")
+    lines = ["usage: python -m minivit COMMAND ...; each command has --help", ""]
+    lines += [f"  {name:8}  {what}" for name, what in COMMANDS.items()]
+    if not asked:
+        lines = [f"python -m minivit: no command {cli.printable(argv[0])}; expected one of {', '.join(COMMANDS)}"]
+    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+if __name__ == "__main__":
+    cli.start(main)
