@@ -4,12 +4,15 @@ IMAGE ?= cat.jpg
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup train infer test lint clean
+.PHONY: help setup demo train infer test fuzz lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
 
 setup: .venv/installed ## install minivit and what it needs into .venv
+
+demo: setup ## tell the whole story on drawings, without network, into runs/demo
+	$(BIN)/python -m minivit demo $(ARGS)
 
 train: setup ## fine-tune blocks 10-11 of google/vit-base-patch16-224 on Oxford-IIIT Pet (ARGS="--epochs 10")
 	$(BIN)/python train.py $(ARGS)
@@ -19,6 +22,9 @@ infer: setup ## name what is in a photo and draw where blocks 8-11 look (IMAGE=c
 
 test: .venv/installed-dev ## hold every output against transformers', offline
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: .venv/installed-dev ## open 20,000 broken photos, for ten minutes at most (ARGS="--seed 1")
+	$(BIN)/python tests/test_fuzz.py --cases 20000 --minutes 10 $(ARGS)
 
 lint: .venv/installed-dev ## check format and style
 	$(BIN)/ruff format --check .

@@ -1,0 +1,101 @@
+"""The story from end to end, as `make demo` tells it: the slowest test, and the one that uses everything."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from minivit import demo, load_pretrained, open_photo, query_maps, scenes
+from minivit.data import load_data
+from minivit.hub import DEMO
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "story"
+    told = subprocess.run([sys.executable, "-m", "minivit", "demo", "--out", out], capture_output=True, text=True, cwd=ROOT)
+    assert told.returncode == 0, told.stderr
+    return out, told.stdout
+
+
+def attention_on_the_animal(model, data, block: int) -> np.ndarray:
+    """Return for each test photo the class token's share on the animal over the animal's share of the photo: 1 is chance."""
+    shares = []
+    for path in data.test.paths:
+        with torch.inference_mode():
+            _, attn = model.forward_with_attention(model.preprocess(open_photo(path))[None], [block], queries=[0])
+        looked = query_maps(attn[block], model.config.grid)[0].mean(0).numpy()
+        mask = np.asarray(Image.open(path.parents[1] / "annotations" / "trimaps" / f"{path.stem}.png").resize((224, 224), 0))
+        pet, room = ((mask == v).reshape(14, 16, 14, 16).mean((1, 3)) for v in (scenes.PET, scenes.BACKGROUND))
+        on, off = (looked * pet).sum(), (looked * room).sum()
+        shares.append(on / (on + off) / (pet.sum() / (pet.sum() + room.sum())))
+    return np.array(shares)
+
+
+def test_the_embedded_checkpoint_is_small_and_transformers_reads_it():
+    from transformers import AutoModelForImageClassification
+
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) <= 3_000_000
+    ours, theirs = load_pretrained("demo"), AutoModelForImageClassification.from_pretrained(DEMO, dtype=torch.float32)
+    assert ours.labels == tuple(scenes.OBJECTS) == tuple(theirs.config.id2label.values())
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images).logits, rtol=0, atol=1e-4)
+
+
+def test_the_embedded_checkpoint_names_objects_in_rooms_it_has_not_seen():
+    model, rng = load_pretrained("demo"), np.random.default_rng(20)
+    rooms = [draw_photo_of(model, rng, thing) for _ in range(3) for thing in model.labels]
+    with torch.no_grad():
+        predicted = model(torch.stack(rooms)).argmax(1)
+    assert (predicted == torch.arange(30) % 10).float().mean() >= 0.9
+
+
+def draw_photo_of(model, rng, thing):
+    return model.preprocess(scenes.draw_scene(rng, thing, scenes.random_breed(rng)).photo)
+
+
+@pytest.mark.slow
+def test_breeds_are_learnt_and_attention_moves_to_the_animal(story):
+    out, _ = story
+    assert json.loads((out / "run" / "summary.json").read_text())["test_accuracy"] >= 0.95
+    data = load_data(out / "data", seed=0)
+    models = load_pretrained("demo"), load_pretrained(out / "run")
+    for block, times in ((10, 2), (11, 1.5)):  # measured: 2.9 and 2.0
+        before, after = (attention_on_the_animal(model, data, block) for model in models)
+        gain = after - before  # of each photo
+        assert after.mean() >= times * before.mean()
+        assert gain.mean() - 3 * gain.std() / len(gain) ** 0.5 > 0
+    before, after = (attention_on_the_animal(model, data, 9)[:5] for model in models)
+    assert (before == after).all()  # frozen is frozen
+
+
+@pytest.mark.slow
+def test_the_story_is_told_and_points_at_what_is_there(story):
+    out, printed = story
+    before, rest = printed.split("$ python train.py")
+    training, after = rest.split("$ python infer.py")
+    for i, (thing, breed, _) in enumerate(demo.STORY):
+        names = [re.findall(r"^\d\.\d{3}  (.+)$", part, re.M)[2 * i] for part in (before, after)]
+        assert names == [thing, breed.replace("_", " ")]
+    assert "test accuracy" in training
+    assert "blocks 10-11       223,680      223,680" in training
+    listed = re.findall(rf"^  ({re.escape(str(out))}\S*)  ", printed, re.M)
+    assert len(listed) == 5
+    for name in listed:
+        found = sorted((out / name).glob("*.png")) if (out / name).is_dir() else [out / name]
+        assert found
+        assert all(Image.open(path).width > 300 for path in found)
+
+
+def test_what_fails_inside_ends_the_story_with_its_exit_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "PER_BREED", (1, 1))  # too few to set validation photos apart
+    assert demo.main(["--out", str(tmp_path / "out"), "--workers", "1"]) == 2

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import hashlib
+import xml.etree.ElementTree as ET
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image, ImageChops
+
+from minivit import demo, scenes
+from minivit.data import load_data
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pets")
+    demo.draw_pets(root, per_breed=(4, 2), seed=5, workers=2)
+    return root
+
+
+@pytest.mark.parametrize("thing", scenes.OBJECTS)
+def test_a_thing_is_drawn_where_it_stands_and_nowhere_else(thing):
+    drawn, empty = (scenes.draw_scene(np.random.default_rng(2), what, None, size=(200, 150)) for what in (thing, None))
+    assert drawn.photo.size == (200, 150)
+    assert drawn.head is None
+    assert set(np.unique(drawn.mask)) == {scenes.BACKGROUND}
+    assert ImageChops.difference(drawn.photo, empty.photo).getbbox() is not None
+
+
+@pytest.mark.parametrize("breed", scenes.BREEDS)
+def test_an_animal_is_under_its_mask_and_its_head_in_the_box(breed):
+    for seed in range(6):
+        photo, mask, head = scenes.draw_scene(np.random.default_rng(seed), "sofa", scenes.BREEDS[breed])
+        values, (left, top, right, bottom) = np.asarray(mask), head
+        assert photo.size == mask.size
+        assert set(np.unique(values)) == {scenes.PET, scenes.BACKGROUND, scenes.BORDER}
+        pet = values == scenes.PET
+        assert 0.01 < pet.mean() < 0.4
+        assert 0 <= left < right <= photo.width
+        assert 0 <= top < bottom <= photo.height
+        inside = pet[top:bottom, left:right]
+        assert inside.mean() > 0.35  # ears leave corners empty
+        assert inside.sum() < pet.sum()  # the body goes on below
+        # The border lies around the pet: taking it in, the animal is one piece without other pet pixels outside.
+        ys, xs = np.nonzero(values == scenes.BORDER)
+        assert xs.min() - 1 <= np.nonzero(pet)[1].min()
+        assert xs.max() + 1 >= np.nonzero(pet)[1].max()
+        assert ys.min() <= np.nonzero(pet)[0].min()
+
+
+def test_the_animals_pixels_change_with_the_breed_only_inside_its_mask():
+    one, other = (scenes.draw_scene(np.random.default_rng(7), None, scenes.BREEDS[b]) for b in ("Siamese", "Tuxedo_Cat"))
+    differs = np.abs(np.asarray(one.photo, np.int16) - np.asarray(other.photo)).max(-1) > 25
+    assert differs.any()
+    assert (np.asarray(one.mask) != scenes.BACKGROUND)[differs].mean() > 0.95
+
+
+def test_a_scale_gives_the_same_scene_in_more_pixels():
+    small, large = (scenes.draw_scene(np.random.default_rng(3), "bed", None, size=(200, 150), scale=s) for s in (1, 2))
+    assert large.photo.size == (400, 300)
+    assert np.abs(np.asarray(large.photo.reduce(2), np.int16) - np.asarray(small.photo)).mean() < 8
+
+
+def test_random_animals_are_many_and_valid():
+    rng = np.random.default_rng(0)
+    breeds = [scenes.random_breed(rng) for _ in range(40)]
+    assert len(set(breeds)) == 40
+    assert {breed.pattern for breed in breeds} == set(scenes.PATTERNS)
+    for breed in breeds[:8]:
+        assert (np.asarray(scenes.draw_scene(rng, None, breed).mask) == scenes.PET).any()
+
+
+def test_drawn_pets_are_in_the_originals_layout(pets):
+    folder = pets / "oxford-iiit-pet"
+    data = load_data(pets, seed=0)
+    assert data.classes == tuple(name.replace("_", " ") for name in scenes.BREEDS)
+    assert [len(split) for split in (data.train, data.val, data.test)] == [24, 8, 16]
+    for path in data.test.paths:
+        with Image.open(folder / "annotations" / "trimaps" / f"{path.stem}.png") as mask, Image.open(path) as photo:
+            assert mask.size == photo.size
+            assert (np.asarray(mask) == scenes.PET).any()
+    boxes = sorted((folder / "annotations" / "xmls").iterdir())
+    assert Counter(path.stem.rsplit("_", 1)[0] for path in boxes) == dict.fromkeys(scenes.BREEDS, 4)
+    tree = ET.parse(folder / "annotations" / "xmls" / "Husky_1.xml")
+    assert tree.findtext("object/name") == "dog"
+    assert int(tree.findtext("object/bndbox/xmax")) > int(tree.findtext("object/bndbox/xmin"))
+
+
+def test_torchvision_reads_drawn_pets(pets):
+    from torchvision.datasets import OxfordIIITPet
+
+    there = OxfordIIITPet(pets, split="test", target_types=["category", "segmentation"], download=False)
+    assert len(there) == 16
+    photo, (label, mask) = there[15]
+    with mask:
+        assert photo.size == mask.size
+    assert label == 7
+
+
+def test_one_seed_gives_one_data_set_whatever_the_number_of_workers(pets, tmp_path):
+    def digest(root):
+        files = sorted(path for path in root.rglob("*") if path.is_file())
+        return [(path.relative_to(root), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+
+    demo.draw_pets(tmp_path / "same", per_breed=(4, 2), seed=5, workers=1)
+    demo.draw_pets(tmp_path / "other", per_breed=(4, 2), seed=6, workers=1)
+    assert digest(tmp_path / "same") == digest(pets)
+    assert digest(tmp_path / "other") != digest(pets)
