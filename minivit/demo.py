@@ -35,7 +35,7 @@ XML = """<annotation>
 """
 
 
-def draw_pets(root: Path, *, per_breed: tuple[int, int] = PER_BREED, seed: int = 0, workers: int = 1) -> None:
+def draw_pets(root: Path, *, per_breed: tuple[int, int], seed: int, workers: int) -> None:
     """Draw a data set in Oxford-IIIT Pet's layout into root/oxford-iiit-pet: photos, masks, head boxes, splits.
 
     `per_breed` counts each breed's photos in trainval and in test. One seed gives one data set, whatever `workers`.
@@ -89,7 +89,7 @@ def tell(args: argparse.Namespace) -> int:
         f"drawing {len(BREEDS)} breeds, {PER_BREED[0]} photos each to learn from and {PER_BREED[1]} to test on: {data}",
         flush=True,
     )
-    draw_pets(data, seed=args.seed, workers=args.workers)
+    draw_pets(data, per_breed=PER_BREED, seed=args.seed, workers=args.workers)
     for thing, breed, seed in STORY:
         rng = np.random.default_rng(seed)
         scene = scenes.draw_scene(rng, thing, BREEDS[breed], size=(320, 240), scale=2, animal=(0.45, 0.6))
