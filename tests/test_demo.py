@@ -93,7 +93,9 @@ def test_the_story_is_told_and_points_at_what_is_there(story):
     for name in listed:
         found = sorted((out / name).glob("*.png")) if (out / name).is_dir() else [out / name]
         assert found
-        assert all(Image.open(path).width > 300 for path in found)
+        for path in found:
+            with Image.open(path) as figure:
+                assert figure.width > 300
 
 
 def test_what_fails_inside_ends_the_story_with_its_exit_code(tmp_path, monkeypatch):
