@@ -107,3 +107,24 @@ def test_one_seed_gives_one_data_set_whatever_the_number_of_workers(pets, tmp_pa
     demo.draw_pets(tmp_path / "other", per_breed=(4, 2), seed=6, workers=1)
     assert digest(tmp_path / "same") == digest(pets)
     assert digest(tmp_path / "other") != digest(pets)
+
+
+def test_drawing_again_leaves_nothing_of_the_earlier_drawing_and_nothing_half(tmp_path):
+    for per_breed in ((2, 2), (1, 1)):
+        demo.draw_pets(tmp_path, per_breed=per_breed, seed=0, workers=1)
+    assert len(list((tmp_path / "oxford-iiit-pet" / "images").iterdir())) == 2 * len(demo.BREEDS)
+    assert [path.name for path in tmp_path.iterdir()] == ["oxford-iiit-pet"]
+
+
+def test_a_drawing_that_is_interrupted_leaves_the_earlier_one(tmp_path, monkeypatch):
+    demo.draw_pets(tmp_path, per_breed=(1, 1), seed=0, workers=1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scenes, "draw_scene", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        demo.draw_pets(tmp_path, per_breed=(2, 1), seed=0, workers=1)
+    pets = tmp_path / "oxford-iiit-pet"
+    assert {path: path.read_bytes() for path in pets.rglob("*") if path.is_file()} == before
