@@ -73,17 +73,25 @@ class Attention(nn.Module):
         return self._mix(*self._qkv(x))
 
     def forward_with_attention(self, x: Tensor, queries: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Return forward's own output and the weights (B, H, Q, N) behind it, in float32."""
+        """Return forward's own output and the weights (B, H, Q, N) behind it, in float32.
+
+        Where there is a graph, the output's gradient passes through the weights, unless they are of chosen queries only.
+        """
         q, k, v = self._qkv(x)
-        return self._mix(q, k, v), self._weights(q if queries is None else q[:, :, list(queries)], k)
+        attn = self._weights(q if queries is None else q[:, :, list(queries)], k)
+        return self._mix(q, k, v, attn if queries is None and attn.requires_grad else None), attn
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # three of (B, H, N, K)
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, attn: Tensor | None = None) -> Tensor:
         x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, K)
+        if attn is not None:
+            with torch.autocast(q.device.type, enabled=False):
+                product = attn @ v.to(attn.dtype)
+            x = x.detach() - (product.detach() - product).to(x.dtype)  # minus exactly 0, with the product's gradient
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
     def _weights(self, q: Tensor, k: Tensor) -> Tensor:
@@ -168,7 +176,9 @@ class ViT(nn.Module):
         """Return forward's own logits, bit for bit, and the attention of the blocks asked for.
 
         The attention of a block is (B, H, N, N) in float32: row i says how token i spreads its attention, and sums
-        to 1. With `queries` (0 is the class token) only those rows are computed: (B, H, Q, N).
+        to 1. With `queries` (0 is the class token) only those rows are computed: (B, H, Q, N). Where autograd records
+        (frozen blocks: if the images require a gradient), a block's whole attention is on the way to the logits, so that
+        torch.autograd.grad(logits[i, c], attn[block]) is true; not so chosen rows, nor what torch.compile returns.
         Raises UserError for a block or token that the model does not have.
         """
         blocks = sorted(set(blocks))

@@ -4,8 +4,6 @@ import pytest
 import torch
 from PIL import Image
 
-from minivit import query_maps
-from minivit.errors import UserError
 from minivit.metrics import confusion_matrix, per_class, summarize
 
 
@@ -31,16 +29,6 @@ def test_metrics_of_a_confusion_matrix_made_by_hand():
 
 def test_a_class_that_neither_is_nor_was_predicted_does_not_count_in_macro_f1():
     assert summarize(confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 1]), 4))["macro_f1"] == 1
-
-
-def test_a_map_is_the_querys_row_over_the_grid():
-    attn = torch.rand(2, 3, 7, 7)
-    maps = query_maps(attn, (2, 3))
-    assert maps.shape == (2, 3, 2, 3)
-    assert torch.equal(maps[1, 2, 1, 0], attn[1, 2, 0, 4])
-    assert torch.equal(query_maps(attn, (2, 3), query=5)[0, 0, 0, 2], attn[0, 0, 5, 3])
-    with pytest.raises(UserError, match="7 tokens do not fill a grid of 3 x 3"):
-        query_maps(attn, (3, 3))
 
 
 def drawn(path) -> torch.Tensor:
