@@ -4,13 +4,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import itertools
+import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minivit import cli  # torch comes in with the job, so that --help and a mistyped flag answer at once
+
+if TYPE_CHECKING:
+    from minivit.look import Look, Photo
+    from minivit.model import ViT
+
+POOL_FROM = 8  # photos; fewer are drawn before processes that draw would have started
+MAX_ROWS_GIB = 0.5  # of attention in a batch, where all its rows are asked for
 
 
 def make_parser() -> cli.Parser:
@@ -19,11 +31,35 @@ def make_parser() -> cli.Parser:
     add("photos", nargs="+", metavar="PHOTO|FOLDER", help="photos, or folders of photos")
     add("--model", metavar="ID|DIR|demo", help=f"as in train.py; none: {cli.RUN_DIR} if it is there, else {cli.BASE_MODEL}")
     add("--revision", metavar="REV", help="Hub revision; none: the default branch")
+    add("--compare", metavar="ID|DIR|demo", help="another model, drawn above, with the difference below: before and after")
     add("--layers", default="8-11", metavar="RANGE", help="blocks to draw, from 0: 8-11, 10,11, all")
+    add(
+        "--method",
+        choices=("attention", "rollout", "relevance"),
+        default="attention",
+        help="what is drawn of a block: its attention, attention followed up to it, or what spoke for a class up to it",
+    )
+    add("--target", metavar="NAME", help="class for relevance; none: each photo's first prediction")
+    add("--heads", action="store_true", help="a panel for each head and a row for each block; else the mean of the heads")
+    add("--query", type=pixel, metavar="X,Y", help="where the patch at this pixel of the photo looks; none: the class token")
+    add("--scale", choices=("own", "row"), default="own", help="colours: over each map's own range, or one along each row")
     add("--top-k", type=cli.at_least(1), default=5, help="names to print for each photo")
     add("--out", default="attention", metavar="DIR", help="where the figures are written, as <photo's stem>.png")
+    add("--html", action="store_true", help="also write <stem>.html, to point at any patch of any block and head")
+    add("--npz", action="store_true", help="also write <stem>.npz, the rows of attention as arrays; with --html, all rows")
+    add("--json", action="store_true", help="print one JSON object a photo")
+    add("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that decode, and processes that draw")
     parser.add_device_flags()
     return parser
+
+
+def pixel(text: str) -> tuple[float, float]:
+    """An argparse type: X,Y in a photo's pixels."""
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected X,Y as 250,130, found {text!r}") from None
+    return x, y
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,47 +67,228 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def infer(args: argparse.Namespace) -> int:
-    """Photo by photo: pixels, logits and attention, names, figure."""
-    import torch
+    """Batch by batch: photos, what the models make of them, figures; photo by photo: names and what was written."""
+    from minivit import device, look, optim, photos
+    from minivit.errors import UserError
 
-    from minivit import device, loop, optim, photos, plots, weights
-    from minivit.attention import CLASS_TOKEN, query_maps
-
-    paths = list(expand(args.photos))
-    source = args.model or (cli.RUN_DIR if Path(cli.RUN_DIR, "config.json").exists() else cli.BASE_MODEL)
-    print(f"model: {cli.printable(source)}", file=sys.stderr)
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    jobs = list(place(expand(args.photos), Path(args.out)))[rank::world]  # torchrun's processes share them out
     on = device.pick_device(args.device)
     amp = device.pick_amp(args.amp, on)
-    model = weights.load_pretrained(source, revision=args.revision).to(on)
-    layers = optim.parse_blocks(args.layers, model.config.depth)
-    out, taken = Path(args.out), {os.path.realpath(path) for path in paths}
-    out.mkdir(parents=True, exist_ok=True)
+    models = [model.to(on) for model in load_models(args, quiet=rank > 0)]
+    targets = [find_target(args.target, model, models) for model in models]
+    blocks = optim.parse_blocks(args.layers, min(model.config.depth for model in models))
+    methods = check_flags(args, models, blocks)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
 
-    unreadable = 0
-    for path in paths:
+    def read(job: tuple[Path, Path]) -> tuple[Path, Path, Photo | UserError]:
         try:
-            photo = photos.open_photo(path)
-        except photos.PhotoError as error:
-            print(cli.printable(error), file=sys.stderr)
-            unreadable += 1
-            continue
-        images = model.preprocess(photo)[None].to(on)
-        with torch.inference_mode(), loop.autocast(on, amp):
-            logits, attn = model.forward_with_attention(images, layers, queries=[CLASS_TOKEN])
-        maps = {block: query_maps(weights, model.config.grid)[0].mean(0) for block, weights in attn.items()}
-        print(cli.printable(path))
-        title = plots.shorten(path.name, 60)
-        if model.labels:
-            top = logits[0].float().softmax(0).topk(min(args.top_k, len(model.labels)))
-            names = [(p, cli.printable(model.labels[i])) for p, i in zip(top.values.tolist(), top.indices.tolist())]
-            title = f"{plots.shorten(names[0][1], 60)} {names[0][0]:.3f}"
-            print("\n".join(f"{probability:.3f}  {name}" for probability, name in names))
-        else:
-            print(f"{cli.printable(source)} has no classifier: attention only", file=sys.stderr)
-        figure = unused(out, path.stem, taken)
-        plots.draw_attention(figure, photo, maps, model.preprocess, title)
-        print(cli.printable(figure), flush=True)
+            return *job, look.read_photo(job[0], models, args.query, small=args.heads)
+        except UserError as error:
+            return *job, error
+
+    unreadable, size = 0, batch_size(models[0], blocks, args, cpu=on.type == "cpu")
+    with progress_bar(len(jobs)) as progress, drawing(len(jobs), args.workers) as draw:
+        found, drawn = photos.read_ahead(read, jobs, args.workers), deque()
+        while batch := list(itertools.islice(found, size)):
+            sound = []
+            for path, figure, photo in batch:
+                if isinstance(photo, look.Photo):
+                    sound.append((path, figure, photo))
+                    continue
+                unreadable += 1
+                progress.update()
+                say(photo if isinstance(photo, photos.PhotoError) else f"{path}: {photo}", sys.stderr)
+            decoded, asked = [photo for *_, photo in sound], {"methods": methods, "all_rows": args.html, "amp": amp}
+            looks = [
+                look.look_at(model, decoded, i, blocks, target=targets[i], **asked) if sound else []
+                for i, model in enumerate(models)
+            ]
+            for job, *of_models in zip(sound, *looks):
+                drawn.append(write(args, *job, of_models, blocks, draw))
+                while len(drawn) > 2 * args.workers:
+                    finish(*drawn.popleft(), args, progress)
+        while drawn:
+            finish(*drawn.popleft(), args, progress)
+    if world > 1:
+        wait_for_others()
     return 2 if unreadable else 0
+
+
+def load_models(args: argparse.Namespace, *, quiet: bool) -> list[ViT]:
+    """Load the model, after the one to compare it with if there is one, and say which on stderr."""
+    from minivit import weights
+
+    source = args.model or (cli.RUN_DIR if Path(cli.RUN_DIR, "config.json").exists() else cli.BASE_MODEL)
+    if not quiet:
+        say(f"model: {source}", sys.stderr)
+    models = [weights.load_pretrained(args.compare)] if args.compare else []
+    models.append(weights.load_pretrained(source, revision=args.revision))
+    for model in models:
+        if not model.labels:
+            say(f"{model.origin.source} has no classifier: attention only", sys.stderr)
+    return models
+
+
+def check_flags(args: argparse.Namespace, models: Sequence[ViT], blocks: Sequence[int]) -> list[str]:
+    """Return the methods that are needed. Raises UserError for flags that would mean nothing, or that the models lack."""
+    from minivit.attention import METHODS
+    from minivit.errors import UserError
+
+    bare = [model.origin.source for model in models if not model.labels]
+    ways = [(model.config.grid, model.preprocess.resize, model.preprocess.crop) for model in models]
+    refused = {
+        f"--layers {args.layers}: no block to draw; expected a range as 8-11": not blocks,
+        f"--method {args.method} has no heads to draw; leave --heads away": args.heads and args.method != "attention",
+        "--method relevance is for the class token; leave --query away": args.query and args.method == "relevance",
+        "--target is for --method relevance or --html": args.target and not (args.method == "relevance" or args.html),
+        f"{bare} has no classifier, so nothing speaks for a class; use --method rollout": bare and args.method == "relevance",
+        "--compare: expected two models that see a photo in the same patches, found (grid, resize, crop) "
+        + " and ".join(map(str, ways)): len(set(ways)) > 1,
+    }
+    for message, wrong in refused.items():
+        if wrong:
+            raise UserError(message)
+    return [method for method in METHODS if method == args.method or (args.html and not (bare and method == "relevance"))]
+
+
+def find_target(name: str | None, model: ViT, models: Sequence[ViT]) -> int | None:
+    """Return the index of a class by its name; None, said on stderr, where only another of the models has it."""
+    from minivit.errors import UserError
+
+    found = {label.lower(): i for i, label in enumerate(model.labels)}.get((name or "").lower())
+    if name is None or found is not None:
+        return found
+    everything = [label for each in models for label in each.labels]
+    if name.lower() not in map(str.lower, everything):
+        close = difflib.get_close_matches(name, everything, n=3, cutoff=0) or ["a model with a classifier"]
+        raise UserError(f"--target {name!r}: no such class; expected one of the model's, as {', '.join(close)}")
+    say(f"{model.origin.source} has no class {name!r}: relevance there is for its own first prediction", sys.stderr)
+    return None
+
+
+def batch_size(model: ViT, blocks: Sequence[int], args: argparse.Namespace, *, cpu: bool) -> int:
+    """Return how many photos go through the models at once; of a CPU few, so that the first figure is there soon."""
+    N, size = model.positions().shape[1], 8 if cpu else 32
+    if args.method == "attention" and not args.html:
+        return size
+    whole = 4 * model.config.num_heads * N * N * (max(blocks) + 1)  # bytes a photo
+    return max(1, min(size, int(MAX_ROWS_GIB * 2**30 / whole)))
+
+
+def write(
+    args: argparse.Namespace,
+    path: Path,
+    figure: Path,
+    photo: Photo,
+    looks: Sequence[Look],
+    blocks: Sequence[int],
+    draw: Callable[..., Callable[[], None]],
+) -> tuple[Callable[[], None], dict]:
+    """Begin to draw a photo's figure and write what goes beside it; return what waits for the figure, and the answer."""
+    from minivit import look, plots, report
+
+    layout = look.figure_rows(photo, looks, args.method, blocks, heads=args.heads)
+    dominated = [f"{panel.title} ({panel.note})" for row in layout for panel in row.panels if panel.warn]
+    if dominated:
+        say(f"{path}: one token takes most of {', '.join(dominated)}", sys.stderr)
+    said = f": {looks[0].says(args.method)}" if len(looks) == 1 and looks[0].model.labels else ""
+    title, common = plots.shorten(path.name, 60) + plots.shorten(said, 80), args.scale == "row"
+    caption, mark = look.caption(photo, looks, args.method, heads=args.heads, common=common), look.mark(photo, looks[-1].model)
+    wait = draw(plots.draw_attention, figure, photo.panel, layout, title, caption, common=common, mark=mark)
+    answer = {"photo": str(path), **look.summary(looks[-1], args.top_k, args.method), "figure": str(figure)}
+    answer |= {"layers": list(blocks), "method": args.method}
+    if args.html:
+        answer["html"] = str(figure.with_suffix(".html"))
+        panes = [look.pane(photo, a, args.top_k) for a in looks]
+        report.write_report(figure.with_suffix(".html"), panes, photo.picture, path.name)
+    if args.npz:
+        answer["npz"] = str(figure.with_suffix(".npz"))
+        look.write_arrays(figure.with_suffix(".npz"), photo, looks, args.method)
+    if len(looks) > 1:
+        answer["compare"] = look.summary(looks[0], args.top_k, args.method)
+    return wait, answer
+
+
+def finish(wait: Callable[[], None], answer: dict, args: argparse.Namespace, progress) -> None:
+    """Print a photo's answer once its figure is there."""
+    wait()
+    progress.update()
+    if args.json:
+        say(json.dumps(answer), sys.stdout)
+        return
+    say(answer["photo"], sys.stdout)
+    for summary in (answer["compare"], answer) if "compare" in answer else (answer,):
+        if "compare" in answer:
+            say(summary["model"], sys.stdout)
+        for named in summary["predictions"]:
+            say(f"{named['probability']:.3f}  {named['label']}", sys.stdout)
+    for kind in ("figure", "html", "npz"):
+        if kind in answer:
+            say(answer[kind], sys.stdout)
+
+
+@contextlib.contextmanager
+def drawing(num_photos: int, workers: int) -> Iterator[Callable[..., Callable[[], None]]]:
+    """Yield what begins to draw a figure and returns what waits for it: in processes, or for few photos right here."""
+    import multiprocessing
+
+    from minivit import plots
+
+    if num_photos < POOL_FROM:
+        yield lambda job, *args, **kwargs: job(*args, **kwargs) or (lambda: None)
+        return
+    own, pipes, processes = multiprocessing.get_context("spawn"), [], []  # a fork would inherit the model's threads, held
+    for _ in range(min(workers, num_photos)):
+        ours, theirs = own.Pipe()
+        processes.append(own.Process(target=plots.draw_for, args=(theirs,), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        pipes.append(ours)
+    turn = itertools.cycle(pipes)
+
+    def draw(job: Callable[..., None], *args, **kwargs) -> Callable[[], None]:
+        pipe = next(turn)
+        pipe.send((job, args, kwargs))
+
+        def wait() -> None:
+            error = pipe.recv()  # the answers of one process come in the order of its jobs, which is that of the photos
+            if error is not None:
+                raise error
+
+        return wait
+
+    try:
+        yield draw
+    finally:
+        for pipe, process in zip(pipes, processes):
+            pipe.close()
+            process.join()
+
+
+def progress_bar(num_photos: int):
+    from tqdm import tqdm
+
+    return tqdm(total=num_photos, desc="photos", unit="photo", leave=False, disable=True if num_photos < 2 else None)
+
+
+def say(text: object, stream) -> None:
+    """Print one line to a stream, above the progress bar."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=stream):
+        print(cli.printable(text), file=stream, flush=True)
+
+
+def wait_for_others() -> None:
+    """Wait for the other processes, since torchrun ends them all as soon as one reports an unreadable photo."""
+    import datetime
+
+    from torch import distributed
+
+    distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 def expand(arguments: Iterable[str]) -> Iterator[Path]:
@@ -89,8 +306,15 @@ def expand(arguments: Iterable[str]) -> Iterator[Path]:
         yield from found
 
 
+def place(photos: Iterable[Path], out: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield each photo with where to draw it, over no photo and no other figure: cat.png, cat-2.png, ..."""
+    photos = list(photos)
+    taken = {os.path.realpath(path) for path in photos}
+    for path in photos:
+        yield path, unused(out, path.stem, taken)
+
+
 def unused(out: Path, stem: str, taken: set[str]) -> Path:
-    """Return where to draw, over no photo and no other figure of this run: cat.png, cat-2.png, ..."""
     while len(os.fsencode(stem)) > 240:  # of the 255 bytes that a name can have
         stem = stem[:-1]
     names = (stem if i == 1 else f"{stem}-{i}" for i in itertools.count(1))

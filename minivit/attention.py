@@ -15,7 +15,36 @@ from .errors import UserError
 
 CLASS_TOKEN = 0
 DOMINANT_SHARE = 0.3  # of a map; Gu et al. 2024, https://arxiv.org/abs/2410.10781, call a token with more of attention a sink
+METHODS = ("attention", "rollout", "relevance")
 FUSIONS = {"mean": Tensor.mean, "max": Tensor.amax, "min": Tensor.amin}
+
+
+def method_rows(
+    model: nn.Module,
+    images: Tensor,
+    blocks: Iterable[int],
+    *,
+    method: str = "attention",
+    queries: Sequence[int] | None = (CLASS_TOKEN,),
+    targets: Tensor | None = None,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Return a ViT's logits (B, C), and for each block how `queries`, None for all tokens, spread by a method: (B, H, Q, N).
+
+    "attention" has each head's; "rollout", from block 0 on, and "relevance", of the classes `targets` (B,) or each
+    image's likeliest, have H = 1. Memory: rollout holds the whole attention of all blocks up to the last one asked for.
+    """
+    if method not in METHODS:
+        raise UserError(f"method is {', '.join(METHODS)}, not {method!r}")
+    if method == "attention":
+        return model.forward_with_attention(images, blocks, queries)
+    if method == "rollout":
+        logits, attn = model.forward_with_attention(images, range(max(blocks) + 1))
+        rows = {i: of_block for i, of_block in rollout(attn).items() if i in blocks}
+        return logits, {i: (r if queries is None else r[:, list(queries)])[:, None] for i, r in rows.items()}
+    logits = model(images)
+    targets = logits.argmax(1) if targets is None else targets
+    tokens = range(model.positions().shape[1]) if queries is None else queries
+    return logits, {i: r[:, None] for i, r in class_relevance(model, images, targets, blocks, tokens).items()}
 
 
 def query_maps(attn: Tensor, grid: tuple[int, int], query: int = CLASS_TOKEN) -> Tensor:

@@ -12,9 +12,7 @@ import random
 import shutil
 import socket
 import sys
-import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import UserError, printable
-from .photos import PhotoError, Preprocess, list_photos, open_photo
+from .photos import PhotoError, Preprocess, list_photos, open_photo, read_ahead
 
 VAL_FRACTION = 0.1
 SERVER_TIMEOUT_S = 6  # for each answer of Oxford's server
@@ -222,14 +220,8 @@ def _decode(split: Split, preprocess: Preprocess, workers: int, progress: tqdm, 
         except PhotoError as error:
             bad[i] = str(error)
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:  # Pillow lets go of the GIL while it works
-        warnings.simplefilter("ignore")  # around all threads, since each puts back the filters that it happened to find
-        try:
-            for _ in pool.map(read, range(len(split))):
-                progress.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    for _ in read_ahead(read, range(len(split)), workers):
+        progress.update()
     if bad:
         reasons += (bad[i] for i in sorted(bad))
         sound = [i for i in range(len(split)) if i not in bad]

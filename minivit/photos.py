@@ -12,8 +12,12 @@ import logging
 import os
 import stat
 import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +33,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", "
 MAX_PIXELS = 65_000_000  # phones and full-frame cameras end at 64 million; decoding takes up to 20 bytes each: 1.3 GB
 MAX_SIDE = MAX_EXIF_BYTES = 65_535  # as in JPEG; of a longer strip, Pillow's row pointers take more than its pixels
 MAX_BYTES = 6 * MAX_PIXELS  # 16 bits a colour, not compressed
+READ_AHEAD = 16  # photos, small by then, so that a device that takes many at once never waits
+Job, Found = TypeVar("Job"), TypeVar("Found")
 TURN = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2))))  # upright, by EXIF orientation
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of broken files goes to stderr,
 with contextlib.suppress(AttributeError, OSError):  # as does what libtiff says
@@ -110,6 +116,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return photo
 
 
+def read_ahead(read: Callable[[Job], Found], jobs: Iterable[Job], workers: int) -> Iterator[Found]:
+    """Yield read(job) for each job in turn, read in threads, since Pillow lets go of the GIL, and never far ahead."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
+        warnings.simplefilter("ignore")  # around all threads, since each puts back the filters that it happened to find
+        reading: deque[Future[Found]] = deque()
+        try:
+            for job in jobs:
+                reading.append(pool.submit(read, job))
+                if len(reading) > 2 * workers + READ_AHEAD:
+                    yield reading.popleft().result()
+            while reading:
+                yield reading.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def list_photos(folder: Path) -> list[Path]:
     """List the photos right inside a folder, by name."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
@@ -161,6 +183,20 @@ class Preprocess:
         left, top, resized_w, resized_h = self._crop_of_resized(photo_size)
         x, y = W / resized_w, H / resized_h
         return left * x, top * y, min((left + self.crop[1]) * x, W), min((top + self.crop[0]) * y, H)
+
+    def patch_at(self, x: float, y: float, photo_size: tuple[int, int], grid: tuple[int, int]) -> int:
+        """Return which of gh x gw patches, counted row by row, sees the pixel (x, y) of a photo (W, H).
+
+        Raises UserError where the model sees nothing: outside of the photo, or of the crop.
+        """
+        left, top, right, bottom = self.box(photo_size)
+        if not (left <= x < right and top <= y < bottom):
+            raise UserError(
+                f"no patch at {x:g},{y:g}: of {photo_size[0]} x {photo_size[1]} pixels, the model sees "
+                f"x from {left:.0f} to {right:.0f} and y from {top:.0f} to {bottom:.0f}"
+            )
+        row, column = int((y - top) / (bottom - top) * grid[0]), int((x - left) / (right - left) * grid[1])
+        return min(row, grid[0] - 1) * grid[1] + min(column, grid[1] - 1)
 
     def _crop_of_resized(self, photo_size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Return the crop's left and top in the resized photo, and that photo's width and height."""

@@ -5,57 +5,163 @@ Colours go from dark to light, and lines differ in more than colour, so that all
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from torch import Tensor
 
 from .errors import printable
 from .files import whole_file
-from .photos import Preprocess
+
+if TYPE_CHECKING:  # figures are drawn in processes of their own too, which need not wait for torch
+    from multiprocessing.connection import Connection
+
+    from torch import Tensor
 
 HEAT = colormaps["inferno"]
+SIGNED = colormaps["cividis"]  # from dark for less, over grey, to light for more
 RIGHT, WRONG = "#1b7837", "#b2182b"
+DPI = 120
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A map over the photo, in per cent: values (h, w), NaN where the model has not seen; in bold if `warn`."""
+
+    title: str
+    values: np.ndarray
+    note: str = ""
+    warn: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """Panels that belong together, with what to say of them beside the photo; `signed` ones are differences."""
+
+    label: str
+    panels: Sequence[Panel]
+    signed: bool = False
+
+
+def panel_shape(photo_size: tuple[int, int], *, small: bool = False) -> tuple[int, int]:
+    """Return the pixels (h, w) in which draw_attention shows a photo of (W, H): of its aspect ratio, up to 40:1."""
+    ratio = min(max(photo_size[0] / photo_size[1], 1 / 40), 40)
+    area, longest = (1.8, 3.0) if small else (8.0, 6.0)  # in square inches, inches
+    width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+    scale = DPI * min(1, longest / max(width, height))
+    return round(height * scale), round(width * scale)
 
 
 def draw_attention(
-    path: Path, photo: Image.Image, maps: Mapping[int, Tensor], preprocess: Preprocess, title: str, *, longest: int = 640
+    path: Path,
+    photo: np.ndarray,
+    rows: Sequence[Row],
+    title: str,
+    caption: str,
+    *,
+    common: bool = False,
+    mark: tuple[float, float, float, float] | None = None,
 ) -> None:
-    """Draw a photo and, for each block, where the class token looks: its map (gh, gw) over the photo's own pixels."""
-    scale = min(1, longest / max(photo.size))
-    shown = np.asarray(photo.resize([max(1, round(side * scale)) for side in photo.size]))
-    grey = shown.mean(2, keepdims=True) / 255
-    columns = 1 + len(maps)
-    panel_w, panel_h = _panel(photo.size, area=9, longest=6)
-    figure = Figure((columns * panel_w + 0.3, panel_h + 1.2), layout="constrained", dpi=120)
-    axes, bars = figure.subplots(2, columns, squeeze=False, height_ratios=[panel_h, 0.1])
-    _show(axes[0], shown, "photo")
-    bars[0].axis("off")
-    for ax, bar_ax, (block, values) in zip(axes[1:], bars[1:], maps.items()):
-        percent = 100 * preprocess.to_photo(values, photo.size, shown.shape[:2])
-        low = np.nanmin(percent, initial=100 * values.max().item())  # of a thin strip, no drawn pixel may be seen
-        high = np.nanmax(percent, initial=low)
-        heat = HEAT((percent - low) / max(high - low, 1e-12))[..., :3]
-        unseen = np.isnan(percent)[..., None]
-        _show(ax, np.where(unseen, 0.75 + 0.25 * grey, 0.4 * grey + 0.6 * heat), f"block {block}")
-        bar = figure.colorbar(ScalarMappable(Normalize(low, high), HEAT), cax=bar_ax, orientation="horizontal")
-        bar.locator = MaxNLocator(3)
-        bar_ax.tick_params(labelsize=8)
-        bar.set_label("% of attention per patch (own scale)", fontsize=8)
-    if preprocess.crop:
-        bars[0].text(0.5, 0, "pale borders: cropped away, not seen", ha="center", va="top", fontsize=8)
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    """Draw rows of maps over a photo, uint8 (h, w, 3), beside the photo itself, each with its colours' range in per cent.
+
+    Each map has a scale of its own or, if `common`, that of its row; differences always their row's. `mark` (left, top,
+    right, bottom, in shares of the photo) is the patch that asks.
+    """
+    h, w = photo.shape[:2]
+    lines = 1 + max(row.label.count("\n") for row in rows)
+    cell_w, cell_h = max(w, 160) + 14, h + 20 * lines + 52
+    stacked = w > 2.5 * h  # panoramas go below each other
+    shape = (1 + max(len(row.panels) for row in rows), len(rows)) if stacked else (len(rows), 1 + len(rows[0].panels))
+    width = max(shape[1] * cell_w + 14, 560)
+    said = textwrap.wrap(caption, width // 7)
+    height = shape[0] * cell_h + 40 + 16 * len(said)
+    figure = Figure((width / DPI, height / DPI), dpi=DPI, facecolor="white")
+
+    def text(x: float, y: float, words: str, size: float = 8, **kwargs) -> None:
+        figure.text(x / width, 1 - y / height, words, fontsize=size, parse_math=False, **{"va": "top", "ha": "left", **kwargs})
+
+    text(width / 2, 8, title, 11, ha="center")
+    for i, line in enumerate(said):
+        text(14, height - 16 * (len(said) - i), line, color="0.25")
+    for r, row in enumerate(rows):
+        shared = _range([panel.values for panel in row.panels], row.signed) if common or row.signed else None
+        for c, panel in enumerate([None, *row.panels]):
+            down, across = (c, r) if stacked else (r, c)
+            x, y = 14 + across * cell_w + (cell_w - 14 - w) // 2, 36 + down * cell_h
+            top = y + 20 * lines
+            if panel is None:
+                text(x, top - 4, "\n".join(shorten(line, cell_w // 7) for line in row.label.split("\n")), 9, va="bottom")
+                if not row.signed:
+                    figure.figimage(photo, x, height - top - h, origin="upper")
+                    if mark:
+                        _mark(figure, x, height - top, (w, h), mark)
+                continue
+            text(x, top - 4, shorten(panel.title, cell_w // 7), 9, va="bottom")
+            low, high = shared or _range([panel.values], row.signed)
+            colours = SIGNED if row.signed else HEAT
+            figure.figimage(_overlay(photo, panel.values, low, high, colours), x, height - top - h, origin="upper")
+            ramp = (255 * colours(np.linspace(0, 1, w))[None, :, :3].repeat(9, 0)).astype(np.uint8)
+            figure.figimage(ramp, x, height - top - h - 14, origin="upper")
+            digits = min(max(1 - math.floor(math.log10(max(high, 1e-9))), 0), 9)
+            left, right = (f"{value:{'+' if row.signed else ''}.{digits}f}" for value in (low, high))
+            text(x, top + h + 15, left, 7.5)
+            text(x + w, top + h + 15, f"{right} {'points' if row.signed else '%'}", 7.5, ha="right")
+            text(
+                x,
+                top + h + 28,
+                panel.note,
+                7.5,
+                weight="bold" if panel.warn else "normal",
+                color=WRONG if panel.warn else "0.25",
+            )
     _save(figure, path)
+
+
+def _range(values: Sequence[np.ndarray], signed: bool) -> tuple[float, float]:
+    """Return the lowest and the highest value to colour: symmetric around 0 if signed."""
+    seen = np.concatenate([v[~np.isnan(v)] for v in values])
+    low, high = (float(seen.min()), float(seen.max())) if seen.size else (0.0, 0.0)  # of a thin strip, no pixel may be seen
+    return (-max(-low, high), max(-low, high)) if signed else (low, high)
+
+
+def _overlay(photo: np.ndarray, values: np.ndarray, low: float, high: float, colours) -> np.ndarray:
+    """Colour a map over a grey photo; what the model has not seen is pale."""
+    grey = photo.mean(2, keepdims=True)
+    heat = 255 * colours((values - low) / max(high - low, 1e-12))[..., :3]
+    return np.where(np.isnan(values)[..., None], 190 + 0.25 * grey, 0.3 * grey + 0.7 * heat).astype(np.uint8)
+
+
+def _mark(figure: Figure, x: float, y: float, size: tuple[int, int], mark: tuple[float, float, float, float]) -> None:
+    left, top, right, bottom = (edge * side for edge, side in zip(mark, size * 2))
+    for width, colour in ((4, "black"), (2, "white")):
+        figure.add_artist(
+            Rectangle((x + left, y - bottom), right - left, bottom - top, fill=False, lw=width, ec=colour, transform=None)
+        )
+
+
+def draw_for(pipe: Connection) -> None:
+    """Draw what another process sends, (function, args, kwargs), and answer None or the exception, until that process ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for that process to handle
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            draw, args, kwargs = pipe.recv()
+            try:
+                pipe.send(draw(*args, **kwargs))
+            except Exception as error:
+                pipe.send(error)
 
 
 def draw_curves(path: Path, rows: Sequence[Mapping[str, float]], best_epoch: int) -> None:
@@ -125,14 +231,6 @@ def _show(ax: Axes, image: np.ndarray, title: str, size: int = 10) -> None:
     ax.set_title(title, fontsize=size, parse_math=False)
 
 
-def _panel(photo_size: tuple[int, int], *, area: float, longest: float) -> tuple[float, float]:
-    """Return a panel's width and height in inches, of a photo's aspect ratio, neither too large nor too thin."""
-    ratio = photo_size[0] / photo_size[1]
-    width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
-    shrink = min(1, longest / max(width, height))
-    return max(1.2, width * shrink), max(0.6, height * shrink)
-
-
 def shorten(name: str, length: int) -> str:
     """Return a name as one line of at most so many characters."""
     name = printable(name)
@@ -142,4 +240,4 @@ def shorten(name: str, length: int) -> str:
 def _save(figure: Figure, path: Path) -> None:
     with whole_file(path) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")  # drawn as boxes
-        figure.savefig(partial, format="png")
+        figure.savefig(partial, format="png", pil_kwargs={"compress_level": 3})  # half the time, a tenth more bytes

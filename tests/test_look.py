@@ -1,0 +1,459 @@
+"""infer.py's figures, pages and arrays: where they show what, by which method, for which photos."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, draw_photo, randomize
+from PIL import Image
+
+import infer
+from minivit import Preprocess, ViT, ViTConfig, load_pretrained, look, open_photo, plots, save_pretrained
+from minivit.attention import METHODS, class_relevance, query_maps, rollout
+
+CPU = ["--device", "cpu", "--amp", "off"]
+
+
+def run(*flags, capsys):
+    code = infer.main([*map(str, flags), *CPU])
+    return code, capsys.readouterr()
+
+
+def answers(*flags, capsys):
+    code, printed = run(*flags, "--json", capsys=capsys)
+    assert code == 0, printed.err
+    return [json.loads(line) for line in printed.out.splitlines()]
+
+
+def pixels(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+# The way back to the photo
+
+
+def seeker(preprocess: Preprocess, folder: Path) -> Path:
+    """A ViT of two blocks whose every token looks at the reddest patch and at nothing else."""
+    h, w = preprocess.size
+    config = ViTConfig(img_size=(h, w), patch_size=16, embed_dim=4, depth=2, num_heads=2, mlp_dim=4, num_classes=2)
+    model = ViT(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for block in model.blocks:
+            block.norm1.weight.fill_(1)
+            block.attn.qkv.bias[:4] = 30  # each query is the same, and long
+            block.attn.qkv.weight[4:8, 0] = 30  # a key is its token's redness
+        model.patch_embed.proj.weight[0, :, :, :] = torch.tensor([1.0, -0.5, -0.5]).view(3, 1, 1) / 256
+        model.patch_embed.proj.bias[1], model.patch_embed.proj.bias[2] = 1, -1  # so that the norm keeps redness apart
+        model.cls_token[0, 0, 1], model.cls_token[0, 0, 2] = 1, -1
+    model.labels, model.preprocess = ("a", "b"), preprocess
+    folder.mkdir()
+    save_pretrained(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("preprocess", [Preprocess(), Preprocess(256, (224, 224), 3)], ids=["squash", "crop"])
+@pytest.mark.parametrize(
+    "size", [(640, 480), (300, 500), (900, 300), (120, 360)], ids=["landscape", "portrait", "panorama", "tall"]
+)
+def test_the_map_is_brightest_on_the_object_in_every_exif_orientation(tmp_path, capsys, preprocess, size):
+    model = seeker(preprocess, tmp_path / "seeker")
+    W, H = size
+    side = min(size) // 8
+    left, top = (int(W / 2 - min(size) / 4), int(H / 2 + min(size) / 8)) if preprocess.crop else (W // 5, H * 2 // 3)
+    photo = Image.fromarray(np.random.default_rng(0).integers(90, 150, (H, W, 1)).repeat(3, 2).astype(np.uint8))
+    photo.paste((230, 20, 20), (left, top, left + side, top + side))
+    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transpositions that lay an upright photo down
+    paths = []
+    for orientation, transposition in undo.items():
+        exif = Image.Exif()
+        exif[274] = orientation
+        lying = photo if transposition is None else photo.transpose(Image.Transpose(transposition))
+        paths.append(tmp_path / str(orientation) / "photo.png")
+        paths[-1].parent.mkdir()
+        lying.save(paths[-1], exif=exif)
+    h, w = plots.panel_shape(size)
+    for path in paths:
+        seen = look.read_photo(path, [load_pretrained(model)], None, small=False)
+        assert seen.size == size
+        (answer,) = look.look_at(load_pretrained(model), [seen], 0, [1])
+        (row,) = look.figure_rows(seen, [answer], "attention", [1], heads=False)
+        y, x = np.unravel_index(np.nanargmax(row.panels[0].values), (h, w))
+        box = preprocess.box(size)
+        half = (box[2] - box[0]) / 28, (box[3] - box[1]) / 28  # a patch, of 14 x 14, is brightest in its middle
+        assert left - half[0] <= x * W / w <= left + side + half[0]
+        assert top - half[1] <= y * H / h <= top + side + half[1]
+        assert np.isnan(row.panels[0].values).any() == (preprocess.crop is not None)
+    found = answers(*paths, "--model", model, "--layers", "0-1", "--out", tmp_path / "out", capsys=capsys)
+    first, *others = (pixels(answer["figure"]) for answer in found)
+    assert len(others) == 7
+    assert all(np.array_equal(figure, first) for figure in others)
+
+
+def test_a_figure_shows_each_value_over_its_pixel_of_the_photo(tmp_path):
+    photo = np.full((120, 200, 3), (0, 128, 0), np.uint8)
+    values = np.zeros((120, 200))
+    values[30:40, 150:170] = 7
+    values[:, :20] = np.nan
+    rows = [plots.Row("photo", [plots.Panel("block 8", values), plots.Panel("block 9", values / 2)])]
+    plots.draw_attention(tmp_path / "f.png", photo, rows, "$title", "caption", mark=(0.5, 0.25, 0.6, 0.5))
+    figure = pixels(tmp_path / "f.png")
+    green = (figure == (0, 128, 0)).all(-1)
+    ys, xs = green.nonzero()
+    top, left = ys.min(), xs.min()
+    assert (ys.max() - top, xs.max() - left) == (119, 199)
+    marked = ~green[top : top + 120, left : left + 200]
+    assert np.array_equal([edge for a in marked.nonzero() for edge in (a.min() // 4, a.max() // 4)], [6, 15, 24, 30])
+    bright = (figure.min(-1) > 110) & (figure[..., 0] > 180) & (figure[..., 2] < 150)  # the end of the colours, over grey
+    for i in (1, 2):
+        x = left + i * 214
+        ys, xs = bright[top : top + 120, x : x + 200].nonzero()
+        assert (ys.min(), ys.max(), xs.min(), xs.max()) == (30, 39, 150, 169)
+        unseen = figure[top : top + 120, x : x + 20]
+        assert (unseen > 190).all()
+        assert (figure[top + 60, x + 30] < 30).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 8000), (8000, 3), (8000, 6000), (2000, 100)], ids=str)
+def test_photos_of_any_size_are_drawn(tiny_folder, tmp_path, capsys, size):
+    Image.new("RGB", size, (90, 60, 30)).save(tmp_path / "photo.png")
+    flags = ("--model", tiny_folder, "--compare", tiny_folder, "--html", "--out", tmp_path / "out")
+    (answer,) = answers(tmp_path / "photo.png", *flags, capsys=capsys)
+    h, w, _ = pixels(answer["figure"]).shape
+    assert max(h, w) < 4000
+    assert Path(answer["html"]).stat().st_size < 3e6
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (1000, 200), (7, 7)], ids=str)
+@pytest.mark.parametrize("preprocess", [Preprocess((64, 64)), Preprocess(72, (64, 64))], ids=["squash", "crop"])
+def test_a_pixels_patch_is_the_one_whose_mark_holds_it(size, preprocess):
+    model = ViT(ViTConfig(img_size=(64, 64), patch_size=8, embed_dim=4, depth=1, num_heads=1, mlp_dim=4, num_classes=0))
+    model.preprocess = preprocess
+    left, top, right, bottom = preprocess.box(size)
+    for x, y in np.random.default_rng(0).uniform(0, 1, (200, 2)):
+        x, y = left + x * (right - left), top + y * (bottom - top)
+        token = 1 + preprocess.patch_at(x, y, size, (8, 8))
+        mark = look.mark(look.Photo(size, None, None, [], token), model)
+        assert mark[0] * size[0] - 1e-9 <= x <= mark[2] * size[0] + 1e-9
+        assert mark[1] * size[1] - 1e-9 <= y <= mark[3] * size[1] + 1e-9
+
+
+# What is shown
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    path = tmp_path / "photo.png"
+    draw_photo(80, 60).save(path)
+    return path
+
+
+@pytest.fixture
+def other_folder(tmp_path) -> Path:
+    """Another tiny ViT of the same sizes, with other weights and classes."""
+    model = randomize(ViT(TINY), seed=1)
+    model.labels, model.preprocess = ("other 0", "other 1", "other 2", "other 3", "thing 4"), Preprocess((32, 32))
+    (tmp_path / "other").mkdir()
+    save_pretrained(model, tmp_path / "other")
+    return tmp_path / "other"
+
+
+def attention_of(folder, photo):
+    model = load_pretrained(folder).eval()
+    images = model.preprocess(open_photo(photo))[None]
+    with torch.no_grad():
+        return model, images, *model.forward_with_attention(images, range(12))
+
+
+def test_arrays_are_the_rows_of_the_method_and_say_what_they_are(tiny_folder, other_folder, photo, tmp_path, capsys):
+    model, images, logits, attn = attention_of(tiny_folder, photo)
+    flags = (photo, "--model", tiny_folder, "--npz", "--layers", "3,10-11", "--out", tmp_path / "out")
+    relevant = class_relevance(model, images, torch.tensor([2]), [3, 10, 11])
+    wanted = {
+        (): torch.stack([attn[i][0, :, :1] for i in (3, 10, 11)]),
+        ("--query", "79,59"): torch.stack([attn[i][0, :, 16:] for i in (3, 10, 11)]),
+        ("--html",): torch.stack([attn[i][0] for i in (3, 10, 11)]),
+        ("--method", "rollout"): torch.stack([rollout(attn)[i][:, :1] for i in (3, 10, 11)]),
+        ("--method", "relevance", "--target", "Thing 2"): torch.stack([relevant[i] for i in (3, 10, 11)]),
+    }
+    for more, rows in wanted.items():
+        (answer,) = answers(*flags, *more, "--compare", other_folder, capsys=capsys)
+        with np.load(answer["npz"]) as arrays:
+            torch.testing.assert_close(torch.from_numpy(arrays["rows"]), rows, rtol=1e-4, atol=1e-6)
+            assert arrays["base_rows"].shape == arrays["rows"].shape
+            assert abs(arrays["base_rows"] - arrays["rows"]).max() > 1e-3
+            assert arrays["blocks"].tolist() == [3, 10, 11]
+            assert arrays["queries"].tolist() == ([*range(17)] if more == ("--html",) else [16] if "--query" in more else [0])
+            assert (arrays["grid"].tolist(), arrays["photo_size"].tolist()) == ([4, 4], [80, 60])
+            assert arrays["box"].tolist() == [0, 0, 80, 60]
+            np.testing.assert_allclose(arrays["probabilities"], logits[0].softmax(0), rtol=1e-4, atol=1e-6)
+
+
+def test_answers_in_json_tell_what_the_text_does_and_how_much_the_class_token_keeps(
+    tiny_folder, other_folder, photo, tmp_path, capsys
+):
+    _, _, logits, attn = attention_of(tiny_folder, photo)
+    flags = (
+        photo,
+        "--model",
+        tiny_folder,
+        "--compare",
+        other_folder,
+        "--layers",
+        "11",
+        "--top-k",
+        "2",
+        "--out",
+        tmp_path / "out",
+    )
+    (answer,) = answers(*flags, capsys=capsys)
+    assert answer["photo"] == str(photo)
+    assert answer["layers"] == [11]
+    top = logits[0].softmax(0).topk(2)
+    assert [p["index"] for p in answer["predictions"]] == top.indices.tolist()
+    assert [p["label"] for p in answer["predictions"]] == [f"thing {i}" for i in top.indices.tolist()]
+    assert [p["probability"] for p in answer["predictions"]] == pytest.approx(top.values.tolist(), rel=1e-4)
+    row = attn[11][0, :, 0].mean(0)
+    assert answer["maps"]["11"]["class_token"] == pytest.approx(row[0].item(), rel=1e-4)
+    assert answer["maps"]["11"]["top_patch"] == pytest.approx((row[1:].max() / row[1:].sum()).item(), rel=1e-4)
+    assert all(p["label"].startswith(("other", "thing 4")) for p in answer["compare"]["predictions"])
+    _, printed = run(*flags, capsys=capsys)
+    said = [f"{p['probability']:.3f}  {p['label']}" for p in answer["predictions"]]
+    base = [f"{p['probability']:.3f}  {p['label']}" for p in answer["compare"]["predictions"]]
+    assert printed.out.splitlines() == [
+        str(photo),
+        str(other_folder),
+        *base,
+        str(tiny_folder),
+        *said,
+        str(tmp_path / "out" / "photo.png"),
+    ]
+
+
+def test_a_difference_is_the_second_models_share_less_the_firsts(tiny_folder, other_folder, photo):
+    models = [load_pretrained(folder).eval() for folder in (other_folder, tiny_folder)]
+    seen = look.read_photo(photo, models, None, small=False)
+    looks = [look.look_at(model, [seen], i, [10, 11])[0] for i, model in enumerate(models)]
+    rows = look.figure_rows(seen, looks, "attention", [10, 11], heads=False)
+    assert [row.signed for row in rows] == [False, False, True]
+    for i, block in enumerate((10, 11)):
+        maps = [attention_of(folder, photo)[3][block][0, :, 0, 1:].mean(0) for folder in (other_folder, tiny_folder)]
+        first, second = ((m / m.sum()).view(4, 4) for m in maps)
+        wanted = models[0].preprocess.to_photo(100 * (second - first), seen.size, seen.panel.shape[:2])
+        np.testing.assert_allclose(rows[2].panels[i].values, wanted, atol=1e-4)
+    assert str(other_folder) in rows[0].label
+    assert str(tiny_folder) in rows[1].label
+
+
+def test_heads_have_a_panel_each_and_their_mean(tiny_folder, photo):
+    model = load_pretrained(tiny_folder).eval()
+    seen = look.read_photo(photo, [model], None, small=True)
+    rows = look.figure_rows(seen, look.look_at(model, [seen], 0, [9, 11]), "attention", [9, 11], heads=True)
+    attn = attention_of(tiny_folder, photo)[3]
+    assert [[panel.title for panel in row.panels] for row in rows] == [
+        [f"block {b}, {part}" for part in ("mean", "head 0", "head 1", "head 2")] for b in (9, 11)
+    ]
+    for row, block in zip(rows, (9, 11), strict=True):
+        maps = query_maps(attn[block], (4, 4))[0]
+        for panel, values in zip(row.panels, [maps.mean(0), *maps], strict=True):
+            wanted = model.preprocess.to_photo(100 * values, seen.size, seen.panel.shape[:2])
+            np.testing.assert_allclose(panel.values, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_photos_in_one_batch_are_what_they_are_alone_each_with_its_own_query(tiny_folder, tmp_path, method):
+    model = load_pretrained(tiny_folder).eval()
+    photos = []
+    for i, size in enumerate([(80, 60), (50, 90), (300, 40)]):
+        draw_photo(*size, seed=i).save(tmp_path / f"{i}.png")
+        query = None if method == "relevance" else (35.0, 30.0)
+        photos.append(look.read_photo(tmp_path / f"{i}.png", [model], query, small=False))
+    together = look.look_at(model, photos, 0, [2, 11], methods=[method])
+    for photo, one in zip(photos, together, strict=True):
+        (alone,) = look.look_at(model, [photo], 0, [2, 11], methods=[method])
+        assert len(one.rows[method][2][0]) == (1 if method == "relevance" else len({p.query for p in photos}))
+        for block in (2, 11):
+            torch.testing.assert_close(one.row(method, block), alone.row(method, block), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one.probabilities, alone.probabilities, rtol=1e-4, atol=1e-6)
+
+
+def test_relevance_is_for_the_first_prediction_or_the_class_asked_for_and_the_figure_says_which(tiny_folder, photo):
+    model, images, logits, _ = attention_of(tiny_folder, photo)
+    seen = look.read_photo(photo, [model], None, small=False)
+    for target in (None, 0, 3):
+        (one,) = look.look_at(model, [seen], 0, [11], methods=["relevance"], target=target)
+        index = logits.argmax().item() if target is None else target
+        wanted = class_relevance(model, images, torch.tensor([index]), [11])[11][0]
+        torch.testing.assert_close(one.row("relevance", 11), wanted, rtol=1e-4, atol=1e-7)
+        said = one.says("relevance")
+        assert said.endswith(f", for thing {index}") == (index != logits.argmax())
+        (row,) = look.figure_rows(seen, [one], "relevance", [11], heads=False)
+        assert np.nansum(row.panels[0].values) * 16 / row.panels[0].values.size == pytest.approx(100, rel=0.05)
+
+
+def test_a_map_that_one_token_dominates_is_named_on_stderr_and_in_the_figure(tmp_path, photo, capsys):
+    model = seeker(Preprocess((64, 64)), tmp_path / "seeker")
+    scene = Image.new("RGB", (64, 64), "grey")
+    scene.paste((255, 0, 0), (16, 16, 32, 32))
+    scene.save(photo)
+    code, printed = run(photo, "--model", model, "--layers", "1", "--out", tmp_path / "out", capsys=capsys)
+    assert code == 0
+    assert f"{photo}: one token takes most of block 1 (keeps 0% · top patch 100%)" in printed.err
+    seen = look.read_photo(photo, [load_pretrained(model)], None, small=False)
+    (row,) = look.figure_rows(seen, look.look_at(load_pretrained(model), [seen], 0, [1]), "attention", [1], heads=False)
+    assert row.panels[0].warn
+    plots.draw_attention(tmp_path / "a.png", seen.panel, [row], "", "")
+    reddish = lambda a: ((a[..., 0] > 150) & (a[..., 1] < 60) & (a[..., 2] < 80))[-60:].sum()  # noqa: E731
+    assert reddish(pixels(tmp_path / "a.png")) > 100
+    Image.new("RGB", (64, 64), "grey").save(photo)
+    assert "one token" not in run(photo, "--model", model, "--layers", "1", "--out", tmp_path / "out", capsys=capsys)[1].err
+
+
+# What is refused
+
+
+REFUSED = {
+    "heads of rollout": (["--heads", "--method", "rollout"], "--method rollout has no heads"),
+    "relevance of a patch": (["--query", "1,1", "--method", "relevance"], "leave --query away"),
+    "a target without use": (["--target", "thing 1"], "--target is for --method relevance or --html"),
+    "an unknown class": (
+        ["--method", "relevance", "--target", "thing 9"],
+        "no such class; expected one of the model's, as thing",
+    ),
+    "no block": (["--layers", "none"], "no block to draw"),
+    "another grid": (["--compare", "GRID"], "two models that see a photo in the same patches"),
+    "no such model": (["--compare", "nowhere/at-all/x"], "nowhere/at-all/x"),
+}
+
+
+@pytest.mark.parametrize("flags, message", REFUSED.values(), ids=REFUSED)
+def test_flags_that_would_mean_nothing_are_refused_in_one_line(tiny_folder, photo, tmp_path, capsys, flags, message):
+    model = randomize(
+        ViT(ViTConfig(img_size=(48, 48), patch_size=8, embed_dim=24, depth=12, num_heads=3, mlp_dim=48, num_classes=1))
+    )
+    model.labels, model.preprocess = ("x",), Preprocess((48, 48))
+    (tmp_path / "grid").mkdir()
+    save_pretrained(model, tmp_path / "grid")
+    flags = [tmp_path / "grid" if flag == "GRID" else flag for flag in flags]
+    code, printed = run(photo, "--model", tiny_folder, *flags, "--out", tmp_path / "out", capsys=capsys)
+    assert code == 2
+    assert message in printed.err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["1", "1,2,3", "a,b", ""])
+def test_a_query_is_two_numbers(text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        infer.main(["photo.jpg", "--query", text])
+    assert ended.value.code == 2
+    assert "expected X,Y" in capsys.readouterr().err
+
+
+def test_a_class_that_only_one_of_two_models_has_is_said(tiny_folder, other_folder, photo, tmp_path, capsys):
+    flags = (photo, "--model", tiny_folder, "--compare", other_folder, "--method", "relevance", "--out", tmp_path / "out")
+    code, printed = run(*flags, "--target", "thing 1", capsys=capsys)
+    assert code == 0
+    assert f"{other_folder} has no class 'thing 1': relevance there is for its own first prediction" in printed.err
+    assert "has no class" not in run(*flags, "--target", "thing 4", capsys=capsys)[1].err
+
+
+def test_a_query_outside_of_a_photo_does_not_stop_the_others(tiny_folder, tmp_path, capsys):
+    for name, size in (("small", (20, 20)), ("large", (200, 200))):
+        draw_photo(*size).save(tmp_path / f"{name}.png")
+    paths = (tmp_path / "small.png", tmp_path / "large.png")
+    code, printed = run(*paths, "--model", tiny_folder, "--query", "100,100", "--out", tmp_path / "out", capsys=capsys)
+    assert code == 2
+    assert (
+        f"{paths[0]}: no patch at 100,100: of 20 x 20 pixels, the model sees x from 0 to 20 and y from 0 to 20" in printed.err
+    )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["large.png"]
+
+
+# Many photos
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    for i in range(20):
+        draw_photo(60 + i, 50, seed=i).save(folder / f"{i:02}.png")
+    (folder / "05.png").write_bytes(b"no photo")
+    return folder
+
+
+def test_a_folder_is_drawn_in_processes_in_order_and_one_bad_photo_stops_nothing(tiny_folder, many, tmp_path, capsys):
+    flags = ("--model", tiny_folder, "--workers", "2", "--out", tmp_path / "out", "--json")
+    code, printed = run(many, *flags, capsys=capsys)
+    assert code == 2
+    lines = [json.loads(line) for line in printed.out.splitlines()]
+    assert [Path(line["photo"]).name for line in lines] == [f"{i:02}.png" for i in range(20) if i != 5]
+    assert f"{many / '05.png'}: cannot be read as a photo" in printed.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [Path(line["photo"]).name for line in lines]
+    (alone,) = answers(many / "13.png", "--model", tiny_folder, "--out", tmp_path / "alone", capsys=capsys)
+    assert abs(pixels(alone["figure"]) - pixels(tmp_path / "out" / "13.png")).mean() < 0.05  # a batch rounds otherwise
+
+
+def test_a_disk_that_is_full_for_a_figure_ends_with_one_line(tiny_folder, many, tmp_path, capsys):
+    (tmp_path / "out" / "03.png").mkdir(parents=True)  # what a figure cannot replace
+    code, printed = run(many, "--model", tiny_folder, "--workers", "2", "--out", tmp_path / "out", capsys=capsys)
+    assert code == 2
+    assert "Traceback" not in printed.err
+    assert "directory" in printed.err.splitlines()[-1].lower()
+
+
+def test_an_interrupt_leaves_no_process_and_no_half_figure(tiny_folder, many, tmp_path):
+    import signal
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(200):
+        os.link(many / "00.png", folder / f"{i}.png")
+    command = [
+        sys.executable,
+        ROOT / "infer.py",
+        folder,
+        "--model",
+        tiny_folder,
+        "--workers",
+        "2",
+        "--out",
+        tmp_path / "out",
+        *CPU,
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of them
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("a process is left")
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".png"] == []
+
+
+def test_torchrun_shares_the_photos_out_and_waits_for_all(tiny_folder, many, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "infer.py", many]
+    flags = ["--model", tiny_folder, "--workers", "1", "--out", tmp_path / "out", "--json", *CPU]
+    done = subprocess.run([*map(str, command), *map(str, flags)], capture_output=True, text=True, timeout=300)
+    photos = sorted(Path(json.loads(line)["photo"]).name for line in done.stdout.splitlines())
+    assert photos == [f"{i:02}.png" for i in range(20) if i != 5]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == photos
+    assert done.returncode == 1  # torchrun's own, where a process ended with 2
+    assert done.stderr.count("model: ") == 1
