@@ -189,9 +189,10 @@ def write(
     from minivit import look, plots, report
 
     layout = look.figure_rows(photo, looks, args.method, blocks, heads=args.heads)
-    dominated = [f"{panel.title} ({panel.note})" for row in layout for panel in row.panels if panel.warn]
+    of = [f" of {row.label.partition(chr(10))[0]}" if len(looks) > 1 else "" for row in layout]
+    dominated = [f"{panel.title}{model} ({panel.note})" for row, model in zip(layout, of) for panel in row.panels if panel.warn]
     if dominated:
-        say(f"{path}: one token takes most of {', '.join(dominated)}", sys.stderr)
+        say(f"{path}: one token dominates {', '.join(dominated)}", sys.stderr)
     said = f": {looks[0].says(args.method)}" if len(looks) == 1 and looks[0].model.labels else ""
     title, common = plots.shorten(path.name, 60) + plots.shorten(said, 80), args.scale == "row"
     caption, mark = look.caption(photo, looks, args.method, heads=args.heads, common=common), look.mark(photo, looks[-1].model)

@@ -101,10 +101,11 @@ def tell(args: argparse.Namespace) -> int:
         scene = scenes.draw_scene(rng, thing, BREEDS[breed], size=(320, 240), scale=2, animal=(0.45, 0.6))
         with whole_file(photos / f"{breed.replace('_', ' ')} and {thing}.jpg") as partial:
             scene.photo.save(partial, "JPEG", quality=92)
+    look = ("infer.py", str(photos), "--top-k", "2", "--out")
     for script, *flags in (
-        ("infer.py", str(photos), "--model", "demo", "--out", str(out / "before"), "--top-k", "2"),
+        (*look, str(out / "before"), "--model", "demo"),
         ("train.py", "--model", "demo", "--data", str(data), "--out", str(run), *TRAINING, "--seed", str(args.seed)),
-        ("infer.py", str(photos), "--model", str(run), "--out", str(out / "after"), "--top-k", "2"),
+        (*look, str(out / "after"), "--model", str(run), "--compare", "demo", "--html"),
     ):
         print(f"\n$ python {shlex.join([script, *flags])}", flush=True)
         code = subprocess.run([sys.executable, Path(__file__).parents[1] / script, *flags]).returncode
@@ -113,7 +114,7 @@ def tell(args: argparse.Namespace) -> int:
     print(f"\nthe whole story in {time.perf_counter() - started:.0f} s. Look at")
     for path, what in (
         (out / "before", "where the model looks that names furniture"),
-        (out / "after", "where it looks once two of its blocks have learnt breeds"),
+        (out / "after", "where it looks once two of its blocks have learnt breeds, beside before; a page of each, to explore"),
         (run / "predictions.png", "test photos, right and wrong"),
         (run / "confusion.png", "which breeds are taken for which"),
         (run / "curves.png", "how it learnt"),

@@ -60,9 +60,11 @@ class Look:
 
     def says(self, method: str) -> str:
         """Return what the model calls the photo, and the class that a map is for where it is for one."""
-        ((label, _, probability),) = self.names(1) or [("no classifier", 0, float("nan"))]
-        said = f"{label} {probability:.3f}" if self.model.labels else label
-        return said + (f", for {self.target}" if method == "relevance" and self.target != label else "")
+        if not self.model.labels:
+            return "no classifier"
+        ((label, _, probability),) = self.names(1)
+        spoke = f", relevance for {self.target}" if method == "relevance" and self.target != label else ""
+        return f"{label} {probability:.3f}{spoke}"
 
 
 def read_photo(path: Path, models: Sequence[ViT], query: tuple[float, float] | None, *, small: bool) -> Photo:
@@ -161,7 +163,7 @@ def caption(photo: Photo, looks: Sequence[Look], method: str, *, heads: bool, co
     said = f"Colours: % per patch {what}; {'one scale along each row' if common else 'each map has its own scale'}."
     if method == "attention" and photo.query == CLASS_TOKEN:
         said += " Keeps: what the class token gives itself."
-    said += " Top patch: the largest share of the map. Red: one token takes most, so the map says little."
+    said += " Top patch: the largest share of the map. Red: over 30%, or the class token keeps over half."
     if len(looks) == 2:
         said += " Difference: second less first, of shares of the map, in percentage points, on one scale; light: more."
     return said + (" Pale: cropped away, not seen." if looks[-1].model.preprocess.crop else "")

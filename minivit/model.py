@@ -72,13 +72,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self._mix(*self._qkv(x))
 
-    def forward_with_attention(self, x: Tensor, queries: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Return forward's own output and the weights (B, H, Q, N) behind it, in float32.
+    def forward_with_attention(self, x: Tensor, queries: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return forward's own output and the weights (B, H, Q, N) behind it, in float32; `queries` (Q,), None for all.
 
         Where there is a graph, the output's gradient passes through the weights, unless they are of chosen queries only.
         """
         q, k, v = self._qkv(x)
-        attn = self._weights(q if queries is None else q[:, :, list(queries)], k)
+        attn = self._weights(q if queries is None else q[:, :, queries], k)
         return self._mix(q, k, v, attn if queries is None and attn.requires_grad else None), attn
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +98,9 @@ class Attention(nn.Module):
         # The fused kernel keeps its scores in float32 whatever the precision of q and k, so these do too.
         dtype = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
-            scores = (q.to(dtype) * q.shape[-1] ** -0.5) @ k.to(dtype).mT  # (B, H, Q, N)
+            q, k = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype)
+            few = 4 * q.shape[2] < k.shape[2]  # for few rows cuBLAS is faster the other way round
+            scores = (k @ q.mT).mT if few else q @ k.mT  # (B, H, Q, N)
             return scores.softmax(dim=-1)
 
 
@@ -137,7 +139,7 @@ class Block(nn.Module):
         x = x + self.ls1(self.attn(self.norm1(x)))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
-    def forward_with_attention(self, x: Tensor, queries: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    def forward_with_attention(self, x: Tensor, queries: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mixed, attn = self.attn.forward_with_attention(self.norm1(x), queries)
         x = x + self.ls1(mixed)
         return x + self.ls2(self.mlp(self.norm2(x))), attn
@@ -184,10 +186,12 @@ class ViT(nn.Module):
         blocks = sorted(set(blocks))
         self._check_index("block", blocks, self.config.depth)
         self._check_index("token", queries or (), 1 + self.config.grid[0] * self.config.grid[1])
+        # On the device once: indexing by a list would make each block wait for a copy.
+        index = None if queries is None else torch.tensor(list(queries), dtype=torch.long, device=images.device)
         x, start, attn = self.embed(images), 0, {}
         for i in blocks:
             x = self._run(x, start, i)
-            x, attn[i] = self.blocks[i].forward_with_attention(x, queries)
+            x, attn[i] = self.blocks[i].forward_with_attention(x, index)
             start = i + 1
         return self.logits(x, start), attn
 

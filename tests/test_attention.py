@@ -100,6 +100,7 @@ def test_attention_without_a_graph_is_the_same(tiny, mode, queries):
             assert torch.equal(found[block], attn[block]) and not found[block].requires_grad
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.11's compiler uses what it deprecates itself
 @pytest.mark.parametrize("queries", [None, [0, 5]], ids=["all rows", "two rows"])
 def test_attention_comes_out_of_a_compiled_model_with_its_parameters_gradients(queries):
     model, images = randomize(ViT(ViTConfig(**vars(TINY) | {"depth": 2}))), torch.randn(2, 3, 32, 32)

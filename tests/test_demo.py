@@ -87,8 +87,9 @@ def test_the_story_is_told_and_points_at_what_is_there(story):
     before, rest = printed.split("$ python train.py")
     training, after = rest.split("$ python infer.py")
     for i, (thing, breed, _) in enumerate(demo.STORY):
-        names = [re.findall(r"^\d\.\d{3}  (.+)$", part, re.M)[2 * i] for part in (before, after)]
-        assert names == [thing, breed.replace("_", " ")]
+        names = [re.findall(r"^\d\.\d{3}  (.+)$", part, re.M) for part in (before, after)]  # after: two of either model
+        assert [names[0][2 * i], names[1][4 * i], names[1][4 * i + 2]] == [thing, thing, breed.replace("_", " ")]
+        assert (out / "after" / f"{breed.replace('_', ' ')} and {thing}.html").is_file()
     assert "test accuracy" in training
     assert re.search(r"blocks 10-11 +223,680 +223,680", training)
     listed = re.findall(rf"^  ({re.escape(str(out))}\S*) ", printed, re.M)

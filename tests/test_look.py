@@ -296,7 +296,7 @@ def test_relevance_is_for_the_first_prediction_or_the_class_asked_for_and_the_fi
         wanted = class_relevance(model, images, torch.tensor([index]), [11])[11][0]
         torch.testing.assert_close(one.row("relevance", 11), wanted, rtol=1e-4, atol=1e-7)
         said = one.says("relevance")
-        assert said.endswith(f", for thing {index}") == (index != logits.argmax())
+        assert said.endswith(f", relevance for thing {index}") == (index != logits.argmax())
         (row,) = look.figure_rows(seen, [one], "relevance", [11], heads=False)
         assert np.nansum(row.panels[0].values) * 16 / row.panels[0].values.size == pytest.approx(100, rel=0.05)
 
@@ -308,7 +308,7 @@ def test_a_map_that_one_token_dominates_is_named_on_stderr_and_in_the_figure(tmp
     scene.save(photo)
     code, printed = run(photo, "--model", model, "--layers", "1", "--out", tmp_path / "out", capsys=capsys)
     assert code == 0
-    assert f"{photo}: one token takes most of block 1 (keeps 0% · top patch 100%)" in printed.err
+    assert f"{photo}: one token dominates block 1 (keeps 0% · top patch 100%)" in printed.err
     seen = look.read_photo(photo, [load_pretrained(model)], None, small=False)
     (row,) = look.figure_rows(seen, look.look_at(load_pretrained(model), [seen], 0, [1]), "attention", [1], heads=False)
     assert row.panels[0].warn

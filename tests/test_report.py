@@ -300,14 +300,14 @@ def rows_of(attn, block, query, head=None):
     return a if head is None else a[[head]]
 
 
-def point_at(browser, row, column, i=0, *, click=False, kind="mouse"):
+def point_at(browser, row, column, i=0, *, click=False, kind="mouse", grid=GRID):
     """Move the mouse, or a finger, to the middle of a patch of pane i, which may lie outside of the photo."""
     from selenium.webdriver.common.actions.action_builder import ActionBuilder
     from selenium.webdriver.common.actions.pointer_input import PointerInput
 
     script = f"const box = document.querySelectorAll('.box')[{i}]; box.scrollIntoView({{block: 'center'}}); "
     rect = browser.execute_script(script + "return box.getBoundingClientRect().toJSON()")
-    x, y = rect["x"] + (column + 0.5) / GRID[1] * rect["width"], rect["y"] + (row + 0.5) / GRID[0] * rect["height"]
+    x, y = rect["x"] + (column + 0.5) / grid[1] * rect["width"], rect["y"] + (row + 0.5) / grid[0] * rect["height"]
     actions = ActionBuilder(browser, mouse=PointerInput(kind, kind), duration=0)
     actions.pointer_action.move_to_location(int(x), int(y))
     if click:
@@ -571,3 +571,34 @@ def test_a_browser_that_cannot_draw_the_page_is_told_so(look):
     page = explorer([pane()], PHOTO, "cat.jpg")
     browser = look(page.replace('"maps":"', '"maps":"AAAA'))
     assert "needs a browser of 2023 or newer" in find(browser, "#problem").text
+
+
+def test_pointing_at_a_patch_of_infers_own_page_shows_the_row_that_its_arrays_hold(look, tiny_folder, tmp_path, capsys):
+    import infer
+
+    draw_photo(320, 240).save(tmp_path / "<b>photo.png")
+    flags = [
+        "--model",
+        str(tiny_folder),
+        "--compare",
+        str(tiny_folder),
+        "--out",
+        str(tmp_path / "out"),
+        "--npz",
+        "--device",
+        "cpu",
+    ]
+    assert infer.main([str(tmp_path / "<b>photo.png"), *flags, "--html", "--layers", "9,11"]) == 0
+    browser = look((tmp_path / "out" / "<b>photo.html").read_text(encoding="utf-8"))
+    with np.load(tmp_path / "out" / "<b>photo.npz") as arrays:
+        every = arrays["rows"]
+    assert every.shape == (2, 3, 17, 17)
+    assert_shows(browser, every[1, :, 0, 1:])
+    point_at(browser, 3, 2, 1, grid=(4, 4))
+    for i in (0, 1):
+        assert_shows(browser, every[1, :, 15, 1:], i)
+    assert infer.main([str(tmp_path / "<b>photo.png"), *flags, "--query", "200,230", "--layers", "9,11"]) == 0
+    with np.load(tmp_path / "out" / "<b>photo.npz") as arrays:
+        np.testing.assert_allclose(arrays["rows"][:, :, 0], every[:, :, 15], rtol=1e-4, atol=1e-6)
+    assert texts(browser, "#method option") == ["attention", "rollout", "relevance"]
+    assert texts(browser, "h1") == ["<b>photo.png"]

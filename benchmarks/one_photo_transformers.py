@@ -1,0 +1,36 @@
+"""What a user of transformers writes to see where a ViT looks: one photo, its top five, one figure of blocks 8 to 11."""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, ViTForImageClassification
+
+photo_path, folder, out = sys.argv[1:]
+processor = AutoImageProcessor.from_pretrained(folder)
+model = ViTForImageClassification.from_pretrained(folder, attn_implementation="eager").eval()
+photo = ImageOps.exif_transpose(Image.open(photo_path)).convert("RGB")
+with torch.no_grad():
+    outputs = model(**processor(photo, return_tensors="pt"), output_attentions=True)
+top = outputs.logits[0].softmax(0).topk(5)
+for probability, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+    print(f"{probability:.3f}  {model.config.id2label[index]}")
+
+figure, axes = plt.subplots(1, 5, figsize=(15, 3.6), layout="constrained", dpi=120)
+axes[0].imshow(photo)
+for ax, block in zip(axes[1:], range(8, 12), strict=True):
+    row = outputs.attentions[block][0, :, 0, 1:].mean(0).view(1, 1, 14, 14)
+    heat = torch.nn.functional.interpolate(row, photo.size[::-1], mode="bilinear")[0, 0]
+    ax.imshow(photo)
+    ax.imshow(heat, cmap="inferno", alpha=0.6)
+    ax.set_title(f"block {block}")
+for ax in axes:
+    ax.axis("off")
+figure.suptitle(f"{model.config.id2label[top.indices[0].item()]} {top.values[0]:.3f}")
+Path(out).mkdir(exist_ok=True)
+figure.savefig(Path(out) / "figure.png")
