@@ -43,7 +43,7 @@ def run(tiny_folder, shapes_data, tmp_path, capsys):
 
 def test_a_run_learns_and_writes_all_it_promises(run, tiny_folder):
     out, printed = run
-    assert sorted(path.name for path in out.iterdir()) == sorted(train.RUN_FILES)
+    assert sorted(path.name for path in out.iterdir()) == sorted([".lock", *train.RUN_FILES])
     summary = json.loads((out / "summary.json").read_text())
     assert summary["test_accuracy"] >= 0.9
     wanted = {
@@ -79,10 +79,11 @@ def test_the_written_weights_are_the_best_epochs_not_the_last(tiny_folder, shape
 
     kept, real = [], loop.fit
 
-    def worsening(model, *args, **kwargs):
-        for row in real(model, *args, **kwargs):
-            kept.append(model.head.weight.detach().clone())
-            yield row | {"val_accuracy": 1 - row["epoch"] / 10} if row["epoch"] > 1 else row | {"val_accuracy": 1.0}
+    def worsening(run, *args, **kwargs):
+        for row in real(run, *args, **kwargs):
+            kept.append(run.model.head.weight.detach().clone())
+            row["val_accuracy"] = 1 - row["epoch"] / 10
+            yield row
 
     monkeypatch.setattr(loop, "fit", worsening)
     run_train(tiny_folder, shapes_data, tmp_path / "run", "--epochs", "3")
@@ -346,7 +347,7 @@ def test_unreadable_photos_stop_training_before_its_first_step_or_are_left_out(t
     assert "1 of 11 photos cannot be read" in last
     assert "dog/\\x1b[31m.jpg" in last
     assert "--skip-bad" in last
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     assert run_train(tiny_folder, data, tmp_path / "run", "--epochs", "1", "--skip-bad") == 0
     printed = capsys.readouterr()
     assert_harmless(printed.err)
@@ -427,7 +428,7 @@ def test_an_interrupt_at_any_moment_ends_in_one_line_with_no_half_file(name, tin
     for code, err, _ in ends:
         assert "Traceback" not in err
         assert code in (0, 130)
-        assert code == 0 or err.splitlines()[-1] == "interrupted"
+        assert code == 0 or err.splitlines()[-1].startswith("interrupted")
     assert [code for code, _, _ in ends].count(130) >= 4
     assert_all_whole(tmp_path)
 
@@ -456,7 +457,7 @@ def test_the_scripts_themselves_handle_interrupts(name, tiny_folder, shapes_data
         _, err = process.communicate()
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == "interrupted"
+    assert err.splitlines()[-1].startswith("interrupted")
     assert_all_whole(tmp_path)
 
 

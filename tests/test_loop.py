@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from minivit import Preprocess, ViT, loop
 from minivit.errors import UserError
 from minivit.optim import freeze_except, lr_at, parameter_groups, parse_blocks, trainable
+from minivit.state import begin
 
 CPU_SCALER_OFF = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -27,13 +28,11 @@ def sgd(model):
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 7, 50])
 def test_micro_batches_add_up_to_the_full_batch(tiny, micro_batch):
     images, labels = batch()
-    cut = freeze_except(tiny, [10, 11])
+    freeze_except(tiny, [10, 11])
     F.cross_entropy(tiny(images), labels).backward()
     expected = {name: p.grad.clone() for name, p in trainable(tiny).items()}
     norm = torch.cat([g.flatten() for g in expected.values()]).norm()
-    loss, found_norm = loop.train_step(
-        tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, cut=cut, micro_batch=micro_batch, amp=None
-    )
+    loss, found_norm, _ = loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=micro_batch, amp=None)
     assert_close(loss, F.cross_entropy(randomize(ViT(TINY))(images), labels).detach())
     assert_close(found_norm, norm)
     for name, p in trainable(tiny).items():  # what remains is the clipped sum
@@ -46,7 +45,7 @@ def test_only_the_chosen_blocks_norm_and_head_change(tiny, blocks):
     images, labels = batch()
     cut = freeze_except(tiny, blocks)
     assert cut == min(blocks, default=12)
-    loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, cut=cut, micro_batch=7, amp=None)
+    loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=7, amp=None)
     for name, p in tiny.named_parameters():
         chosen = name.split(".")[0] in ("norm", "head") or any(name.startswith(f"blocks.{i}.") for i in blocks)
         assert torch.equal(p, before[name]) != chosen, name
@@ -54,50 +53,51 @@ def test_only_the_chosen_blocks_norm_and_head_change(tiny, blocks):
 
 
 def test_frozen_blocks_build_no_graph(tiny):
-    cut = freeze_except(tiny, [10, 11])
+    freeze_except(tiny, [10, 11])
     saved = []
     images, labels = batch()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, cut=cut, micro_batch=7, amp=None)
+        loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=7, amp=None)
     few = len(saved)
     freeze_except(tiny, range(12))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, cut=0, micro_batch=7, amp=None)
+        loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=7, amp=None)
     assert len(saved) - few > 4 * few
 
 
 def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(tiny):
     images, labels = batch()
-    cut = freeze_except(tiny, [10, 11])
+    freeze_except(tiny, [10, 11])
     before = {name: p.clone() for name, p in trainable(tiny).items()}
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     optimizer = sgd(tiny)
-    _, norm = loop.train_step(tiny, optimizer, scaler, images, labels, cut=cut, micro_batch=3, amp=torch.float16)
+    _, norm, _ = loop.train_step(tiny, optimizer, scaler, images, labels, micro_batch=3, amp=torch.float16)
     assert not norm.isfinite()
     assert scaler.get_scale() == 2.0**59
     assert all(torch.equal(p, before[name]) for name, p in trainable(tiny).items())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    _, norm = loop.train_step(tiny, optimizer, scaler, images, labels, cut=cut, micro_batch=3, amp=torch.float16)
+    _, norm, _ = loop.train_step(tiny, optimizer, scaler, images, labels, micro_batch=3, amp=torch.float16)
     assert norm.isfinite()
     assert not torch.equal(tiny.head.weight, before["head.weight"])
 
 
 def test_clipping_sees_the_unscaled_gradients(tiny):
     images, labels = batch()
-    cut = freeze_except(tiny, [10, 11])
+    freeze_except(tiny, [10, 11])
     kept = {name: p.detach().clone() for name, p in tiny.named_parameters()}
-    _, expected = loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, cut=cut, micro_batch=3, amp=None)
+    _, expected, _ = loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=3, amp=None)
     stepped = tiny.head.weight.detach().clone()
     tiny.load_state_dict(kept)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    _, norm = loop.train_step(tiny, sgd(tiny), scaler, images, labels, cut=cut, micro_batch=3, amp=None)
+    _, norm, _ = loop.train_step(tiny, sgd(tiny), scaler, images, labels, micro_batch=3, amp=None)
     assert_close(norm, expected)
     assert_close(tiny.head.weight.detach(), stepped)
 
 
-def fit(model, data, **changes):
-    settings = {"amp": None, "epochs": 2, "batch_size": 4, "micro_batch": 4, "lr": 1e-3, "seed": 0, "cut": 10}
-    return list(loop.fit(model, data, data, **(settings | changes)))
+def fit(model, data, val=None, **changes):
+    settings = {"amp": None, "epochs": 2, "batch_size": 4, "micro_batch": 4, "lr": 1e-3, "seed": 0, "cut": 10} | changes
+    run = begin(model, amp=settings["amp"], weight_decay=0.05)
+    return list(loop.fit(run, data, val or data, **settings))
 
 
 @pytest.fixture
@@ -143,9 +143,9 @@ def test_training_metrics_are_of_photos_without_augmentation(pixels):
 
 
 def test_a_skipped_step_moves_neither_schedule_nor_weights(pixels, monkeypatch):
-    monkeypatch.setattr(loop, "train_step", lambda *_, **__: (torch.tensor(1.0), torch.tensor(math.inf)))
+    monkeypatch.setattr(loop, "train_step", lambda *_, **__: (torch.tensor(1.0), torch.tensor(math.inf), 4))
     rows = fit(fresh(), pixels, amp=torch.float16)
-    assert rows[-1]["lr"] == lr_at(0, peak=1e-3, warmup=1, total=6)
+    assert rows[-1]["lr"] == lr_at(0, peak=1e-3, total=6)
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_clear_line(pixels):
@@ -156,17 +156,19 @@ def test_a_loss_that_is_not_finite_stops_with_a_clear_line(pixels):
 
 
 def test_the_learning_rate_warms_up_and_ends_at_0():
-    rates = [lr_at(step, peak=1.0, warmup=4, total=20) for step in range(21)]
+    rates = [lr_at(step, peak=1.0, total=40) for step in range(41)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0
-    assert rates[12] == pytest.approx(0.5)
-    assert rates[20] == pytest.approx(0)
+    assert rates[22] == pytest.approx(0.5)
+    assert rates[40] == pytest.approx(0)
     assert all(a >= b for a, b in zip(rates[4:], rates[5:]))
 
 
 def test_matrices_decay_and_the_rest_does_not(tiny):
     freeze_except(tiny, [11])
-    decayed, spared = (group["params"] for group in parameter_groups(tiny, 0.05))
+    groups = {group["weight_decay"]: group["params"] for group in parameter_groups(tiny, 0.05)}
+    assert groups.keys() == {0.05, 0.0}
+    decayed, spared = groups[0.05], groups[0.0]
     assert len(decayed) == 5
     assert all(p.ndim == 2 for p in decayed)
     assert len(spared) == len(trainable(tiny)) - 5
