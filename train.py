@@ -99,7 +99,8 @@ def train(args: argparse.Namespace) -> int:
             )
             run = learn(args, model, train, val, cut=cut, amp=amp, micro_batch=micro_batch, started=started)
         if run.stopped:
-            print(f"\ninterrupted; all is saved in {out}: the same command with --resume goes on", file=sys.stderr)
+            if first:
+                print(f"\ninterrupted; all is saved in {out}: the same command with --resume goes on", file=sys.stderr)
             return 130
         if first:
             finish(args, run, photos, val, test, amp=amp, micro_batch=micro_batch)

@@ -78,8 +78,8 @@ def draw_curves(
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_ylim(bottom=0 if what == "loss" else None, top=None if what == "loss" else 1.005)
         ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, loc="lower right")
-    figure.suptitle("\n".join(textwrap.wrap(verdict, 100)), fontsize=10, parse_math=False)
+    ax.legend(fontsize=8)
+    figure.suptitle("\n".join(textwrap.wrap(verdict, 115)), fontsize=10, parse_math=False)
     _save(figure, path)
 
 
