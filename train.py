@@ -144,20 +144,8 @@ def learn(
     if earlier:
         run.load(*earlier)
     started -= run.spent
-    for row in loop.fit(
-        run,
-        train,
-        val,
-        cut=cut,
-        amp=amp,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        micro_batch=micro_batch,
-        lr=args.lr,
-        seed=args.seed,
-        label_smoothing=args.label_smoothing,
-        patience=args.patience,
-    ):
+    how = {name: vars(args)[name] for name in ("epochs", "batch_size", "lr", "seed", "label_smoothing", "patience")}
+    for row in loop.fit(run, train, val, cut=cut, amp=amp, micro_batch=micro_batch, **how):
         if metrics.best_row(run.rows) is row:
             run.best = run.tail()
         run.spent = time.perf_counter() - started
