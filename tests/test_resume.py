@@ -284,7 +284,7 @@ print(json.dumps(died))
 """
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(25, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_runs_killed_at_any_moment_go_on_to_the_same_bytes(tiny_folder, shapes_data, tmp_path, kills):
     """Half of them at random times, half in the middle of a save; forked from one process, which has imported torch."""
     flags = ["--model", tiny_folder, "--data", shapes_data, "--amp", "off", "--device", "cpu", "--workers", "1"]
