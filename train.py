@@ -137,8 +137,8 @@ def learn(
     out, first = Path(args.out), parallel.rank() == 0
     blocks = [i for i, block in enumerate(model.blocks) if block.norm1.weight.requires_grad]
     settings = {f"--{name.replace('_', '-')}": vars(args)[name] for name in MATHEMATICS}
-    settings |= {"precision": str(amp), "--blocks": blocks, "the photos": state.checksum(*train, *val)}
-    settings["the base model"] = state.checksum(*(p for p in model.parameters() if not p.requires_grad))
+    settings |= {"precision": str(amp), "--blocks": blocks, "the checksum of the photos": state.checksum(*train, *val)}
+    settings["the checksum of the base model"] = state.checksum(*(p for p in model.parameters() if not p.requires_grad))
     run = state.begin(model, amp=amp, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
     earlier = parallel.from_first(lambda: begin_folder(out, args.resume, settings))
     if earlier:

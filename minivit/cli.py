@@ -87,6 +87,10 @@ def run(job: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence
         return 141  # as programs end that do not handle SIGPIPE
     except OSError as error:  # a full disk, a folder that cannot be written, a file that vanished
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        message = f"out of device memory: {str(error).partition('. ')[0]}; free some, or try smaller batches or fewer blocks"
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted", file=sys.stderr)
         return 130

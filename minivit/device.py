@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import torch
+import torch.utils.deterministic
 
 from .errors import UserError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,29 @@ def test_a_run_learns_and_writes_all_it_promises(run, tiny_folder):
     assert load_pretrained(out).labels == ("blue", "green", "red")
     tail = load_file(out / "tail.safetensors")
     assert all(torch.equal(tensor, load_pretrained(out).state_dict()[name]) for name, tensor in tail.items())
+
+
+def test_a_dry_run_says_what_would_train_and_writes_nothing(tiny_folder, shapes_data, tmp_path, capsys):
+    assert run_train(tiny_folder, shapes_data, tmp_path / "run", "--dry-run", "--micro-batch", "3") == 0
+    out = capsys.readouterr().out
+    assert "33 training, 3 validation, 12 test" in out
+    assert re.search(r"^up to \d\.\d\d GiB of memory, with 3 photos at a time$", out, re.MULTILINE)
+    assert "epoch" not in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_model_card_says_what_it_is_and_names_are_no_markup(run, capsys):
+    from minivit.results import model_card
+
+    out, _ = run
+    summary = json.loads((out / "summary.json").read_text())
+    card = (out / "README.md").read_text()
+    assert f"Accuracy {summary['test_accuracy']:.4f} and macro F1 {summary['test_macro_f1']:.4f} on 12 test photos" in card
+    assert summary["verdict"] in card
+    assert "Classes: `blue`, `green`, `red`" in card
+    hostile = model_card(summary | {"classes": ["`](x)\n# <b>"]}, [("`a`", "b\n# c", 3)])
+    assert "- `'a'` taken for `b\\n# c`: 3\n" in hostile
+    assert hostile.endswith("Classes: `'](x)\\n# <b>`\n")
 
 
 def test_the_written_weights_are_the_best_epochs_not_the_last(tiny_folder, shapes_data, tmp_path, monkeypatch):
@@ -168,6 +192,9 @@ def test_training_says_what_the_doctor_sees_at_a_glance(tiny_folder, shapes_data
 
 
 BAD_FLAGS = {
+    "memory-gib": (["--memory-gib", "4"], "--memory-gib limits a CUDA device, found cpu; there, choose --micro-batch"),
+    "label-smoothing": (["--label-smoothing", "2"], "--label-smoothing: expected a number from 0 to 1, found '2'"),
+    "patience": (["--patience", "0"], "--patience: expected a whole number of at least 1"),
     "blocks": (["--blocks", "12"], "this model has blocks 0 to 11"),
     "batch size": (["--batch-size", "0"], "expected a whole number of at least 1, found '0'"),
     "epochs": (["--epochs", "two"], "expected a whole number"),
@@ -205,6 +232,21 @@ def test_infer_refuses_what_cannot_be(tiny_folder, tmp_path, capsys, flags, mess
     flags = [str(tmp_path / flag) if flag == "EMPTY" else flag for flag in flags]
     assert infer.main([str(tmp_path / "a.png"), *flags, "--model", str(tiny_folder), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_device_without_memory_is_one_line_and_other_runtime_errors_are_ours(monkeypatch, capsys):
+    from minivit import device
+
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has 1 MiB free.")
+
+    monkeypatch.setattr(device, "pick_device", full)
+    assert train.main([]) == 2
+    line = "out of device memory: CUDA out of memory; free some, or try smaller batches or fewer blocks"
+    assert capsys.readouterr().err == f"train.py: {line}\n"
+    monkeypatch.setattr(device, "pick_device", lambda _: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError):
+        train.main([])
 
 
 def test_an_interrupt_ends_with_130(monkeypatch, capsys):

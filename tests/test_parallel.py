@@ -118,3 +118,14 @@ def test_rows_dealt_out_come_back_each_once_and_in_order(n, monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
     assert torch.equal(parallel.gather(shares[0], n), rows)
+
+
+def test_under_torchrun_each_process_has_the_gpu_of_its_local_rank(monkeypatch):
+    import torch
+
+    assert parallel.own_device("auto") == "auto"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [parallel.own_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:3", "cuda:1", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert parallel.own_device("auto") == "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,7 +138,14 @@ def test_other_settings_that_change_the_mathematics_are_refused_by_name(
     tiny.blocks[0].mlp.fc1.bias.data[0] += 1
     weights.save_pretrained(tiny, tiny_folder)
     assert run_train(tiny_folder, shapes_data, out, *EPOCHS, "--resume") == 2
-    assert "the base model was" in capsys.readouterr().err.splitlines()[-1]
+    assert "the checksum of the base model was" in capsys.readouterr().err.splitlines()[-1]
+    tiny.blocks[0].mlp.fc1.bias.data[0] -= 1
+    weights.save_pretrained(tiny, tiny_folder)
+    fewer = tmp_path / "fewer"
+    shutil.copytree(shapes_data, fewer)
+    (fewer / "train" / "red" / "3.png").unlink()
+    assert run_train(tiny_folder, fewer, out, *EPOCHS, "--resume") == 2
+    assert "the checksum of the photos was" in capsys.readouterr().err.splitlines()[-1]
     assert (out / train.STATE).read_bytes() == before
 
 
@@ -226,7 +234,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tiny_folder, shapes_data, c
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_state(tiny_folder, shapes_data, tmp_path, monkeypatch, capsys):
     out, models = tmp_path / "run", []
-    real = loop.begin if hasattr(loop, "begin") else None
+    real = state.begin
     monkeypatch.setattr(state, "begin", lambda model, **how: models.append(model) or real(model, **how))
     stop_in_step(monkeypatch, 12, lambda: models[0].head.weight.data.fill_(torch.nan))
     assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 2
