@@ -80,6 +80,20 @@ def test_a_signal_ends_the_step_and_resume_ends_as_if_it_had_never_come(
     assert_same_end(out, straight)
 
 
+def test_a_row_that_was_cut_short_is_mended(tiny_folder, shapes_data, straight, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def half(rows, epochs, out):
+        (out / "metrics.jsonl").write_text('{"epoch": 1, "lo')
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "report_epoch", half)
+        assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 130
+    assert run_train(tiny_folder, shapes_data, out, *EPOCHS, "--resume") == 0
+    assert_same_end(out, straight)
+
+
 def test_a_second_interrupt_ends_at_once(tiny_folder, shapes_data, tmp_path, monkeypatch, capsys):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
@@ -192,15 +206,13 @@ def test_a_second_run_into_the_same_folder_is_refused_until_the_first_ends(tiny_
     path = {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", hold, out], stdout=subprocess.PIPE, env=os.environ | path) as other:
         assert other.stdout.readline() == b"held\n"
-        assert run_train(tiny_folder, shapes_data, out, "--epochs", "1") == 2
-        assert (
-            capsys.readouterr().err
-            == f"train.py: {out}: another run is writing there; wait for its end or give another --out\n"
-        )
-        assert [path.name for path in out.iterdir()] == [".lock"]
+        code = run_train(tiny_folder, shapes_data, out, "--epochs", "1")
+        left = sorted(path.name for path in out.iterdir())
         (out / ".1.partial").write_text("left by a killed run")
         other.kill()
-        other.wait()
+    assert code == 2
+    assert capsys.readouterr().err == f"train.py: {out}: another run is writing there; wait for its end or give another --out\n"
+    assert left == [".lock"]
     assert run_train(tiny_folder, shapes_data, out, "--epochs", "1") == 0
     assert not list(out.glob(".*.partial"))
 
