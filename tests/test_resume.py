@@ -194,6 +194,7 @@ def test_without_resume_an_interrupted_run_is_kept_aside_and_can_go_on_there(
         assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 130
     assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 0
     assert_same_end(out, straight)
+    assert state.read(out / "earlier-1" / train.STATE, {})[1]["step"] == 2
     assert run_train(tiny_folder, shapes_data, out / "earlier-1", *EPOCHS, "--resume") == 0
     assert_same_end(out / "earlier-1", straight)
 
