@@ -154,7 +154,8 @@ def learn(
             report_epoch(run.rows, args.epochs, out)
     run.spent = time.perf_counter() - started
     if run.stopped and first:
-        run.save(out / STATE, settings)
+        with parallel.stop_requests():  # torchrun repeats a signal
+            run.save(out / STATE, settings)
     return run
 
 

@@ -74,6 +74,19 @@ def test_sigterm_to_torchrun_saves_and_resume_ends_in_the_same_bytes(tiny_folder
     assert_same_end(out, tmp_path / "straight")
 
 
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_folder, shapes_data, tmp_path):
+    out = tmp_path / "run"
+    with torchrun(tiny_folder, shapes_data, out, "--epochs", "1000") as process:
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                break
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(children[-1]), signal.SIGTERM)
+        _, err = process.communicate(timeout=500)
+    assert err.count(f"all is saved in {out}") == 1
+    assert "Connection" not in err
+
+
 def test_torchrun_restarts_after_a_killed_rank_and_the_run_ends(tiny_folder, shapes_data, tmp_path):
     out = tmp_path / "run"
     with torchrun(tiny_folder, shapes_data, out, "--epochs", "16", "--resume", more=["--max-restarts", "1"]) as process:
