@@ -68,12 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def infer(args: argparse.Namespace) -> int:
     """Batch by batch: photos, what the models make of them, figures; photo by photo: names and what was written."""
-    from minivit import device, look, optim, photos
+    from minivit import device, look, optim, parallel, photos
     from minivit.errors import UserError
 
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     jobs = list(place(expand(args.photos), Path(args.out)))[rank::world]  # torchrun's processes share them out
-    on = device.pick_device(args.device)
+    on = device.pick_device(parallel.own_device(args.device))
     amp = device.pick_amp(args.amp, on)
     models = [model.to(on) for model in load_models(args, quiet=rank > 0)]
     targets = [find_target(args.target, model, models) for model in models]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 
     from minivit import ViT
     from minivit.data import Data
+    from minivit.state import State
 
-NUM_SHOWN = 24  # photos in predictions.png
 RUN_FILES = ("model.safetensors", "config.json", "preprocessor_config.json", "tail.safetensors", "metrics.jsonl")
-RUN_FILES += ("summary.json", "curves.png", "confusion.png", "predictions.png")
+RUN_FILES += ("summary.json", "curves.png", "confusion.png", "predictions.png", "classes.csv", "README.md")
+MATHEMATICS = ("epochs", "batch_size", "lr", "weight_decay", "layer_decay", "label_smoothing", "seed")  # --resume keeps them
+STATE = "state.safetensors"  # there until the run is finished
 
 
 def make_parser() -> cli.Parser:
@@ -38,11 +41,19 @@ def make_parser() -> cli.Parser:
     add("--batch-size", type=cli.at_least(1), default=64, help="photos per optimiser step")
     add("--micro-batch", type=cli.at_least(1), help="photos per forward pass, to save memory; none: the batch size")
     add("--lr", type=cli.positive, default=1e-4, help="peak learning rate")
+    add("--weight-decay", type=cli.between(0, 1), default=0.05, help="of matrices, as AdamW does it")
+    add("--layer-decay", type=cli.between(0, 1), default=1.0, help="learning rate from one block to the one below it")
+    add("--label-smoothing", type=cli.between(0, 1), default=0.0, help="share of the target spread over all classes")
+    add("--patience", type=cli.at_least(1), metavar="N", help="stop after N epochs without a better one; none: never")
     parser.add_device_flags()
+    add("--memory-gib", type=cli.positive, metavar="X", help="never use more of a CUDA device's memory; none: all that is free")
+    add("--deterministic", action="store_true", help="the same bits each time on CUDA too, a little slower")
     add("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that decode photos")
     add("--seed", type=cli.at_least(0), default=0, help="of the validation split, the data order and augmentation")
     add("--skip-bad", action="store_true", help="go on without photos that cannot be read")
     add("--out", default=cli.RUN_DIR, metavar="DIR", help="where everything is written")
+    add("--resume", action="store_true", help="go on with the run in --out; if there is none, begin it")
+    add("--dry-run", action="store_true", help="say what would train, on which data, in how much memory; train nothing")
     return parser
 
 
@@ -51,80 +62,178 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """The whole job: data and model in, epochs, the best one's weights written and read back, the test, figures."""
+    """The whole job: data and model in, epochs with the state on disk after each, and what the best one achieves."""
     import torch
 
-    from minivit import data, doctor, files, loop, optim, weights
-    from minivit.device import pick_amp, pick_device
+    from minivit import data, device, doctor, loop, optim, parallel, weights
     from minivit.errors import UserError
 
-    started, out, device = time.perf_counter(), Path(args.out), pick_device(args.device)
-    amp = pick_amp(args.amp, device)
+    started, out, on = time.perf_counter(), Path(args.out), device.pick_device(parallel.own_device(args.device))
+    amp = device.pick_amp(args.amp, on)
     if args.out.encode(errors="ignore").decode() != args.out:
         raise UserError(f"{out}: expected a name in UTF-8, without which safetensors reads no file")
-    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
+    if args.deterministic:
+        device.be_deterministic()
+    if args.memory_gib:
+        device.limit_memory(on, args.memory_gib)
+    with contextlib.ExitStack() as held:
+        with parallel.joined(on):
+            first = parallel.rank() == 0  # of the processes under torchrun; the only one that writes
+            if not args.dry_run and parallel.from_first(lambda: claim(out, held, args.resume)):
+                return 0
+            photos = parallel.from_first(lambda: data.load_data(args.data, seed=args.seed))
+            for finding in doctor.quick_check(args.data) if first else ():
+                print(finding, file=sys.stderr)
+            model = weights.load_pretrained(args.model, revision=args.revision, labels=photos.classes).to(on)
+            cut = optim.freeze_except(model, optim.parse_blocks(args.blocks, model.config.depth))
+            print(describe(model, photos, on, amp), flush=True)
+            micro_batch = min(args.micro_batch or args.batch_size, args.batch_size)
+            if args.dry_run or on.type == "cuda":
+                micro_batch, gib = loop.rehearse(model, photos, batch_size=args.batch_size, micro_batch=micro_batch, amp=amp)
+                print(f"up to {gib:.2f} GiB of memory, with {micro_batch} photos at a time\n", flush=True)
+            if args.dry_run:
+                return 0
+            photos, (train, val, test) = parallel.from_first(
+                lambda: data.decode_all(photos, model.preprocess, workers=args.workers, skip_bad=args.skip_bad)
+            )
+            run = learn(args, model, train, val, cut=cut, amp=amp, micro_batch=micro_batch, started=started)
+        if run.stopped:
+            if first:
+                print(f"\ninterrupted; all is saved in {out}: the same command with --resume goes on", file=sys.stderr)
+            return 130
+        if first:
+            finish(args, run, photos, val, test, amp=amp, micro_batch=micro_batch)
+    return 0
 
-    photos = data.load_data(args.data, seed=args.seed)
-    for finding in doctor.quick_check(args.data):
-        print(finding, file=sys.stderr)
-    model = weights.load_pretrained(args.model, revision=args.revision, labels=photos.classes)
-    cut = optim.freeze_except(model, optim.parse_blocks(args.blocks, model.config.depth))
-    print(describe(model, photos, device, amp), flush=True)
-    photos, (train, val, test) = data.decode_all(photos, model.preprocess, workers=args.workers, skip_bad=args.skip_bad)
 
+def claim(out: Path, held: contextlib.ExitStack, resume: bool) -> bool:
+    """Take hold of the folder, and say whether it holds a finished run that there is nothing to go on with."""
+    from minivit import files
+
+    out.mkdir(parents=True, exist_ok=True)
+    held.enter_context(files.locked(out))
+    finished = resume and (out / "summary.json").exists() and not (out / STATE).exists()
+    if finished:
+        print(f"{out} holds a finished run", file=sys.stderr)
+        print(result(files.read_json(out / "summary.json"), out))
+    return finished
+
+
+def learn(
+    args: argparse.Namespace,
+    model: ViT,
+    train: tuple[torch.Tensor, torch.Tensor],
+    val: tuple[torch.Tensor, torch.Tensor],
+    *,
+    cut: int,
+    amp: torch.dtype | None,
+    micro_batch: int,
+    started: float,
+) -> State:
+    """Train from the first epoch, or from where the run in --out stands; leave the state after each epoch on disk."""
+    from minivit import loop, metrics, parallel, state
+
+    out, first = Path(args.out), parallel.rank() == 0
+    blocks = [i for i, block in enumerate(model.blocks) if block.norm1.weight.requires_grad]
+    settings = {f"--{name.replace('_', '-')}": vars(args)[name] for name in MATHEMATICS}
+    settings |= {"precision": str(amp), "--blocks": blocks, "the checksum of the photos": state.checksum(*train, *val)}
+    settings["the checksum of the base model"] = state.checksum(*(p for p in model.parameters() if not p.requires_grad))
+    run = state.begin(model, amp=amp, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
+    earlier = parallel.from_first(lambda: begin_folder(out, args.resume, settings))
+    if earlier:
+        run.load(*earlier)
+    started -= run.spent
+    how = {name: vars(args)[name] for name in ("epochs", "batch_size", "lr", "seed", "label_smoothing", "patience")}
+    for row in loop.fit(run, train, val, cut=cut, amp=amp, micro_batch=micro_batch, **how):
+        if metrics.best_row(run.rows) is row:
+            run.best = run.tail()
+        run.spent = time.perf_counter() - started
+        if first:
+            run.save(out / STATE, settings)
+            report_epoch(run.rows, args.epochs, out)
+    run.spent = time.perf_counter() - started
+    if run.stopped and first:
+        with parallel.stop_requests():  # torchrun repeats a signal
+            run.save(out / STATE, settings)
+    return run
+
+
+def begin_folder(out: Path, resume: bool, settings: dict) -> tuple | None:
+    """Read the state to go on from, and let metrics.jsonl say what it says; else move what is there out of the way."""
+    from minivit import files, state
+
+    if resume and (out / STATE).exists():
+        tensors, about = state.read(out / STATE, settings)
+        with files.whole_file(out / "metrics.jsonl") as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in about["rows"]), encoding="utf-8")
+        print(f"{out}: going on in epoch {about['epoch']}, after {len(about['losses'])} of its steps", file=sys.stderr)
+        return tensors, about
+    if resume:
+        print(f"{out}: no run to go on with, so it begins", file=sys.stderr)
     keep_earlier_run(out)
-    rows, tail = [], out / "tail.safetensors"
-    for row in loop.fit(
-        model.to(device),
-        train,
-        val,
-        cut=cut,
-        amp=amp,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        micro_batch=args.micro_batch or args.batch_size,
-        lr=args.lr,
-        seed=args.seed,
-    ):
-        report_epoch(row, args.epochs, out)
-        rows.append(row)
-        best = max(rows, key=rank)
-        if row is best:
-            weights.save_tail(model, tail)
-    weights.load_tail(model, tail)
+    return None
+
+
+def finish(
+    args: argparse.Namespace,
+    run: State,
+    photos: Data,
+    val: tuple[torch.Tensor, torch.Tensor],
+    test: tuple[torch.Tensor, torch.Tensor],
+    *,
+    amp: torch.dtype | None,
+    micro_batch: int,
+) -> None:
+    """Write the best epoch's weights, test what was written, and leave everything there is to look at."""
+    import torch
+
+    from minivit import files, loop, metrics, optim, results, weights
+
+    started, out, model, device = time.perf_counter(), Path(args.out), run.model, run.model.cls_token.device
+    peak_gib, best, batch = loop.peak_gib(device), metrics.best_row(run.rows), min(loop.EVAL_BATCH, micro_batch)
+    run.set_tail(run.best)
+    weights.save_tail(model, out / "tail.safetensors")
     weights.save_pretrained(model, out)
+    run.free()
 
     # The test is of what was written: read back from disk, and checked to validate as it did when it was best.
     reread = weights.load_pretrained(out).to(device)
-    again = loop.score(loop.predict_photos(reread, val[0], amp=amp), val[1])
+    again = loop.score(loop.predict_photos(reread, val[0], amp=amp, batch=batch), val[1])
     if abs(again["loss"] - best["val_loss"]) > 1e-3 * max(1, best["val_loss"]):
         raise RuntimeError(f"{out}: read back, the weights validate at a loss of {again['loss']}, not {best['val_loss']}")
-    logits = loop.predict_photos(reread, test[0], amp=amp)
+    logits = loop.predict_photos(reread, test[0], amp=amp, batch=batch)
     scores = loop.score(logits, test[1])
-    draw_figures(out, rows, best["epoch"], photos, logits)
     summary = {f"test_{name}": value for name, value in scores.items()} | {
         "test_photos": len(test[1]),
         "best_epoch": best["epoch"],
+        "verdict": metrics.verdict(run.rows),
         "trainable_parameters": sum(p.numel() for p in optim.trainable(model).values()),
         "total_parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": time.perf_counter() - started,
-        "peak_gib": loop.peak_gib(device),
+        "seconds": run.spent + time.perf_counter() - started,
+        "peak_gib": peak_gib,
         "base": model.origin.source,
         "base_commit": model.origin.commit,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "precision": str(amp or torch.float32).removeprefix("torch."),
         "settings": vars(args),
         "classes": list(photos.classes),
         "versions": {"minivit": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+    results.write_results(out, run.rows, photos, logits, summary)
     files.write_json(out / "summary.json", summary)
-    right = f"{round(scores['accuracy'] * len(test[1]))}/{len(test[1])}"
-    print(
-        f"test accuracy {scores['accuracy']:.4f} ({right}) · macro F1 {scores['macro_f1']:.4f} · "
-        f"best epoch {best['epoch']} · {out}"
+    (out / STATE).unlink()
+    print(summary["verdict"], result(summary, out), sep="\n")
+
+
+def result(summary: Mapping, out: Path) -> str:
+    """Return the last line of a run."""
+    photos, accuracy = summary["test_photos"], summary["test_accuracy"]
+    return (
+        f"test accuracy {accuracy:.4f} ({round(accuracy * photos)}/{photos}) · macro F1 {summary['test_macro_f1']:.4f} · "
+        f"best epoch {summary['best_epoch']} · {out}"
     )
-    return 0
 
 
 def describe(model: ViT, data: Data, device: torch.device, amp: torch.dtype | None) -> str:
@@ -153,55 +262,32 @@ def describe(model: ViT, data: Data, device: torch.device, amp: torch.dtype | No
 
 def keep_earlier_run(out: Path) -> None:
     """Move what an earlier run wrote into out/earlier-N, so that nothing is lost when a new run begins."""
-    if not (out / "metrics.jsonl").exists():
+    if not (out / "metrics.jsonl").exists() and not (out / STATE).exists():
         return
     earlier = next(path for i in itertools.count(1) if not (path := out / f"earlier-{i}").exists())
     earlier.mkdir()
-    for name in RUN_FILES:
+    for name in (*RUN_FILES, STATE):
         if (out / name).exists():
             (out / name).rename(earlier / name)
     print(f"{out} holds an earlier run: moved to {earlier}", file=sys.stderr)
 
 
-def report_epoch(row: Mapping[str, float], epochs: int, out: Path) -> None:
+def report_epoch(rows: Sequence[Mapping[str, float]], epochs: int, out: Path) -> None:
+    """Add the last row to metrics.jsonl, and say it in a line."""
+    from minivit.metrics import overfits_from
+
+    row, first = rows[-1], overfits_from(rows)
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(
         f"epoch {row['epoch']}/{epochs} · loss {row['loss']:.4f} · "
         f"training {row['train_accuracy']:.4f} (loss {row['train_loss']:.4f}) · "
         f"validation {row['val_accuracy']:.4f} (loss {row['val_loss']:.4f}) · "
+        f"gap {100 * (row['train_accuracy'] - row['val_accuracy']):.1f} points"
+        f"{f', overfitting since epoch {first}' if first else ''} · "
         f"{row['images_per_s']:.0f} images/s · {row['seconds']:.1f} s",
         flush=True,
     )
-
-
-def rank(row: Mapping[str, float]) -> tuple[float, float]:
-    """The best epoch has the highest validation accuracy; of equals the last, which a lower learning rate refined."""
-    return row["val_accuracy"], row["epoch"]
-
-
-def draw_figures(out: Path, rows: Sequence[Mapping[str, float]], best_epoch: int, data: Data, logits: torch.Tensor) -> None:
-    """Draw curves.png, confusion.png and predictions.png from the test's logits (n, C)."""
-    import torch
-
-    from minivit import metrics, plots
-    from minivit.photos import open_photo
-
-    labels = torch.tensor(data.test.labels)
-    confidence, predicted = logits.softmax(1).max(1)
-    wrong = (predicted != labels).nonzero()[:, 0]
-    right = (predicted == labels).nonzero()[:, 0]
-    # The most confident mistakes, up to half of the grid, and right ones from across the classes.
-    shown = wrong[confidence[wrong].argsort(descending=True)][: NUM_SHOWN // 2].tolist()
-    stride = max(1, len(right) // (NUM_SHOWN - len(shown)))
-    shown += right[::stride][: NUM_SHOWN - len(shown)].tolist()
-    captions = [(data.classes[labels[i]], data.classes[predicted[i]], confidence[i].item()) for i in shown]
-    title = f"Test photos: the most confident of {len(wrong)} wrong, and some of {len(right)} right predictions"
-
-    plots.draw_curves(out / "curves.png", rows, best_epoch)
-    confusion = metrics.confusion_matrix(predicted, labels, len(data.classes))
-    plots.draw_confusion(out / "confusion.png", confusion, data.classes, f"{len(right)} of {len(labels)} test photos right")
-    plots.draw_predictions(out / "predictions.png", [open_photo(data.test.paths[i]) for i in shown], captions, title)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from . import cli
 
 COMMANDS = {
     "demo": "the whole story on drawings, without network: fine-tune, then see where attention went",
+    "selfcheck": "numerical self-tests on this machine's own device",
     "doctor": "check a folder of photos before hours are spent on it",
 }
 
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return import_module(f".{argv[0]}", __package__).main(argv[1:])
     asked = not argv or argv[0] in ("-h", "--help")
     lines = ["usage: python -m minivit COMMAND ...; each command has --help", ""]
-    lines += [f"  {name:8}  {what}" for name, what in COMMANDS.items()]
+    lines += [f"  {name:9}  {what}" for name, what in COMMANDS.items()]
     if not asked:
         lines = [f"python -m minivit: no command {cli.printable(argv[0])}; expected one of {', '.join(COMMANDS)}"]
     print("\n".join(lines), file=sys.stdout if asked else sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -57,6 +58,21 @@ def positive(text: str) -> float:
     return value
 
 
+def between(low: float, high: float) -> Callable[[str], float]:
+    """Return an argparse type: a number from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, found {text!r}")
+        return value
+
+    return parse
+
+
 def run(job: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None) -> int:
     """Parse, do the job, and return its exit code: what a user can mend ends in one line and 2, an interrupt in 130."""
     args = parser.parse_args(argv)
@@ -71,6 +87,10 @@ def run(job: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence
         return 141  # as programs end that do not handle SIGPIPE
     except OSError as error:  # a full disk, a folder that cannot be written, a file that vanished
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        message = f"out of device memory: {str(error).partition('. ')[0]}; free some, or try smaller batches or fewer blocks"
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted", file=sys.stderr)
         return 130
@@ -79,7 +99,7 @@ def run(job: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence
 
 
 def start(main: Callable[[], int]) -> NoReturn:
-    """Run main as a script: from here on Ctrl-C ends it at once, with one line, exit code 130 and no half file.
+    """Run main as a script: from here on Ctrl-C (and SIGTERM) ends it at once, with one line, exit code 130 and no half file.
 
     Not by KeyboardInterrupt, which torch swallows while it imports numpy, and Python inside of callbacks.
     """
@@ -94,8 +114,9 @@ def start(main: Callable[[], int]) -> NoReturn:
 
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # an old terminal's encoding lacks what names may hold
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
-        signal.signal(signal.SIGINT, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):  # else ignored, as in the background
+            signal.signal(number, stop)
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written
     sys.exit(code)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import torch
+import torch.utils.deterministic
 
 from .errors import UserError
 
+CONTEXT_GIB = 0.7  # of a CUDA device are taken by CUDA itself, its kernels and its libraries
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
@@ -43,6 +46,23 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     if name == "bf16" and cuda_major is not None and cuda_major < 8:
         raise UserError("amp bf16: this GPU is older than Ampere and would emulate it; use --amp fp16")
     return DTYPES[name]
+
+
+def be_deterministic() -> None:
+    """From here on give the same bits each time, on CUDA too (https://pytorch.org/docs/stable/notes/randomness.html)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a slow aid for finding reads of it
+    torch.use_deterministic_algorithms(True)
+
+
+def limit_memory(device: torch.device, gib: float) -> None:
+    """Let this process take no more than `gib` of a CUDA device's memory: torch then finds it full before it is."""
+    if device.type != "cuda":
+        raise UserError(f"--memory-gib limits a CUDA device, found {device}; there, choose --micro-batch")
+    if gib <= CONTEXT_GIB:
+        raise UserError(f"--memory-gib {gib:g}: expected more than {CONTEXT_GIB}, which CUDA itself takes")
+    total = torch.cuda.get_device_properties(device).total_memory / 2**30
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (gib - CONTEXT_GIB) / total), device)
 
 
 def _cpu_has_bf16() -> bool:

@@ -28,6 +28,24 @@ def whole_file(path: Path) -> Iterator[Path]:
         unfinished.discard(partial)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for one run, and clear away what a killed one left half written; raises UserError if it is held.
+
+    The kernel lets go of it when the process ends, however that happens; the empty file `.lock` means nothing by itself.
+    """
+    import fcntl  # not on Windows
+
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another run is writing there; wait for its end or give another --out") from None
+        for left in folder.glob(".*.partial"):
+            left.unlink()
+        yield
+
+
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON file; what UTF-8 cannot hold, of a file's name, becomes JSON's own escape."""
     with whole_file(path) as partial:

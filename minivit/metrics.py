@@ -5,8 +5,12 @@ Shapes: C classes. Definitions are scikit-learn's, a class that was never predic
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
+
+RISE = 1.02  # of validation loss over its lowest; what is less may be noise
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -35,3 +39,33 @@ def summarize(confusion: Tensor) -> dict[str, float]:
         "f1": (weight * f1).sum().item(),
         "macro_f1": f1[present].mean().item(),
     }
+
+
+def confused_pairs(confusion: Tensor, most: int) -> list[tuple[int, int, int]]:
+    """Return the most confused pairs of classes: (true, predicted, photos), the most photos first."""
+    wrong = confusion - confusion.diagonal().diag()
+    counts, flat = wrong.flatten().sort(descending=True, stable=True)
+    return [(i // len(wrong), i % len(wrong), n) for n, i in zip(counts.tolist(), flat.tolist()) if n][:most]
+
+
+def best_row(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    """Return the epoch of highest validation accuracy; of equals the last, which a lower learning rate refined."""
+    return max(rows, key=lambda row: (row["val_accuracy"], row["epoch"]))
+
+
+def overfits_from(rows: Sequence[Mapping[str, float]]) -> int | None:
+    """Return the first epoch after validation loss was lowest, if it has risen since while training loss fell; else None."""
+    lowest, last = min(rows, key=lambda row: row["val_loss"]), rows[-1]
+    rises = last["val_loss"] > RISE * lowest["val_loss"] and last["train_loss"] < lowest["train_loss"]
+    return lowest["epoch"] + 1 if rises else None
+
+
+def verdict(rows: Sequence[Mapping[str, float]]) -> str:
+    """Say in a sentence whether training overfits, by the last of the epochs."""
+    first, last = overfits_from(rows), rows[-1]
+    gap = 100 * (last["train_accuracy"] - last["val_accuracy"])
+    found = f"training {last['train_accuracy']:.1%}, validation {last['val_accuracy']:.1%}"
+    kept = f"the weights of epoch {best_row(rows)['epoch']} were kept"
+    if first:
+        return f"overfitting from epoch {first}: {found}; {kept}; try fewer blocks or more photos"
+    return f"no overfitting: {found}, a gap of {gap:.1f} points; {kept}"

@@ -9,6 +9,8 @@ from torch import nn
 
 from .errors import UserError
 
+WARMUP = 0.1  # of all steps
+
 
 def parse_blocks(text: str, depth: int) -> list[int]:
     """Read a range of blocks, 0-based and inclusive: `8-11`, `10,11`, `all`, `none`."""
@@ -42,17 +44,25 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Group what trains for AdamW: matrices decay, biases and the scales of norms and LayerScale do not."""
-    tail = trainable(model).values()
-    return [
-        {"params": [p for p in tail if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in tail if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Group what trains for AdamW: matrices decay, biases and the scales of norms and LayerScale do not.
+
+    A group's learning rate is `lr_scale` times the step's: 1 for norm and head, and for block i `layer_decay` to the power
+    of how far it lies below them, as in timm and BEiT (https://arxiv.org/abs/2106.08254).
+    """
+    groups: dict[tuple[bool, int], dict] = {}
+    for name, parameter in trainable(model).items():
+        part, _, rest = name.partition(".")
+        below = len(model.blocks) - int(rest.partition(".")[0]) if part == "blocks" and layer_decay != 1 else 0
+        decays = parameter.ndim > 1
+        group = {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": layer_decay**below}
+        groups.setdefault((decays, below), group)["params"].append(parameter)
+    return list(groups.values())
 
 
-def lr_at(step: int, *, peak: float, warmup: int, total: int) -> float:
+def lr_at(step: int, *, peak: float, total: int) -> float:
     """Return the learning rate of a step (0-based): linear warm-up to `peak`, then a cosine down to 0 at `total`."""
+    warmup = math.ceil(WARMUP * total)
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

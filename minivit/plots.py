@@ -164,24 +164,37 @@ def draw_for(pipe: Connection) -> None:
                 pipe.send(error)
 
 
-def draw_curves(path: Path, rows: Sequence[Mapping[str, float]], best_epoch: int) -> None:
-    """Draw loss and accuracy by epoch, of the training photos without augmentation and of validation."""
-    figure = Figure((9, 3.8), layout="constrained", dpi=120)
+def draw_curves(
+    path: Path, rows: Sequence[Mapping[str, float]], best_epoch: int, overfits_from: int | None = None, verdict: str = ""
+) -> None:
+    """Draw loss and accuracy by epoch, of the training photos without augmentation and of validation.
+
+    The epochs from `overfits_from` on are shaded; `verdict` is said above.
+    """
+    figure = Figure((9, 4.1), layout="constrained", dpi=120)
     epochs = [row["epoch"] for row in rows]
     for ax, what in zip(figure.subplots(1, 2), ("loss", "accuracy")):
         ax.plot(epochs, [row[f"train_{what}"] for row in rows], "o--", color="#5aae61", label="training, not augmented")
         ax.plot(epochs, [row[f"val_{what}"] for row in rows], "s-", color="#40004b", label="validation")
         ax.axvline(best_epoch, color="0.5", linestyle=":", label=f"best epoch ({best_epoch})")
+        if overfits_from:
+            ax.axvspan(overfits_from - 0.5, epochs[-1] + 0.5, color="#fdb863", alpha=0.3, label="overfitting", hatch="//", lw=0)
         ax.set(xlabel="epoch", ylabel="cross-entropy loss" if what == "loss" else "accuracy", title=what)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_ylim(bottom=0 if what == "loss" else None, top=None if what == "loss" else 1.005)
         ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, loc="lower right")
+    ax.legend(fontsize=8)
+    figure.suptitle("\n".join(textwrap.wrap(verdict, 115)), fontsize=10, parse_math=False)
     _save(figure, path)
 
 
-def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title: str) -> None:
-    """Draw a confusion matrix (C, C): true class by row, predicted by column, shaded by the share of its row."""
+def draw_confusion(
+    path: Path, confusion: Tensor, classes: Sequence[str], title: str, pairs: Sequence[tuple[str, str, int]] = ()
+) -> None:
+    """Draw a confusion matrix (C, C): true class by row, predicted by column, shaded by the share of its row.
+
+    `pairs` are listed below it: (true class, predicted class, photos).
+    """
     counts = confusion.numpy()
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     C = len(classes)
@@ -200,6 +213,9 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
         for i, j in np.argwhere(counts > 0):
             ax.text(j, i, counts[i, j], ha="center", va="center", fontsize=7, color="white" if share[i, j] > 0.55 else "black")
     figure.colorbar(shaded, ax=ax, fraction=0.04, label="share of the true class")
+    if pairs:
+        lines = [f"{n} × {shorten(true, 28)} taken for {shorten(predicted, 28)}" for true, predicted, n in pairs]
+        figure.supxlabel("\n".join(["confused most:", *lines]), x=0.02, ha="left", ma="left", fontsize=9, parse_math=False)
     _save(figure, path)
 
 

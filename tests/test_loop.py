@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ import torch.nn.functional as F
 from conftest import TINY, randomize
 from torch.testing import assert_close
 
-from minivit import Preprocess, ViT, loop
+from minivit import Preprocess, ViT, load_pretrained, loop
+from minivit.data import Data, Split
 from minivit.errors import UserError
 from minivit.optim import freeze_except, lr_at, parameter_groups, parse_blocks, trainable
+from minivit.state import begin
 
 CPU_SCALER_OFF = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -20,6 +23,10 @@ def batch(n=7):
     return torch.randn(n, 3, 32, 32, generator=generator), torch.randint(5, (n,), generator=generator)
 
 
+def tail_of(model):
+    return torch.cat([p.detach().flatten() for p in trainable(model).values()])
+
+
 def sgd(model):
     return torch.optim.SGD(trainable(model).values(), lr=0.5)
 
@@ -27,13 +34,11 @@ def sgd(model):
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 7, 50])
 def test_micro_batches_add_up_to_the_full_batch(tiny, micro_batch):
     images, labels = batch()
-    cut = freeze_except(tiny, [10, 11])
+    freeze_except(tiny, [10, 11])
     F.cross_entropy(tiny(images), labels).backward()
     expected = {name: p.grad.clone() for name, p in trainable(tiny).items()}
     norm = torch.cat([g.flatten() for g in expected.values()]).norm()
-    loss, found_norm = loop.train_step(
-        tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, cut=cut, micro_batch=micro_batch, amp=None
-    )
+    loss, found_norm, _ = loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=micro_batch, amp=None)
     assert_close(loss, F.cross_entropy(randomize(ViT(TINY))(images), labels).detach())
     assert_close(found_norm, norm)
     for name, p in trainable(tiny).items():  # what remains is the clipped sum
@@ -46,7 +51,7 @@ def test_only_the_chosen_blocks_norm_and_head_change(tiny, blocks):
     images, labels = batch()
     cut = freeze_except(tiny, blocks)
     assert cut == min(blocks, default=12)
-    loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, cut=cut, micro_batch=7, amp=None)
+    loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=7, amp=None)
     for name, p in tiny.named_parameters():
         chosen = name.split(".")[0] in ("norm", "head") or any(name.startswith(f"blocks.{i}.") for i in blocks)
         assert torch.equal(p, before[name]) != chosen, name
@@ -54,50 +59,51 @@ def test_only_the_chosen_blocks_norm_and_head_change(tiny, blocks):
 
 
 def test_frozen_blocks_build_no_graph(tiny):
-    cut = freeze_except(tiny, [10, 11])
+    freeze_except(tiny, [10, 11])
     saved = []
     images, labels = batch()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, cut=cut, micro_batch=7, amp=None)
+        loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=7, amp=None)
     few = len(saved)
     freeze_except(tiny, range(12))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, cut=0, micro_batch=7, amp=None)
+        loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=7, amp=None)
     assert len(saved) - few > 4 * few
 
 
 def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(tiny):
     images, labels = batch()
-    cut = freeze_except(tiny, [10, 11])
+    freeze_except(tiny, [10, 11])
     before = {name: p.clone() for name, p in trainable(tiny).items()}
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     optimizer = sgd(tiny)
-    _, norm = loop.train_step(tiny, optimizer, scaler, images, labels, cut=cut, micro_batch=3, amp=torch.float16)
+    _, norm, _ = loop.train_step(tiny, optimizer, scaler, images, labels, micro_batch=3, amp=torch.float16)
     assert not norm.isfinite()
     assert scaler.get_scale() == 2.0**59
     assert all(torch.equal(p, before[name]) for name, p in trainable(tiny).items())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    _, norm = loop.train_step(tiny, optimizer, scaler, images, labels, cut=cut, micro_batch=3, amp=torch.float16)
+    _, norm, _ = loop.train_step(tiny, optimizer, scaler, images, labels, micro_batch=3, amp=torch.float16)
     assert norm.isfinite()
     assert not torch.equal(tiny.head.weight, before["head.weight"])
 
 
 def test_clipping_sees_the_unscaled_gradients(tiny):
     images, labels = batch()
-    cut = freeze_except(tiny, [10, 11])
+    freeze_except(tiny, [10, 11])
     kept = {name: p.detach().clone() for name, p in tiny.named_parameters()}
-    _, expected = loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, cut=cut, micro_batch=3, amp=None)
+    _, expected, _ = loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=3, amp=None)
     stepped = tiny.head.weight.detach().clone()
     tiny.load_state_dict(kept)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    _, norm = loop.train_step(tiny, sgd(tiny), scaler, images, labels, cut=cut, micro_batch=3, amp=None)
+    _, norm, _ = loop.train_step(tiny, sgd(tiny), scaler, images, labels, micro_batch=3, amp=None)
     assert_close(norm, expected)
     assert_close(tiny.head.weight.detach(), stepped)
 
 
-def fit(model, data, **changes):
-    settings = {"amp": None, "epochs": 2, "batch_size": 4, "micro_batch": 4, "lr": 1e-3, "seed": 0, "cut": 10}
-    return list(loop.fit(model, data, data, **(settings | changes)))
+def fit(model, data, val=None, **changes):
+    settings = {"amp": None, "epochs": 2, "batch_size": 4, "micro_batch": 4, "lr": 1e-3, "seed": 0, "cut": 10} | changes
+    run = begin(model, amp=settings["amp"], weight_decay=0.05)
+    return list(loop.fit(run, data, val or data, **settings))
 
 
 @pytest.fixture
@@ -143,9 +149,9 @@ def test_training_metrics_are_of_photos_without_augmentation(pixels):
 
 
 def test_a_skipped_step_moves_neither_schedule_nor_weights(pixels, monkeypatch):
-    monkeypatch.setattr(loop, "train_step", lambda *_, **__: (torch.tensor(1.0), torch.tensor(math.inf)))
+    monkeypatch.setattr(loop, "train_step", lambda *_, **__: (torch.tensor(1.0), torch.tensor(math.inf), 4))
     rows = fit(fresh(), pixels, amp=torch.float16)
-    assert rows[-1]["lr"] == lr_at(0, peak=1e-3, warmup=1, total=6)
+    assert rows[-1]["lr"] == lr_at(0, peak=1e-3, total=6)
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_clear_line(pixels):
@@ -156,17 +162,19 @@ def test_a_loss_that_is_not_finite_stops_with_a_clear_line(pixels):
 
 
 def test_the_learning_rate_warms_up_and_ends_at_0():
-    rates = [lr_at(step, peak=1.0, warmup=4, total=20) for step in range(21)]
+    rates = [lr_at(step, peak=1.0, total=40) for step in range(41)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0
-    assert rates[12] == pytest.approx(0.5)
-    assert rates[20] == pytest.approx(0)
+    assert rates[22] == pytest.approx(0.5)
+    assert rates[40] == pytest.approx(0)
     assert all(a >= b for a, b in zip(rates[4:], rates[5:]))
 
 
 def test_matrices_decay_and_the_rest_does_not(tiny):
     freeze_except(tiny, [11])
-    decayed, spared = (group["params"] for group in parameter_groups(tiny, 0.05))
+    groups = {group["weight_decay"]: group["params"] for group in parameter_groups(tiny, 0.05)}
+    assert groups.keys() == {0.05, 0.0}
+    decayed, spared = groups[0.05], groups[0.0]
     assert len(decayed) == 5
     assert all(p.ndim == 2 for p in decayed)
     assert len(spared) == len(trainable(tiny)) - 5
@@ -184,3 +192,178 @@ def test_ranges_of_blocks_are_from_0_and_inclusive(text, expected):
 def test_other_ranges_are_refused(text):
     with pytest.raises(UserError, match="blocks"):
         parse_blocks(text, 12)
+
+
+def test_micro_batches_change_the_update_by_rounding_only(tiny):
+    images, labels = batch(9)
+    freeze_except(tiny, [10, 11])
+    kept = {name: p.detach().clone() for name, p in tiny.named_parameters()}
+    updates = []
+    for micro_batch in (9, 4, 2, 1):  # a last micro-batch of one photo for 4 and 2
+        tiny.load_state_dict(kept)
+        before = tail_of(tiny)
+        loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=micro_batch, amp=None)
+        updates.append(tail_of(tiny) - before)
+    for update in updates[1:]:  # 1e-6 is of float32's own rounding of the weights
+        assert (update - updates[0]).norm() <= 1e-6 * updates[0].norm()
+
+
+def too_much(model, most):
+    """Let a forward pass of more than `most` photos run out of memory, after the first micro-batches went well."""
+    real, seen = model.forward, []
+
+    def forward(images):
+        seen.append(len(images))
+        if len(images) > most and (most or len(seen) > 1):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(images)
+
+    model.forward = forward
+    return seen
+
+
+def test_out_of_memory_halves_the_micro_batch_and_redoes_the_step(tiny, capsys):
+    images, labels = batch(7)
+    freeze_except(tiny, [10, 11])
+    kept = {name: p.detach().clone() for name, p in tiny.named_parameters()}
+    expected = loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=1, amp=None)
+    stepped = tail_of(tiny)
+    tiny.load_state_dict(kept)
+    seen = too_much(tiny, 2)
+    found = loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=64, amp=None)
+    assert seen == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    assert found[2] == 1
+    assert_close(found[0], expected[0])
+    assert_close(tail_of(tiny), stepped)
+    assert capsys.readouterr().err.count("out of memory; the step is redone in micro-batches of ") == 2
+
+
+def test_out_of_memory_in_the_middle_of_a_step_leaves_no_gradient_behind(tiny):
+    images, labels = batch(7)
+    freeze_except(tiny, [10, 11])
+    kept = {name: p.detach().clone() for name, p in tiny.named_parameters()}
+    loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=2, amp=None)
+    stepped = tail_of(tiny)
+    tiny.load_state_dict(kept)
+    real, calls = tiny.forward, []
+
+    def third_fails(images):
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return real(images)
+
+    tiny.forward = third_fails
+    loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=4, amp=None)
+    assert calls == [4, 3, 2, 2, 2, 1]
+    assert_close(tail_of(tiny), stepped)
+
+
+def test_where_not_one_photo_fits_it_says_so(tiny):
+    images, labels = batch(2)
+    freeze_except(tiny, [10, 11])
+    too_much(tiny, 0)
+    with pytest.raises(UserError, match="cpu: out of memory; try a lower --batch-size or --micro-batch"):
+        tiny.forward(images[:0])
+        loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=2, amp=None)
+
+
+def test_a_stand_in_counts_neither_in_the_loss_nor_in_the_gradients(tiny):
+    images, labels = batch(1)
+    freeze_except(tiny, [10, 11])
+    before = tail_of(tiny)
+    loss, norm, _ = loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=1, amp=None, batch=math.inf)
+    assert (loss, norm) == (0, 0)
+    assert torch.equal(tail_of(tiny), before)
+
+
+def test_label_smoothing_is_torchs(tiny):
+    images, labels = batch()
+    freeze_except(tiny, [10, 11])
+    expected = F.cross_entropy(tiny(images), labels, label_smoothing=0.2).detach()
+    loss, *_ = loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images, labels, micro_batch=3, amp=None, label_smoothing=0.2)
+    assert_close(loss, expected)
+
+
+def test_layer_decay_lowers_the_learning_rate_block_by_block(tiny):
+    freeze_except(tiny, [8, 10, 11])
+    names = {id(p): name for name, p in tiny.named_parameters()}
+    scale = {names[id(p)]: group["lr_scale"] for group in parameter_groups(tiny, 0.05, 0.5) for p in group["params"]}
+    assert scale.keys() == trainable(tiny).keys()
+    assert scale["head.weight"] == scale["norm.bias"] == 1
+    assert scale["blocks.11.attn.qkv.weight"] == scale["blocks.11.norm1.bias"] == 0.5
+    assert scale["blocks.10.mlp.fc1.weight"] == 0.25
+    assert scale["blocks.8.mlp.fc1.weight"] == 0.0625
+
+
+def test_layer_decay_reaches_the_steps(pixels):
+    moved = []
+    for layer_decay in (1.0, 0.0):
+        model = fresh()
+        before = {name: p.detach().clone() for name, p in trainable(model).items()}
+        run = begin(model, amp=None, weight_decay=0.05, layer_decay=layer_decay)
+        next(loop.fit(run, pixels, pixels, cut=10, amp=None, epochs=2, batch_size=4, micro_batch=4, lr=1e-3, seed=0))
+        moved.append({name.split(".")[0] for name, p in trainable(model).items() if not torch.equal(p, before[name])})
+    assert moved == [{"blocks", "norm", "head"}, {"norm", "head"}]
+
+
+def test_patience_ends_after_epochs_that_were_not_the_best(pixels, monkeypatch):
+    accuracies = iter([0.5, 0.7, 0.7, 0.6, 0.6, 0.9, 0.9])
+
+    def score(logits, labels, real=loop.score):
+        return real(logits, labels) | ({"accuracy": next(accuracies)} if len(labels) == 4 else {})
+
+    monkeypatch.setattr(loop, "score", score)
+    rows = fit(fresh(), pixels, (pixels[0][:4], pixels[1][:4]), epochs=7, patience=2)
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]  # of equals the later is the best
+
+
+def test_the_mean_loss_weighs_a_short_last_batch_by_its_photos(pixels, monkeypatch):
+    losses = iter([1.0, 2.0, 7.0] * 2)
+    monkeypatch.setattr(loop, "train_step", lambda *_, **__: (torch.tensor(next(losses)), torch.tensor(1.0), 4))
+    assert fit(fresh(), pixels)[0]["loss"] == (4 * 1 + 4 * 2 + 1 * 7) / 9
+
+
+def test_a_rehearsal_changes_nothing_and_says_what_fits(tiny, capsys):
+    freeze_except(tiny, [10, 11])
+    tiny.labels, before = ("a", "b"), {name: p.detach().clone() for name, p in tiny.named_parameters()}
+    split = Split([None] * 10, [0] * 10)
+    seen = too_much(tiny, 2)
+    micro_batch, gib = loop.rehearse(tiny, Data(("a", "b"), split, split, split), batch_size=8, micro_batch=8, amp=None)
+    assert micro_batch == max(seen[-8:]) == 2
+    assert 0.1 < gib < 5
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in tiny.named_parameters())
+
+
+def test_20_steps_follow_transformers_and_torchs_adamw(tiny_folder):
+    """The same batches, freezing, weight decay, clipping and schedule: losses to 1e-5."""
+    from transformers import ViTForImageClassification
+
+    ours = load_pretrained(tiny_folder)
+    theirs = ViTForImageClassification.from_pretrained(tiny_folder, attn_implementation="eager").train()
+    tail = [
+        (name, p) for name, p in theirs.named_parameters() if re.search(r"layers?\.1[01]\.|vit\.layernorm|classifier", name)
+    ]
+    theirs.requires_grad_(False)
+    for _, p in tail:
+        p.requires_grad_(True)
+    freeze_except(ours, [10, 11])
+    assert sum(p.numel() for _, p in tail) == tail_of(ours).numel()
+    split = {True: 0.05, False: 0.0}
+    groups = [{"params": [p for _, p in tail if (p.ndim > 1) == matrix], "weight_decay": split[matrix]} for matrix in split]
+    reference, run = torch.optim.AdamW(groups, lr=0.0), begin(ours, amp=None, weight_decay=0.05)
+    first = None
+    for step in range(20):
+        generator = torch.Generator().manual_seed(step)
+        images, labels = torch.randn(6, 3, 32, 32, generator=generator), torch.arange(6) % 5
+        for group in (*reference.param_groups, *run.optimizer.param_groups):
+            group["lr"] = lr_at(step, peak=3e-3, total=20)
+        loss, *_ = loop.train_step(ours, run.optimizer, run.scaler, images, labels, micro_batch=4, amp=None)
+        reference.zero_grad()
+        expected = F.cross_entropy(theirs(pixel_values=images).logits, labels)
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in tail], 1.0)
+        reference.step()
+        assert_close(loss, expected.detach(), rtol=0, atol=1e-5)
+        first = first or loss.item()
+    assert abs(loss.item() - first) > 0.1  # they went somewhere

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import csv
+
 import pytest
 import torch
 from PIL import Image
 
-from minivit.metrics import confusion_matrix, per_class, summarize
+from minivit.metrics import confused_pairs, confusion_matrix, overfits_from, per_class, summarize, verdict
+from minivit.results import write_classes
 
 
 def test_metrics_of_a_confusion_matrix_made_by_hand():
@@ -48,6 +51,62 @@ def test_figures_show_their_contents_and_take_any_name(tmp_path):
     picture = drawn(tmp_path / "p.png")
     assert (picture == torch.tensor([0.0, 128.0, 0.0])).all(-1).float().mean() > 0.2  # the photos themselves
     plots.draw_confusion(tmp_path / "c.png", torch.eye(40, dtype=torch.long), [HOSTILE.replace("\x1b", "")] * 40, "title")
+    pairs = [(HOSTILE.replace("\x1b", ""), "b", 3)] * 8
+    plots.draw_confusion(tmp_path / "d.png", torch.eye(40, dtype=torch.long), ["a"] * 40, "title", pairs)
     row = {"train_loss": 1, "val_loss": 2, "train_accuracy": 0.5, "val_accuracy": 0.4}
     plots.draw_curves(tmp_path / "l.png", [row | {"epoch": i} for i in (1, 2)], 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.png", "l.png", "p.png"]
+    plots.draw_curves(tmp_path / "m.png", [row | {"epoch": i} for i in (1, 2)], 2, 2, "a verdict")
+    plain, shaded = drawn(tmp_path / "l.png"), drawn(tmp_path / "m.png")
+    assert (shaded[..., :3] - torch.tensor([254.0, 234.0, 208.0])).abs().amax(-1).le(2).sum() > 10_000  # #fdb863 at 0.3
+    assert (plain[..., :3] - torch.tensor([254.0, 234.0, 208.0])).abs().amax(-1).le(2).sum() == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.png", "d.png", "l.png", "m.png", "p.png"]
+
+
+def rows_of(*losses):
+    return [
+        {"epoch": i, "train_loss": train, "val_loss": val, "train_accuracy": 0.998, "val_accuracy": 0.931 - 0.01 * (i > 3)}
+        for i, (train, val) in enumerate(losses, 1)
+    ]
+
+
+OVERFITTING = {
+    "rises while training falls": ([(1.0, 1.0), (0.5, 0.6), (0.2, 0.7), (0.1, 0.9)], 3),
+    "falls": ([(1.0, 1.0), (0.5, 0.6), (0.2, 0.5)], None),
+    "rises with training's": ([(1.0, 1.0), (0.5, 0.6), (0.8, 0.9)], None),
+    "rises by noise": ([(1.0, 1.0), (0.5, 0.6), (0.2, 0.605)], None),
+    "rose and came down": ([(1.0, 1.0), (0.5, 0.6), (0.4, 0.9), (0.1, 0.55)], None),
+    "one epoch": ([(1.0, 1.0)], None),
+}
+
+
+@pytest.mark.parametrize("losses, epoch", OVERFITTING.values(), ids=OVERFITTING)
+def test_overfitting_is_validation_loss_that_rises_while_training_loss_falls(losses, epoch):
+    assert overfits_from(rows_of(*losses)) == epoch
+
+
+def test_the_verdict_is_one_plain_sentence():
+    assert verdict(rows_of(*OVERFITTING["rises while training falls"][0])) == (
+        "overfitting from epoch 3: training 99.8%, validation 92.1%; the weights of epoch 3 were kept; "
+        "try fewer blocks or more photos"
+    )
+    assert verdict(rows_of((1.0, 1.0), (0.5, 0.6))) == (
+        "no overfitting: training 99.8%, validation 93.1%, a gap of 6.7 points; the weights of epoch 2 were kept"
+    )
+
+
+def test_the_most_confused_pairs_come_first_and_right_ones_never():
+    confusion = torch.tensor([[9, 0, 3], [5, 9, 0], [1, 0, 9]])
+    assert confused_pairs(confusion, 2) == [(1, 0, 5), (0, 2, 3)]
+    assert confused_pairs(confusion, 9) == [(1, 0, 5), (0, 2, 3), (2, 0, 1)]
+
+
+def test_the_table_of_classes_is_scikit_learns(tmp_path):
+    """scikit-learn 1.5: precision_recall_fscore_support of the same predictions, zero_division=0."""
+    confusion = torch.tensor([[2, 1, 0], [0, 3, 0], [1, 0, 0]])
+    write_classes(tmp_path / "classes.csv", confusion, ["a", 'b,"c"\n', "d"])
+    assert list(csv.reader((tmp_path / "classes.csv").read_text().splitlines(keepends=True))) == [
+        ["class", "photos", "precision", "recall", "f1"],
+        ["a", "3", "0.6667", "0.6667", "0.6667"],
+        ['b,"c"\n', "3", "0.7500", "1.0000", "0.8571"],
+        ["d", "1", "0.0000", "0.0000", "0.0000"],
+    ]

@@ -1,0 +1,76 @@
+"""What a finished run leaves to look at: its figures, a table of its classes, and its model card."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from . import metrics, plots
+from .data import Data
+from .errors import printable
+from .files import whole_file
+from .photos import open_photo
+
+NUM_SHOWN = 24  # photos in predictions.png
+NUM_PAIRS = 8  # of classes that were confused most
+
+
+def write_results(out: Path, rows: Sequence[Mapping[str, float]], data: Data, logits: torch.Tensor, summary: Mapping) -> None:
+    """Draw the three figures and write classes.csv and README.md, from the test photos' logits (n, C)."""
+    labels = torch.tensor(data.test.labels)
+    confidence, predicted = logits.softmax(1).max(1)
+    wrong = (predicted != labels).nonzero()[:, 0]
+    right = (predicted == labels).nonzero()[:, 0]
+    # The most confident mistakes, up to half of the grid, and right ones from across the classes.
+    shown = wrong[confidence[wrong].argsort(descending=True)][: NUM_SHOWN // 2].tolist()
+    stride = max(1, len(right) // (NUM_SHOWN - len(shown)))
+    shown += right[::stride][: NUM_SHOWN - len(shown)].tolist()
+    captions = [(data.classes[labels[i]], data.classes[predicted[i]], confidence[i].item()) for i in shown]
+    title = f"Test photos: the most confident of {len(wrong)} wrong, and some of {len(right)} right predictions"
+    confusion = metrics.confusion_matrix(predicted, labels, len(data.classes))
+    pairs = [(data.classes[i], data.classes[j], n) for i, j, n in metrics.confused_pairs(confusion, NUM_PAIRS)]
+
+    plots.draw_curves(out / "curves.png", rows, summary["best_epoch"], metrics.overfits_from(rows), summary["verdict"])
+    plots.draw_confusion(
+        out / "confusion.png", confusion, data.classes, f"{len(right)} of {len(labels)} test photos right", pairs
+    )
+    plots.draw_predictions(out / "predictions.png", [open_photo(data.test.paths[i]) for i in shown], captions, title)
+    write_classes(out / "classes.csv", confusion, data.classes)
+    with whole_file(out / "README.md") as partial:
+        partial.write_text(model_card(summary, pairs), encoding="utf-8", errors="backslashreplace")
+
+
+def write_classes(path: Path, confusion: torch.Tensor, classes: Sequence[str]) -> None:
+    """Write a line a class: its test photos, precision, recall and F1."""
+    columns = zip(classes, confusion.sum(1).tolist(), *(column.tolist() for column in metrics.per_class(confusion)))
+    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["class", "photos", "precision", "recall", "f1"])
+        table.writerows([name, n, *(f"{value:.4f}" for value in scores)] for name, n, *scores in columns)
+
+
+def model_card(summary: Mapping, pairs: Sequence[tuple[str, str, int]]) -> str:
+    """Return README.md: what the model is, how well it does, what it confuses, and how it was made."""
+    inline = lambda text: "`" + printable(text).replace("`", "'") + "`"  # noqa: E731 - names are data, not markup
+    lines = [
+        f"# {len(summary['classes'])} classes, from {inline(summary['base'])}",
+        "",
+        f"Accuracy {summary['test_accuracy']:.4f} and macro F1 {summary['test_macro_f1']:.4f} on {summary['test_photos']} "
+        f"test photos; {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters were trained, "
+        f"best epoch {summary['best_epoch']}, in {summary['precision']} on {inline(summary['device'])}.",
+        f"Training: {summary['verdict']}.",
+        "",
+        "Each class's precision and recall are in classes.csv. Confused most:" if pairs else "No test photo was confused.",
+        *(f"- {inline(true)} taken for {inline(predicted)}: {n}" for true, predicted, n in pairs),
+        "",
+        "![Confusion matrix](confusion.png)",
+        "",
+        "Loads with `minivit.load_pretrained` and with transformers' `AutoModelForImageClassification`.",
+        "Every setting, version and time is in summary.json.",
+        "",
+        "Classes: " + ", ".join(inline(name) for name in summary["classes"]),
+    ]
+    return "\n".join(lines) + "\n"

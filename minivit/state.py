@@ -1,0 +1,115 @@
+"""Where a run stands, on disk: what is needed to go on as if it had never stopped. No pickle: safetensors and JSON.
+
+Random states are not part of it, since each epoch's order and augmentation follow from the seed and the epoch alone.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import UserError
+from .model import ViT
+from .optim import parameter_groups, trainable
+from .weights import save_tensors
+
+PLAIN = ("epoch", "step", "losses", "lr", "rows", "seconds", "spent")  # what JSON holds of a State
+
+
+@dataclass
+class State:
+    """A run under way: the model, what trains it, and how far it has come."""
+
+    model: ViT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    epoch: int = 1  # the one under way
+    losses: list[float] = field(default_factory=list)  # of its batches so far; not finite where the scaler skipped a step
+    step: int = 0  # optimiser steps taken; one that the scaler skips moves neither this nor the learning rate
+    lr: float = 0.0  # of the last step
+    rows: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl
+    best: dict[str, Tensor] = field(default_factory=dict)  # the best epoch's tail, on the CPU
+    seconds: float = 0.0  # spent on the epoch under way
+    spent: float = 0.0  # on the whole run
+    stopped: bool = False  # by a signal
+
+    def tail(self) -> dict[str, Tensor]:
+        """Copy what trains to the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in trainable(self.model).items()}
+
+    @torch.no_grad()
+    def set_tail(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in trainable(self.model).items():
+            parameter.copy_(tensors[name])
+
+    def free(self) -> None:
+        """Give back the device's memory: the model goes to the CPU, and training cannot go on."""
+        self.model.zero_grad(set_to_none=True)
+        self.model.cpu()
+        self.optimizer.state.clear()
+
+    def save(self, path: Path, settings: Mapping[str, object]) -> None:
+        """Write everything into one file, whole or not at all: the last good state stays until then."""
+        moments = self.optimizer.state_dict()["state"]
+        tensors = {f"tail.{name}": tensor for name, tensor in self.tail().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"optimizer.{i}.{key}": value.cpu() for i, of_one in moments.items() for key, value in of_one.items()}
+        plain = {name: getattr(self, name) for name in PLAIN}
+        about = plain | {"settings": dict(settings), "scaler": self.scaler.state_dict()}
+        save_tensors(path, tensors, {"state": json.dumps(about)})
+
+    def load(self, tensors: Mapping[str, Tensor], about: Mapping) -> None:
+        """Become what `read` found."""
+        parts: dict[str, dict[str, Tensor]] = {"tail": {}, "best": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        self.set_tail(parts["tail"])
+        self.best = parts["best"]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            i, _, key = name.partition(".")
+            moments.setdefault(int(i), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.scaler.load_state_dict(about["scaler"])
+        for name in PLAIN:
+            setattr(self, name, about[name])
+
+
+def begin(model: ViT, *, amp: torch.dtype | None, weight_decay: float, layer_decay: float = 1.0) -> State:
+    """Return the state of a run that has taken no step: AdamW on what trains, and a gradient scaler for fp16."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay, layer_decay), lr=0.0)  # set before each step
+    return State(model, optimizer, torch.amp.GradScaler(model.cls_token.device.type, enabled=amp is torch.float16))
+
+
+def read(path: Path, settings: Mapping[str, object]) -> tuple[dict[str, Tensor], dict]:
+    """Read a state's tensors and what JSON holds of it.
+
+    Raises UserError, naming each, if settings that change the mathematics are not those the run began with.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = json.loads(file.metadata()["state"])
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: is no state of a run ({error}); without --resume, training begins anew") from error
+    now, then = json.loads(json.dumps(settings)), about["settings"]
+    changed = [f"{name} was {then.get(name)}, now {value}" for name, value in now.items() if then.get(name) != value]
+    if changed:
+        raise UserError(f"{path}: cannot go on with other settings: {'; '.join(changed)}")
+    return tensors, about
+
+
+def checksum(*tensors: Tensor) -> str:
+    """Return a short name for the contents of tensors."""
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), crc)
+    return f"{crc:08x}"
