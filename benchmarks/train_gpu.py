@@ -84,21 +84,20 @@ def memory(model: Path, data: Path, out: Path) -> None:
         print(f"memory, {name}: {predicted}; measured {json.loads((run / 'summary.json').read_text())['peak_gib']:.2f} GiB")
 
 
-def resume(model: Path, data: Path, out: Path) -> None:
+def resume(model: Path, data: Path, out: Path, amp: str) -> None:
     """Stop a deterministic run with SIGTERM in its second epoch, go on, and compare the bytes."""
-    for amp in ("bf16", "fp16", "off"):
-        flags = ("--model", model, "--data", data, "--epochs", 4, "--batch-size", 32, "--amp", amp, "--deterministic")
-        ended(train(*flags, "--out", out / f"straight {amp}"))
-        process = train(*flags, "--out", out / f"stopped {amp}")
-        for line in process.stdout:
-            if line.startswith("epoch 1/"):
-                time.sleep(0.2)
-                process.send_signal(signal.SIGTERM)
-                break
-        process.communicate()
-        ended(train(*flags, "--out", out / f"stopped {amp}", "--resume"))
-        a, b = ((out / f"{name} {amp}" / "model.safetensors").read_bytes() for name in ("straight", "stopped"))
-        print(f"resume, {amp}: exit code {process.returncode}, bytes {'equal' if a == b else 'DIFFER'}")
+    flags = ("--model", model, "--data", data, "--epochs", 4, "--batch-size", 32, "--amp", amp, "--deterministic")
+    ended(train(*flags, "--out", out / f"straight {amp}"))
+    process = train(*flags, "--out", out / f"stopped {amp}")
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate()
+    ended(train(*flags, "--out", out / f"stopped {amp}", "--resume"))
+    a, b = ((out / f"{name} {amp}" / "model.safetensors").read_bytes() for name in ("straight", "stopped"))
+    print(f"resume, {amp}: exit code {process.returncode}, bytes {'equal' if a == b else 'DIFFER'}")
 
 
 def several(model: Path, data: Path, out: Path, real: tuple[Path, Path] | None) -> None:
@@ -137,7 +136,8 @@ def main() -> None:
     model, data = make_inputs(args.out, 1024)
     if torch.cuda.device_count() == 1:
         memory(model, data, args.out)
-        resume(model, data, args.out)
+        for amp in ("bf16", "fp16", "off"):
+            resume(model, data, args.out, amp)
     else:
         several(model, data, args.out, (args.model, args.data) if args.model and args.data else None)
 

@@ -61,8 +61,9 @@ def limit_memory(device: torch.device, gib: float) -> None:
         raise UserError(f"--memory-gib limits a CUDA device, found {device}; there, choose --micro-batch")
     if gib <= CONTEXT_GIB:
         raise UserError(f"--memory-gib {gib:g}: expected more than {CONTEXT_GIB}, which CUDA itself takes")
-    total = torch.cuda.get_device_properties(device).total_memory / 2**30
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (gib - CONTEXT_GIB) / total), device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.get_device_properties(index).total_memory / 2**30
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (gib - CONTEXT_GIB) / total), index)
 
 
 def _cpu_has_bf16() -> bool:
