@@ -1,0 +1,29 @@
+"""Devices that this machine may not have, as torch describes them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minivit import device
+from minivit.errors import UserError
+
+
+@pytest.mark.parametrize("name, index", [("cuda", 3), ("cuda:1", 1)])
+def test_a_memory_limit_is_a_share_of_the_device_that_is_meant_less_cudas_own(monkeypatch, name, index):
+    limits = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=(10 + i) * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, i: limits.append((share, i)))
+    device.limit_memory(torch.device(name), 4)
+    device.limit_memory(torch.device(name), 400)
+    assert limits == [(pytest.approx((4 - device.CONTEXT_GIB) / (10 + index)), index), (1.0, index)]
+
+
+def test_a_memory_limit_that_cannot_be_is_refused():
+    with pytest.raises(UserError, match="limits a CUDA device, found cpu"):
+        device.limit_memory(torch.device("cpu"), 4)
+    with pytest.raises(UserError, match="expected more than 0.7"):
+        device.limit_memory(torch.device("cuda"), 0.5)
