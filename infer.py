@@ -17,8 +17,11 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="infer.py", description=__doc__)
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO|FOLDER", help="photos, or folders of photos")
-    add("--model", metavar="ID|DIR|demo", help=f"as in train.py; none: {cli.RUN_DIR} if it is there, else {cli.BASE_MODEL}")
+    add(
+        "--model", metavar="ID|DIR|FILE|demo", help=f"as in train.py; none: {cli.RUN_DIR} if it is there, else {cli.BASE_MODEL}"
+    )
     add("--revision", metavar="REV", help="Hub revision; none: the default branch")
+    add("--img-size", type=cli.image_size, metavar="N|HxW", help="another input size than the checkpoint's, in pixels")
     add("--layers", default="8-11", metavar="RANGE", help="blocks to draw, from 0: 8-11, 10,11, all")
     add("--top-k", type=cli.at_least(1), default=5, help="names to print for each photo")
     add("--out", default="attention", metavar="DIR", help="where the figures are written, as <photo's stem>.png")
@@ -42,8 +45,9 @@ def infer(args: argparse.Namespace) -> int:
     print(f"model: {cli.printable(source)}", file=sys.stderr)
     on = device.pick_device(args.device)
     amp = device.pick_amp(args.amp, on)
-    model = weights.load_pretrained(source, revision=args.revision).to(on)
-    layers = optim.parse_blocks(args.layers, model.config.depth)
+    model = weights.load_pretrained(source, revision=args.revision, img_size=args.img_size).to(on)
+    c = model.config
+    layers = optim.parse_blocks(args.layers, c.depth)
     out, taken = Path(args.out), {os.path.realpath(path) for path in paths}
     out.mkdir(parents=True, exist_ok=True)
 
@@ -58,7 +62,7 @@ def infer(args: argparse.Namespace) -> int:
         images = model.preprocess(photo)[None].to(on)
         with torch.inference_mode(), loop.autocast(on, amp):
             logits, attn = model.forward_with_attention(images, layers, queries=[CLASS_TOKEN])
-        maps = {block: query_maps(weights, model.config.grid)[0].mean(0) for block, weights in attn.items()}
+        maps = {block: query_maps(weights, c.grid, num_registers=c.num_registers)[0].mean(0) for block, weights in attn.items()}
         print(cli.printable(path))
         title = plots.shorten(path.name, 60)
         if model.labels:

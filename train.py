@@ -30,8 +30,9 @@ RUN_FILES += ("summary.json", "curves.png", "confusion.png", "predictions.png")
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="train.py", description=__doc__)
     add = parser.add_argument
-    add("--model", default=cli.BASE_MODEL, metavar="ID|DIR|demo", help="a Hub id, a local folder, or the embedded checkpoint")
+    add("--model", default=cli.BASE_MODEL, metavar="ID|DIR|FILE|demo", help="a Hub id, a folder, a file, or what comes along")
     add("--revision", metavar="REV", help="Hub revision; none: the default branch")
+    add("--img-size", type=cli.image_size, metavar="N|HxW", help="another input size than the checkpoint's, in pixels")
     add("--data", default="data", metavar="DIR", help="holds oxford-iiit-pet (downloaded there if absent) or class folders")
     add("--blocks", default="10-11", metavar="RANGE", help="blocks to train besides norm and head: 8-11, 10,11, all, none")
     add("--epochs", type=cli.at_least(1), default=5, help="more for few photos")
@@ -68,7 +69,7 @@ def train(args: argparse.Namespace) -> int:
     photos = data.load_data(args.data, seed=args.seed)
     for finding in doctor.quick_check(args.data):
         print(finding, file=sys.stderr)
-    model = weights.load_pretrained(args.model, revision=args.revision, labels=photos.classes)
+    model = weights.load_pretrained(args.model, revision=args.revision, labels=photos.classes, img_size=args.img_size)
     cut = optim.freeze_except(model, optim.parse_blocks(args.blocks, model.config.depth))
     print(describe(model, photos, device, amp), flush=True)
     photos, (train, val, test) = data.decode_all(photos, model.preprocess, workers=args.workers, skip_bad=args.skip_bad)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import UserError
-from .families import DINOV2, GOOGLE, REGISTERS, VIT, Family, num_blocks
+from .families import DINOV2, GOOGLE, REGISTERS, TIMM, TIMM_DINOV2, TIMM_REGISTERS, VIT, Family, num_blocks
 from .model import ViT, ViTConfig
 from .photos import Preprocess
 
@@ -159,6 +159,11 @@ def sizes_from_tensors(family: Family, tensors: Mapping[str, Tensor], where: str
 def hub_family(c: ViTConfig) -> Family:
     """Return the family of transformers that a model is written in."""
     return REGISTERS if c.num_registers else DINOV2 if c.layer_scale else VIT
+
+
+def timm_family(c: ViTConfig) -> Family:
+    """Return the family of timm that a model is written in."""
+    return TIMM_REGISTERS if c.num_registers else TIMM_DINOV2 if c.layer_scale else TIMM
 
 
 def hub_config(model: ViT, *, use_mask_token: bool) -> dict:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import pickle
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .configs import hub_config, hub_family, hub_sizes, keeps_positions, sizes_from_tensors, timm_sizes
 from .errors import UserError
 from .families import HUB, TIMM_REGISTERS, Family, layout, listed, num_blocks, recognise
-from .files import dict_of_once, read_json, whole_file, write_json
+from .files import read_json, write_json
 from .hub import fetch
 from .model import ViT
 from .optim import trainable
 from .photos import Preprocess
+from .tensors import content_hash, is_finite, read_tensors, save_tensors, tail_metadata
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class Origin:
     commit: str | None = None  # of the Hub repository
     family: str = ""  # whose layout it had
     unused: dict[str, Tensor] = field(default_factory=dict)
-    sha256: str = ""  # of what is frozen; known once a tail was written
+    hashes: dict[frozenset[str], str] = field(default_factory=dict)  # of what is frozen, by the names of what is not
 
 
 def load_pretrained(
@@ -57,7 +53,7 @@ def load_pretrained(
     Raises UserError, naming tensors that are missing, unexpected, misshapen or not finite; nothing is ever left random.
     """
     source = str(source)
-    tail = _tail_metadata(Path(os.path.expanduser(source)))
+    tail = tail_metadata(Path(os.path.expanduser(source)))
     model = _load(source, revision, img_size) if tail is None else _load_with_tail(source, tail, img_size)
     if labels is not None or num_classes is not None:
         wanted = tuple(labels) if labels is not None else tuple(f"class {i}" for i in range(num_classes))
@@ -74,7 +70,7 @@ def _load(source: str, revision: str | None, img_size: tuple[int, int] | None) -
     files = fetch(source, revision)
     tensors: dict[str, Tensor] = {}
     for path in files.weights:
-        found = _read_tensors(path)
+        found = read_tensors(path)
         if twice := sorted(tensors.keys() & found.keys()):
             raise UserError(f"{path}: {listed((), twice)}: already in another of the files")
         tensors |= found
@@ -118,13 +114,16 @@ def _load_with_tail(source: str, tail: Mapping[str, str], img_size: tuple[int, i
     except UserError as error:
         raise UserError(f"{source} needs its base: {error}") from error
     model.reset_head(len(labels))
-    tensors, parameters = _read_tensors(Path(os.path.expanduser(source))), dict(model.named_parameters())
+    tensors, parameters = read_tensors(Path(os.path.expanduser(source))), dict(model.named_parameters())
     unexpected = sorted(tensors.keys() - parameters.keys())
-    misshapen = [name for name, t in tensors.items() if name in parameters and t.shape != parameters[name].shape]
+    fitting = {(name, p.shape, p.dtype) for name, p in parameters.items()}
+    misshapen = [name for name, t in tensors.items() if name in parameters and (name, t.shape, t.dtype) not in fitting]
     missing = [f"head.{leaf}" for leaf in ("weight", "bias") if labels and f"head.{leaf}" not in tensors]
     if missing or unexpected or misshapen:
         raise UserError(f"{source}: does not fit its base {base}: {listed(missing, unexpected, misshapen)}")
-    if _hash({name: p for name, p in parameters.items() if name not in tensors}) != wanted:
+    if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+        raise UserError(f"{source}: {broken[0]} holds NaN or infinity; train again")
+    if content_hash({name: p for name, p in parameters.items() if name not in tensors}) != wanted:
         raise UserError(f"{source}: its base {base} is not the one it was trained on; its contents differ")
     model.load_state_dict(model.state_dict() | tensors, assign=True)
     model.labels = labels
@@ -169,13 +168,14 @@ def tensors_as(model: ViT, family: Family, *, resample: bool) -> dict[str, Tenso
 def save_tail(model: ViT, path: Path) -> None:
     """Write only what trains, under our names, with what it belongs to: base, commit, hash of what is frozen, labels."""
     tail, source = trainable(model), model.origin.source
-    if not model.origin.sha256:  # what is frozen stays as it is
-        frozen = {name: p for name, p in model.named_parameters() if name not in tail}
-        model.origin = replace(model.origin, sha256=_hash(frozen))
+    here = Path(os.path.expanduser(source))
+    hashes, names = model.origin.hashes, frozenset(tail)
+    if names not in hashes:  # once: what is frozen stays as it is
+        hashes[names] = content_hash({name: p for name, p in model.named_parameters() if name not in tail})
     metadata = {
-        "base": str(Path(os.path.expanduser(source)).resolve()) if Path(os.path.expanduser(source)).exists() else source,
+        "base": str(here.resolve()) if source != "demo" and here.exists() else source,
         "commit": model.origin.commit or "",
-        "sha256": model.origin.sha256,
+        "sha256": hashes[names],
         "labels": json.dumps(model.labels),
         "preprocess": json.dumps(model.preprocess.to_config()),
     }
@@ -190,86 +190,6 @@ def load_tail(model: ViT, path: Path) -> None:
         raise UserError(f"{path}: holds other tensors than those that train: {', '.join(sorted(tensors.keys() ^ tail.keys()))}")
     for name, parameter in tail.items():
         parameter.copy_(tensors[name])
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all."""
-    with whole_file(path) as partial:
-        partial.touch()
-        mode = partial.stat().st_mode
-        try:
-            save_file(tensors, partial, metadata)
-        except SafetensorError as error:  # a full disk
-            raise OSError(f"{path}: cannot be written ({error})") from error
-        partial.chmod(mode)  # safetensors lets only the owner read its files
-
-
-def _hash(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors' names, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _tail_metadata(path: Path) -> dict[str, str] | None:
-    """Return the metadata of a file that save_tail wrote; None for anything else."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); is the file complete?") from error
-    return metadata if "base" in metadata else None
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file's tensors by name: safetensors, npz, or a pickle of nothing but tensors. Executes nothing of it."""
-    try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-            with path.open("rb") as file:  # whose header's length safetensors has found good; not so names given twice
-                json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=dict_of_once)
-            return tensors
-        if path.suffix == ".npz":
-            return _read_npz(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: holds more than tensors, which could execute code, or is damaged; save it as safetensors"
-        ) from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as {path.suffix[1:]} ({error}); is the file complete?") from error
-    except Exception as error:  # broken zips and pickles raise anything
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); is the file complete?") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) and isinstance(n, str) for n, t in tensors.items()):
-        raise UserError(f"{path}: expected a state dict, names to tensors; save model.state_dict() alone")
-    return tensors
-
-
-def _read_npz(path: Path) -> dict[str, Tensor]:
-    """Read a Flax ViT's arrays, turned to how torch has them: Flax multiplies from the left, and splits heads."""
-    with zipfile.ZipFile(path) as archive:
-        if sum(part.file_size for part in archive.infolist()) > 2 * path.stat().st_size:
-            raise ValueError("packed more than twofold")
-    turn = {"embedding": lambda k: k.permute(3, 2, 0, 1), "out": lambda k: k.flatten(0, 1).T}
-    tensors = {}
-    with np.load(path, allow_pickle=False) as arrays:
-        for name in arrays.files:
-            tensor, (*_, layer, leaf) = torch.from_numpy(arrays[name]), f"/{name}".split("/")
-            if leaf == "kernel":
-                tensor = turn.get(layer, lambda k: k.flatten(1).T)(tensor)
-            elif layer in ("query", "key", "value"):
-                tensor = tensor.flatten()
-            tensors[name] = tensor.contiguous()
-    if tensors.pop("pre_logits/kernel", None) is not None:  # the layer before the head of in21k's checkpoints
-        for name in ("pre_logits/bias", "head/kernel", "head/bias"):
-            tensors.pop(name, None)
-        print(f"{path}: its head reads a layer that minivit's ViT has not; taken: the backbone, without", file=sys.stderr)
-    return tensors
 
 
 def _fill(model: ViT, family: Family, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -288,7 +208,7 @@ def _fill(model: ViT, family: Family, tensors: dict[str, Tensor], path: Path) ->
                 missing.append(part)
             elif tuple(tensor.shape) != shape or not tensor.is_floating_point() or tensor.layout is not torch.strided:
                 misshapen.append(f"{part}: expected {shape}, found {tuple(tensor.shape)} {tensor.dtype}")
-            elif not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+            elif not is_finite(tensor):
                 broken.append(part)
         if not missing and not misshapen:
             state[name] = (parts[0] if len(parts) == 1 else torch.cat(parts)).float()
