@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from .errors import UserError
 from .files import read_json
@@ -16,6 +18,9 @@ DEMO = Path(__file__).with_name("demo_model")  # the checkpoint that comes with 
 TIMEOUT_S = 6  # for the Hub's first answer; without network a person waits no longer than this
 EXPECTED = "a ViT as transformers or timm lays it out"
 SUFFIXES = (".safetensors", ".npz", ".bin", ".pth", ".pt")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,37 @@ class _Hub:
         if not cached:
             _verify(path, f"{self.source}: {name} from {self.endpoint}")
         return path
+
+
+def prepare_push(repo: str) -> None:
+    """Make sure before hours of training that a repository is there, and ours to write to. Raises UserError if not."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    _pushed(repo, lambda: validate_repo_id(repo))
+    _pushed(repo, lambda: HfApi().create_repo(repo, exist_ok=True))
+
+
+def push(folder: Path, repo: str, names: Iterable[str]) -> str:
+    """Upload files of a folder, in one commit, and return its address. Raises UserError; the files stay here."""
+    from huggingface_hub import HfApi
+
+    info = _pushed(repo, lambda: HfApi().upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(names)))
+    return str(info.commit_url)
+
+
+def _pushed(repo: str, job: Callable[[], T]) -> T:
+    from huggingface_hub import constants, errors
+
+    try:
+        return job()
+    except Exception as error:  # whatever the HTTP library raises
+        code = getattr(getattr(error, "response", None), "status_code", None)
+        denied = code in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError)
+        advice = "log in with `hf auth login` or HF_TOKEN, with the right to write there" if denied else "try again"
+        bad_name = isinstance(error, errors.HFValidationError)
+        advice = "expected --push-to-hub owner/name" if bad_name else f"{advice}, or later with `hf upload {repo} DIR`"
+        raise UserError(f"{repo}: cannot push to {constants.ENDPOINT} ({_reason(error)}); {advice}") from error
 
 
 def _verify(path: Path, what: str) -> None:
