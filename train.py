@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NUM_SHOWN = 24  # photos in predictions.png
 RUN_FILES = ("model.safetensors", "config.json", "preprocessor_config.json", "tail.safetensors", "metrics.jsonl")
-RUN_FILES += ("summary.json", "curves.png", "confusion.png", "predictions.png")
+RUN_FILES += ("summary.json", "curves.png", "confusion.png", "predictions.png", "README.md")
 
 
 def make_parser() -> cli.Parser:
@@ -44,6 +44,7 @@ def make_parser() -> cli.Parser:
     add("--seed", type=cli.at_least(0), default=0, help="of the validation split, the data order and augmentation")
     add("--skip-bad", action="store_true", help="go on without photos that cannot be read")
     add("--out", default=cli.RUN_DIR, metavar="DIR", help="where everything is written")
+    add("--push-to-hub", metavar="REPO", help="upload the finished folder with its model card, as owner/name")
     return parser
 
 
@@ -55,7 +56,7 @@ def train(args: argparse.Namespace) -> int:
     """The whole job: data and model in, epochs, the best one's weights written and read back, the test, figures."""
     import torch
 
-    from minivit import data, doctor, files, loop, optim, weights
+    from minivit import card, data, doctor, files, hub, loop, optim, weights
     from minivit.device import pick_amp, pick_device
     from minivit.errors import UserError
 
@@ -64,6 +65,8 @@ def train(args: argparse.Namespace) -> int:
     if args.out.encode(errors="ignore").decode() != args.out:
         raise UserError(f"{out}: expected a name in UTF-8, without which safetensors reads no file")
     out.mkdir(parents=True, exist_ok=True)
+    if args.push_to_hub:
+        hub.prepare_push(args.push_to_hub)
     torch.manual_seed(args.seed)
 
     photos = data.load_data(args.data, seed=args.seed)
@@ -120,6 +123,12 @@ def train(args: argparse.Namespace) -> int:
         "versions": {"minivit": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     files.write_json(out / "summary.json", summary)
+    pets = any(photos.train.paths[0].parent.parent.glob("annotations/trainval.txt"))
+    with files.whole_file(out / "README.md") as partial:
+        text = card.model_card(summary, name=args.push_to_hub or out.resolve().name, pets=pets)
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    if args.push_to_hub:
+        print(f"pushed: {hub.push(out, args.push_to_hub, RUN_FILES)}", file=sys.stderr)
     right = f"{round(scores['accuracy'] * len(test[1]))}/{len(test[1])}"
     print(
         f"test accuracy {scores['accuracy']:.4f} ({right}) · macro F1 {scores['macro_f1']:.4f} · "

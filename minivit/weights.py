@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .configs import hub_config, hub_family, hub_sizes, keeps_positions, sizes_from_tensors, timm_sizes
 from .errors import UserError
-from .families import HUB, TIMM_REGISTERS, Family, layout, listed, num_blocks, recognise
+from .families import KINDS, TIMM_REGISTERS, Family, layout, listed, num_blocks, recognise
 from .files import read_json, write_json
-from .hub import fetch
-from .model import ViT
+from .hub import Files, fetch
+from .model import ViT, ViTConfig
 from .optim import trainable
 from .photos import Preprocess
 from .tensors import content_hash, is_finite, read_tensors, save_tensors, tail_metadata
@@ -75,31 +75,52 @@ def _load(source: str, revision: str | None, img_size: tuple[int, int] | None) -
             raise UserError(f"{path}: {listed((), twice)}: already in another of the files")
         tensors |= found
     config = read_json(files.config) if files.config else {}
-    kind = "timm" if "architecture" in config and "model_type" not in config else str(config.get("model_type", ""))
-    family = recognise(kind, tensors, source)
+    family = recognise(_kind(config), tensors, source)
+    sizes, preprocess, labels = _understand(source, files, config, family, tensors)
+    if img_size is not None:
+        preprocess = preprocess.at(img_size)
+        sizes = replace(sizes, img_size=img_size, pos_grid=sizes.pos_grid or sizes.grid)
+    if sizes.depth != num_blocks(tensors):
+        raise UserError(f"{source}: config.json says {sizes.depth} blocks, but the tensors are of {num_blocks(tensors)}")
+    with torch.device("meta"):
+        model = ViT(sizes)
+    model.labels, model.preprocess = labels, preprocess
+    model.origin = Origin(source, files.commit, family.title, _fill(model, family, tensors, files.weights[0]))
+    return model
+
+
+def read_configs(source: str, revision: str | None) -> tuple[ViTConfig, Preprocess, tuple[str, ...], str, str | None] | None:
+    """Return what a checkpoint's configs say without its weights: sizes, preprocessing, labels, whence, commit.
+
+    None for a file, which has no config. Raises UserError as load_pretrained.
+    """
+    files = fetch(source, revision, weights=False)
+    if files.config is None:
+        return None
+    config = read_json(files.config)
+    if _kind(config) not in KINDS:
+        raise UserError(f"{source}: config.json has model_type {_kind(config)!r}; expected one of {', '.join(KINDS)}")
+    return *_understand(source, files, config, None, {}), "config.json", files.commit
+
+
+def _kind(config: dict) -> str:
+    return "timm" if "architecture" in config and "model_type" not in config else str(config.get("model_type", ""))
+
+
+def _understand(
+    source: str, files: Files, config: dict, family: Family | None, tensors: Mapping[str, Tensor]
+) -> tuple[ViTConfig, Preprocess, tuple[str, ...]]:
+    """Read sizes, preprocessing and labels from the configs, or the tensors where there are none."""
     try:
-        if family in HUB:
-            sizes, preprocess, labels = hub_sizes(config, read_json(files.preprocessor))
-        elif files.config:
-            sizes, preprocess, labels = timm_sizes(config)
-        else:
-            sizes, preprocess, labels = sizes_from_tensors(family, tensors, source)
-        if img_size is not None:
-            preprocess = preprocess.at(img_size)
-            sizes = replace(sizes, img_size=img_size, pos_grid=sizes.pos_grid or sizes.grid)
-        if sizes.depth != num_blocks(tensors):
-            raise UserError(f"config.json says {sizes.depth} blocks, but the tensors are of {num_blocks(tensors)}")
+        if files.preprocessor:
+            return hub_sizes(config, read_json(files.preprocessor))
+        return timm_sizes(config) if files.config else sizes_from_tensors(family, tensors, source)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except KeyError as error:
         raise UserError(f"{source}: config.json lacks {error}") from error
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise UserError(f"{source}: config.json or preprocessor_config.json makes no sense ({error})") from error
-    with torch.device("meta"):
-        model = ViT(sizes)
-    model.labels, model.preprocess = labels, preprocess
-    model.origin = Origin(source, files.commit, family.title, _fill(model, family, tensors, files.weights[0]))
-    return model
 
 
 def _load_with_tail(source: str, tail: Mapping[str, str], img_size: tuple[int, int] | None) -> ViT:
