@@ -21,7 +21,22 @@ from .files import dict_of_once, whole_file
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file's tensors by name: safetensors, npz, or a pickle of nothing but tensors. Executes nothing of it."""
+    """Read a file's tensors by name: safetensors, npz, or a pickle of nothing but tensors. Executes nothing of it.
+
+    Those of safetensors stay in the file until they are used. Raises UserError, also if one is not finite.
+    """
+    tensors = _read(path)
+    for name, tensor in tensors.items():
+        if path.suffix == ".safetensors":  # by a mapping of its own, which goes at once: this one would keep all in memory
+            with safe_open(path, "pt") as file:
+                tensor = file.get_tensor(name)
+        # A sum tells in half the time, but where finite numbers overflow it.
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; get the file again")
+    return tensors
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(path)
@@ -39,7 +54,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: cannot be read as {path.suffix[1:]} ({error}); is the file complete?") from error
     except Exception as error:  # broken zips and pickles raise anything
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); is the file complete?") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) and isinstance(n, str) for n, t in tensors.items()):
+    plain = isinstance(tensors, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items())
+    if not plain or not all(t.device.type == "cpu" and t.layout is torch.strided for t in tensors.values()):
         raise UserError(f"{path}: expected a state dict, names to tensors; save model.state_dict() alone")
     return tensors
 
@@ -98,8 +114,3 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor is free of NaN and infinity: a sum tells, in half the time, but where finite numbers overflow it."""
-    return bool(tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all())

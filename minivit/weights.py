@@ -21,7 +21,7 @@ from .hub import Files, fetch
 from .model import ViT, ViTConfig
 from .optim import trainable
 from .photos import Preprocess
-from .tensors import content_hash, is_finite, read_tensors, save_tensors, tail_metadata
+from .tensors import content_hash, read_tensors, save_tensors, tail_metadata
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,6 @@ def _load_with_tail(source: str, tail: Mapping[str, str], img_size: tuple[int, i
     missing = [f"head.{leaf}" for leaf in ("weight", "bias") if labels and f"head.{leaf}" not in tensors]
     if missing or unexpected or misshapen:
         raise UserError(f"{source}: does not fit its base {base}: {listed(missing, unexpected, misshapen)}")
-    if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
-        raise UserError(f"{source}: {broken[0]} holds NaN or infinity; train again")
     if content_hash({name: p for name, p in parameters.items() if name not in tensors}) != wanted:
         raise UserError(f"{source}: its base {base} is not the one it was trained on; its contents differ")
     model.load_state_dict(model.state_dict() | tensors, assign=True)
@@ -217,7 +215,7 @@ def _fill(model: ViT, family: Family, tensors: dict[str, Tensor], path: Path) ->
     """Give every parameter of a model its tensor; return the tensors that classification does not use."""
     prefix = family.prefix if model.config.num_classes else ""
     unused = {name: tensors.pop(prefix + name) for name in family.unused if prefix + name in tensors}
-    names, missing, misshapen, broken, state = layout(model, family), [], [], [], {}
+    names, missing, misshapen, state = layout(model, family), [], [], {}
     if family is TIMM_REGISTERS and tensors["pos_embed"].ndim == 3:  # timm has no position for the class token
         tensors["pos_embed"] = torch.cat([torch.zeros_like(tensors["pos_embed"][:, :1]), tensors["pos_embed"]], dim=1)
     for name, parameter in model.state_dict().items():
@@ -229,14 +227,10 @@ def _fill(model: ViT, family: Family, tensors: dict[str, Tensor], path: Path) ->
                 missing.append(part)
             elif tuple(tensor.shape) != shape or not tensor.is_floating_point() or tensor.layout is not torch.strided:
                 misshapen.append(f"{part}: expected {shape}, found {tuple(tensor.shape)} {tensor.dtype}")
-            elif not is_finite(tensor):
-                broken.append(part)
         if not missing and not misshapen:
             state[name] = (parts[0] if len(parts) == 1 else torch.cat(parts)).float()
     if missing or misshapen or tensors:
         problems = listed(missing, sorted(tensors), misshapen)
         raise UserError(f"{path}: does not fit {family.title} of the sizes in config.json: {problems}")
-    if broken:
-        raise UserError(f"{path}: {broken[0]} holds NaN or infinity, as do {len(broken) - 1} other tensors; get the file again")
     model.load_state_dict(state, assign=True)
     return unused
