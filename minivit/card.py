@@ -61,8 +61,7 @@ parameters; the rest is as in the base. {settings["epochs"]} epochs, {settings["
 
 ## Use
 
-    from transformers import pipeline
-    pipeline("image-classification", "{name}")("photo.jpg")
+    python infer.py photo.jpg --model {name}    # minivit; transformers' pipeline("image-classification", "{name}") reads it too
 
 ![Loss and accuracy by epoch](curves.png)
 ![Which classes are taken for which](confusion.png)

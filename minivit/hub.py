@@ -138,6 +138,7 @@ def prepare_push(repo: str) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     _pushed(repo, lambda: validate_repo_id(repo))
+    _pushed(repo, HfApi().whoami)  # create_repo asks nothing of who may only read what is there
     _pushed(repo, lambda: HfApi().create_repo(repo, exist_ok=True))
 
 

@@ -31,6 +31,10 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path.startswith("/cdn/"):
             self.send_blob()
+        elif self.path.startswith("/api/whoami") and self.headers["Authorization"] != f"Bearer {TOKEN}":
+            self.answer(401, {"error": "Invalid credentials in Authorization header"})
+        elif self.path.startswith("/api/whoami"):
+            self.answer(200, {"name": "owner", "type": "user", "auth": {"accessToken": {"role": "write"}}})
         elif self.path.startswith("/api/"):
             self.answer(200, {"id": "owner/tiny", "sha": COMMIT, "siblings": []})
         else:
