@@ -253,6 +253,32 @@ def test_torchvisions_vit_b_16_agrees_stage_by_stage(torchvision_vit, tmp_path, 
     round_trip(ours, tmp_path / "again")
 
 
+REFUSED = {
+    "another network": ({"conv1.weight": (8, 3, 3, 3), "layer1.0.bn1.weight": (8,)}, "nearest is .* differ: .* missing"),
+    "no class token": (
+        {"class_token": None},
+        r"not a ViT that minivit reads; nearest is torchvision's vit, .*1 missing \(class_token",
+    ),
+    "timm's names": ("timm", "names are those of timm's vit, of which minivit reads folders, with config.json"),
+}
+
+
+@pytest.mark.parametrize("change, message", REFUSED.values(), ids=REFUSED)
+def test_a_file_of_no_family_is_refused_with_the_nearest_and_what_differs(change, message, tiny, tmp_path):
+    from torchvision.models import VisionTransformer
+
+    tensors = VisionTransformer(32, 16, 2, 3, 24, 48, num_classes=5).state_dict()
+    if change == "timm":
+        tensors = tiny.state_dict()
+    elif "class_token" in change:
+        del tensors["class_token"]
+    else:
+        tensors = {name: torch.zeros(shape) for name, shape in change.items()}
+    torch.save(tensors, tmp_path / "model.pth")
+    with pytest.raises(UserError, match=message):
+        load_pretrained(tmp_path / "model.pth")
+
+
 def test_torchvisions_own_preprocessing_is_ours(photos, torchvision_vit, tmp_path):
     from torchvision.models import ViT_B_16_Weights
 
@@ -260,8 +286,8 @@ def test_torchvisions_own_preprocessing_is_ours(photos, torchvision_vit, tmp_pat
 
     torch.save(torchvision_vit.state_dict(), tmp_path / "vit_b_16.pth")
     preprocess, theirs = load_pretrained(tmp_path / "vit_b_16.pth").preprocess, ViT_B_16_Weights.IMAGENET1K_V1.transforms()
-    for path in photos:
-        photo = open_photo(path)
+    odd = draw_photo(503, 375)  # a margin of 59.5 pixels, which torchvision rounds up
+    for photo in [odd, *map(open_photo, photos)]:
         assert_close(preprocess(photo), theirs(photo), rtol=0, atol=1e-5)
 
 
