@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import itertools
 import json
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from minivit.look import Look, Photo
     from minivit.model import ViT
 
-POOL_FROM = 8  # photos; fewer are drawn before processes that draw would have started
 MAX_ROWS_GIB = 0.5  # of attention in a batch, where all its rows are asked for
 
 
@@ -29,9 +27,12 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="infer.py", description=__doc__)
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO|FOLDER", help="photos, or folders of photos")
-    add("--model", metavar="ID|DIR|demo", help=f"as in train.py; none: {cli.RUN_DIR} if it is there, else {cli.BASE_MODEL}")
+    add(
+        "--model", metavar="ID|DIR|FILE|demo", help=f"as in train.py; none: {cli.RUN_DIR} if it is there, else {cli.BASE_MODEL}"
+    )
     add("--revision", metavar="REV", help="Hub revision; none: the default branch")
     add("--compare", metavar="ID|DIR|demo", help="another model, drawn above, with the difference below: before and after")
+    add("--img-size", type=cli.image_size, metavar="N|HxW", help="another input size than the checkpoint's, in pixels")
     add("--layers", default="8-11", metavar="RANGE", help="blocks to draw, from 0: 8-11, 10,11, all")
     add(
         "--method",
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def infer(args: argparse.Namespace) -> int:
     """Batch by batch: photos, what the models make of them, figures; photo by photo: names and what was written."""
-    from minivit import device, look, optim, parallel, photos
+    from minivit import device, look, optim, parallel, photos, plots
     from minivit.errors import UserError
 
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -88,7 +89,7 @@ def infer(args: argparse.Namespace) -> int:
             return *job, error
 
     unreadable, size = 0, batch_size(models[0], blocks, args, cpu=on.type == "cpu")
-    with progress_bar(len(jobs)) as progress, drawing(len(jobs), args.workers) as draw:
+    with progress_bar(len(jobs)) as progress, plots.drawing(len(jobs), args.workers) as draw:
         found, drawn = photos.read_ahead(read, jobs, args.workers), deque()
         while batch := list(itertools.islice(found, size)):
             sound = []
@@ -122,8 +123,8 @@ def load_models(args: argparse.Namespace, *, quiet: bool) -> list[ViT]:
     source = args.model or (cli.RUN_DIR if Path(cli.RUN_DIR, "config.json").exists() else cli.BASE_MODEL)
     if not quiet:
         say(f"model: {source}", sys.stderr)
-    models = [weights.load_pretrained(args.compare)] if args.compare else []
-    models.append(weights.load_pretrained(source, revision=args.revision))
+    models = [weights.load_pretrained(args.compare, img_size=args.img_size)] if args.compare else []
+    models.append(weights.load_pretrained(source, revision=args.revision, img_size=args.img_size))
     for model in models:
         if not model.labels:
             say(f"{model.origin.source} has no classifier: attention only", sys.stderr)
@@ -169,7 +170,7 @@ def find_target(name: str | None, model: ViT, models: Sequence[ViT]) -> int | No
 
 def batch_size(model: ViT, blocks: Sequence[int], args: argparse.Namespace, *, cpu: bool) -> int:
     """Return how many photos go through the models at once; of a CPU few, so that the first figure is there soon."""
-    N, size = model.positions().shape[1], 8 if cpu else 32
+    N, size = model.config.num_tokens, 8 if cpu else 32
     if args.method == "attention" and not args.html:
         return size
     whole = 4 * model.config.num_heads * N * N * (max(blocks) + 1)  # bytes a photo
@@ -227,44 +228,6 @@ def finish(wait: Callable[[], None], answer: dict, args: argparse.Namespace, pro
     for kind in ("figure", "html", "npz"):
         if kind in answer:
             say(answer[kind], sys.stdout)
-
-
-@contextlib.contextmanager
-def drawing(num_photos: int, workers: int) -> Iterator[Callable[..., Callable[[], None]]]:
-    """Yield what begins to draw a figure and returns what waits for it: in processes, or for few photos right here."""
-    import multiprocessing
-
-    from minivit import plots
-
-    if num_photos < POOL_FROM:
-        yield lambda job, *args, **kwargs: job(*args, **kwargs) or (lambda: None)
-        return
-    own, pipes, processes = multiprocessing.get_context("spawn"), [], []  # a fork would inherit the model's threads, held
-    for _ in range(min(workers, num_photos)):
-        ours, theirs = own.Pipe()
-        processes.append(own.Process(target=plots.draw_for, args=(theirs,), daemon=True))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(ours)
-    turn = itertools.cycle(pipes)
-
-    def draw(job: Callable[..., None], *args, **kwargs) -> Callable[[], None]:
-        pipe = next(turn)
-        pipe.send((job, args, kwargs))
-
-        def wait() -> None:
-            error = pipe.recv()  # the answers of one process come in the order of its jobs, which is that of the photos
-            if error is not None:
-                raise error
-
-        return wait
-
-    try:
-        yield draw
-    finally:
-        for pipe, process in zip(pipes, processes):
-            pipe.close()
-            process.join()
 
 
 def progress_bar(num_photos: int):

@@ -33,8 +33,9 @@ STATE = "state.safetensors"  # there until the run is finished
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="train.py", description=__doc__)
     add = parser.add_argument
-    add("--model", default=cli.BASE_MODEL, metavar="ID|DIR|demo", help="a Hub id, a local folder, or the embedded checkpoint")
+    add("--model", default=cli.BASE_MODEL, metavar="ID|DIR|FILE|demo", help="a Hub id, a folder, a file, or what comes along")
     add("--revision", metavar="REV", help="Hub revision; none: the default branch")
+    add("--img-size", type=cli.image_size, metavar="N|HxW", help="another input size than the checkpoint's, in pixels")
     add("--data", default="data", metavar="DIR", help="holds oxford-iiit-pet (downloaded there if absent) or class folders")
     add("--blocks", default="10-11", metavar="RANGE", help="blocks to train besides norm and head: 8-11, 10,11, all, none")
     add("--epochs", type=cli.at_least(1), default=5, help="more for few photos")
@@ -54,6 +55,7 @@ def make_parser() -> cli.Parser:
     add("--out", default=cli.RUN_DIR, metavar="DIR", help="where everything is written")
     add("--resume", action="store_true", help="go on with the run in --out; if there is none, begin it")
     add("--dry-run", action="store_true", help="say what would train, on which data, in how much memory; train nothing")
+    add("--push-to-hub", metavar="REPO", help="upload the finished folder with its model card, as owner/name")
     return parser
 
 
@@ -65,13 +67,15 @@ def train(args: argparse.Namespace) -> int:
     """The whole job: data and model in, epochs with the state on disk after each, and what the best one achieves."""
     import torch
 
-    from minivit import data, device, doctor, loop, optim, parallel, weights
+    from minivit import data, describe, device, doctor, hub, loop, optim, parallel, weights
     from minivit.errors import UserError
 
     started, out, on = time.perf_counter(), Path(args.out), device.pick_device(parallel.own_device(args.device))
     amp = device.pick_amp(args.amp, on)
     if args.out.encode(errors="ignore").decode() != args.out:
         raise UserError(f"{out}: expected a name in UTF-8, without which safetensors reads no file")
+    if args.push_to_hub and int(os.environ.get("RANK", "0")) == 0:
+        hub.prepare_push(args.push_to_hub)
     torch.manual_seed(args.seed)
     if args.deterministic:
         device.be_deterministic()
@@ -85,9 +89,11 @@ def train(args: argparse.Namespace) -> int:
             photos = parallel.from_first(lambda: data.load_data(args.data, seed=args.seed))
             for finding in doctor.quick_check(args.data) if first else ():
                 print(finding, file=sys.stderr)
-            model = weights.load_pretrained(args.model, revision=args.revision, labels=photos.classes).to(on)
+            model = weights.load_pretrained(
+                args.model, revision=args.revision, labels=photos.classes, img_size=args.img_size
+            ).to(on)
             cut = optim.freeze_except(model, optim.parse_blocks(args.blocks, model.config.depth))
-            print(describe(model, photos, on, amp), flush=True)
+            print(describe.describe_training(model, photos, on, amp), flush=True)
             micro_batch = min(args.micro_batch or args.batch_size, args.batch_size)
             if args.dry_run or on.type == "cuda":
                 micro_batch, gib = loop.rehearse(model, photos, batch_size=args.batch_size, micro_batch=micro_batch, amp=amp)
@@ -188,7 +194,7 @@ def finish(
     """Write the best epoch's weights, test what was written, and leave everything there is to look at."""
     import torch
 
-    from minivit import files, loop, metrics, optim, results, weights
+    from minivit import files, hub, loop, metrics, optim, results, weights
 
     started, out, model, device = time.perf_counter(), Path(args.out), run.model, run.model.cls_token.device
     peak_gib, best, batch = loop.peak_gib(device), metrics.best_row(run.rows), min(loop.EVAL_BATCH, micro_batch)
@@ -221,9 +227,12 @@ def finish(
         "classes": list(photos.classes),
         "versions": {"minivit": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    results.write_results(out, run.rows, photos, logits, summary)
+    pets = any(photos.train.paths[0].parent.parent.glob("annotations/trainval.txt"))
+    results.write_results(out, run.rows, photos, logits, summary, name=args.push_to_hub or out.resolve().name, pets=pets)
     files.write_json(out / "summary.json", summary)
     (out / STATE).unlink()
+    if args.push_to_hub:
+        print(f"pushed: {hub.push(out, args.push_to_hub, RUN_FILES)}", file=sys.stderr)
     print(summary["verdict"], result(summary, out), sep="\n")
 
 
@@ -234,30 +243,6 @@ def result(summary: Mapping, out: Path) -> str:
         f"test accuracy {accuracy:.4f} ({round(accuracy * photos)}/{photos}) · macro F1 {summary['test_macro_f1']:.4f} · "
         f"best epoch {summary['best_epoch']} · {out}"
     )
-
-
-def describe(model: ViT, data: Data, device: torch.device, amp: torch.dtype | None) -> str:
-    """Say what trains, on which photos, and where, as a table."""
-    c = model.config
-    parts = {"embeddings": [model.cls_token, model.pos_embed, *model.patch_embed.parameters()]}
-    for _, same in itertools.groupby(range(c.depth), lambda i: model.blocks[i].norm1.weight.requires_grad):
-        run = list(same)
-        name = f"blocks {run[0]}-{run[-1]}" if len(run) > 1 else f"block {run[0]}"
-        parts[name] = [parameter for i in run for parameter in model.blocks[i].parameters()]
-    parts |= {"norm": list(model.norm.parameters()), "head": list(model.head.parameters()), "all": list(model.parameters())}
-    lines = [
-        f"{model.origin.source}: {c.depth} blocks, {c.num_heads} heads, {c.embed_dim} wide, "
-        f"{c.img_size[0]} x {c.img_size[1]} pixels in patches of {c.patch_size}",
-        f"{len(data.classes)} classes; photos: {len(data.train):,} training, {len(data.val):,} validation, "
-        f"{len(data.test):,} test",
-        f"on {device}, {'mixed precision with ' + str(amp).removeprefix('torch.') if amp else 'float32'}",
-        "",
-        f"{'':12} {'parameters':>12} {'trained':>12}",
-    ]
-    for name, parameters in parts.items():
-        total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-        lines.append(f"{name:12} {total:12,} {trained:12,}")
-    return "\n".join(lines) + "\n"
 
 
 def keep_earlier_run(out: Path) -> None:

@@ -11,7 +11,9 @@ from . import cli
 COMMANDS = {
     "demo": "the whole story on drawings, without network: fine-tune, then see where attention went",
     "selfcheck": "numerical self-tests on this machine's own device",
+    "describe": "what a model and a data set are, and where each fact comes from",
     "doctor": "check a folder of photos before hours are spent on it",
+    "export": "write a run under the names that timm reads",
 }
 
 

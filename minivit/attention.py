@@ -1,6 +1,7 @@
 """Attention tensors into maps of where a model looked, and of what spoke for a class.
 
-Shapes: B images, H heads, N tokens (1 class token, then gh x gw patches), Q query rows. A dict has blocks for keys.
+Shapes: B images, H heads, N tokens (1 class token, registers if any, then gh x gw patches), Q query rows.
+A dict has blocks for keys.
 """
 
 from __future__ import annotations
@@ -43,20 +44,22 @@ def method_rows(
         return logits, {i: (r if queries is None else r[:, list(queries)])[:, None] for i, r in rows.items()}
     logits = model(images)
     targets = logits.argmax(1) if targets is None else targets
-    tokens = range(model.positions().shape[1]) if queries is None else queries
+    tokens = range(model.config.num_tokens) if queries is None else queries
     return logits, {i: r[:, None] for i, r in class_relevance(model, images, targets, blocks, tokens).items()}
 
 
-def query_maps(attn: Tensor, grid: tuple[int, int], query: int = CLASS_TOKEN) -> Tensor:
+def query_maps(attn: Tensor, grid: tuple[int, int], query: int = CLASS_TOKEN, *, num_registers: int = 0) -> Tensor:
     """Turn a block's attention (B, H, Q, N) into maps (B, H, gh, gw): how one query spreads over the patches.
 
-    What the query gives to the class token is left out, so a map sums to less than 1; `.mean(1)` is the heads' mean.
+    What the query gives to the class token and to registers is left out, so a map sums to less than 1; `.mean(1)` is the
+    heads' mean.
     Rollout and relevance (B, Q, N) give maps (B, gh, gw). Raises UserError if the tokens do not fill the grid.
     """
     gh, gw = grid
-    if attn.shape[-1] != 1 + gh * gw:
-        raise UserError(f"{attn.shape[-1]} tokens do not fill a grid of {gh} x {gw} patches and one class token")
-    return attn[..., query, 1:].unflatten(-1, grid)
+    if attn.shape[-1] != 1 + num_registers + gh * gw:
+        others = "one class token" + (f" and {num_registers} registers" if num_registers else "")
+        raise UserError(f"{attn.shape[-1]} tokens do not fill a grid of {gh} x {gw} patches and {others}")
+    return attn[..., query, 1 + num_registers :].unflatten(-1, grid)
 
 
 def shares(maps: Tensor) -> Tensor:
@@ -76,13 +79,13 @@ def difference(maps: Tensor, others: Tensor) -> Tensor:
     return shares(maps) - shares(others)
 
 
-def sinks(attn: Tensor) -> tuple[Tensor, Tensor]:
+def sinks(attn: Tensor, *, num_registers: int = 0) -> tuple[Tensor, Tensor]:
     """Return how much of its attention the class token keeps, and the largest patch's share of its map, both (B, H).
 
     `attn` is (B, H, Q, N), the class token's row first. Above DOMINANT_SHARE, one patch dominates the map.
     """
     row = attn[:, :, CLASS_TOKEN, None]  # (B, H, 1, N)
-    return row[..., 0, CLASS_TOKEN], shares(row[..., 1:]).amax((-2, -1))
+    return row[..., 0, CLASS_TOKEN], shares(row[..., 1 + num_registers :]).amax((-2, -1))
 
 
 @torch.no_grad()
@@ -125,7 +128,7 @@ def class_relevance(
     Keeps every block's input, but one block's graph at a time. Parameters get no gradients; frozen ones, no_grad and
     inference_mode make no difference. Raises UserError for a class, block or token that the model does not have.
     """
-    c, N, blocks, inputs, rows = model.config, model.positions().shape[1], sorted(blocks), [], {}
+    c, N, blocks, inputs, rows = model.config, model.config.num_tokens, sorted(blocks), [], {}
     for name, asked, count in ("block", blocks, c.depth), ("class", targets.tolist(), c.num_classes), ("token", queries, N):
         if not all(0 <= i < count for i in asked):
             raise UserError(f"{name} {asked} is out of range: this model has {count}, counted from 0")

@@ -73,6 +73,14 @@ def between(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """An argparse type: pixels as 384, or height x width as 384x512."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and 0 < int(side) <= 65_536 for side in sides):
+        raise argparse.ArgumentTypeError(f"expected pixels as 384, or height x width as 384x512, found {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
 def run(job: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None) -> int:
     """Parse, do the job, and return its exit code: what a user can mend ends in one line and 2, an interrupt in 130."""
     args = parser.parse_args(argv)

@@ -56,9 +56,17 @@ def write_json(path: Path, value: dict) -> None:
 def read_json(path: Path) -> dict:
     """Read a JSON object; raises UserError if the file holds anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=dict_of_once)
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise UserError(f"{path}: expected JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
+
+
+def dict_of_once(pairs: list[tuple[str, object]]) -> dict:
+    """An object_pairs_hook for json: raises ValueError for a key given twice, of which Python would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{len(pairs) - len(found)} of its keys given twice")
+    return found

@@ -87,17 +87,23 @@ def look_at(
 ) -> list[Look]:  # fmt: skip
     """Return what a model, the one of inputs `which`, makes of each photo.
 
-    Relevance is for the class `target`, None for each photo's first prediction. With `all_rows`, each token asks.
+    Relevance is for the class `target`, None for each photo's first prediction. With `all_rows`, each token asks. Registers
+    are left out: tokens are the class token, 0, and the patches.
     """
     images = torch.stack([photo.inputs[which] for photo in photos]).to(model.cls_token.device)
-    asked = range(model.positions().shape[1]) if all_rows else sorted({photo.query for photo in photos})
+    num_registers = model.config.num_registers
+
+    def drop(rows: Tensor) -> Tensor:  # (B, H, Q, N) without what registers get
+        return torch.cat([rows[..., :1], rows[..., 1 + num_registers :]], -1) if num_registers else rows
+
+    asked = range(model.config.num_tokens - num_registers) if all_rows else sorted({photo.query for photo in photos})
     targets = None if target is None else torch.full((len(photos),), target, device=images.device)
     rows, tokens = {}, {method: [CLASS_TOKEN] if method == "relevance" else asked for method in methods}
     with torch.inference_mode(), autocast(images.device, amp):
         for method in methods:
-            every = None if all_rows and method != "relevance" else tokens[method]
-            logits, found = method_rows(model, images, blocks, method=method, queries=every, targets=targets)
-            rows[method] = {block: of_block.float().cpu() for block, of_block in found.items()}
+            queries = [token + num_registers if token else CLASS_TOKEN for token in tokens[method]]
+            logits, found = method_rows(model, images, blocks, method=method, queries=queries, targets=targets)
+            rows[method] = {block: drop(of_block.float().cpu()) for block, of_block in found.items()}
     probabilities = logits.float().softmax(1).cpu()
     spoke = [probabilities[i].argmax().item() if target is None else target for i in range(len(photos))]
     return [

@@ -1,9 +1,10 @@
 """A plain Vision Transformer, from pixels to logits, that gives its attention as a return value.
 
-Shapes: B images, N tokens (1 class token, then the patches row by row), D embed_dim, H heads, K = D / H,
-        Q query tokens. Parameter names are the ones timm and DINO share.
+Shapes: B images, N tokens (1 class token, then R registers if any, then the patches row by row), D embed_dim, H heads,
+        K = D / H, Q query tokens. Parameter names are the ones timm and DINO share.
 Sources: ViT, Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929
          LayerScale, Touvron et al. 2021, https://arxiv.org/abs/2103.17239
+         registers, Darcet et al. 2024, https://arxiv.org/abs/2309.16588
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
+
+MAX_SIZE = 65_536  # of anything in a config: what is larger is a broken file
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,17 @@ class ViTConfig:
     layer_scale: bool = False
     pool: str = "cls"  # what the head reads: "cls", or "cls+mean" of the patches (DINOv2's classifier)
     pos_grid: tuple[int, int] | None = None  # patches that pos_embed was trained on; None: those of img_size
+    pos_antialias: bool = False  # how pos_embed is resampled to another grid: with antialiasing by timm and with registers
+    num_registers: int = 0  # tokens that are no patches, between the class token and those
 
     def __post_init__(self) -> None:
+        counts = {"patch_size": self.patch_size, "embed_dim": self.embed_dim, "mlp_dim": self.mlp_dim}
+        counts |= {"num_heads": self.num_heads, "img_size": min(self.img_size), "width": max(self.img_size)}
+        for name, count in counts.items():
+            if type(count) is not int or not 1 <= count <= MAX_SIZE:
+                raise UserError(f"{name} is {count!r}; expected a whole number from 1 to {MAX_SIZE:,}")
+        if not 0 < self.eps < 1:
+            raise UserError(f"eps is {self.eps!r}; expected a number between 0 and 1")
         if self.embed_dim % self.num_heads:
             raise UserError(f"embed_dim {self.embed_dim} does not divide into num_heads {self.num_heads}")
         if any(side % self.patch_size for side in self.img_size):
@@ -47,6 +59,11 @@ class ViTConfig:
     def grid(self) -> tuple[int, int]:
         """Patches of one image, rows before columns."""
         return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """N: the class token, registers and patches."""
+        return 1 + self.num_registers + self.grid[0] * self.grid[1]
 
 
 class PatchEmbed(nn.Module):
@@ -159,6 +176,7 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(c)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.pos_grid[0] * self.pos_grid[1], c.embed_dim))
+        self.reg_token = nn.Parameter(torch.zeros(1, c.num_registers, c.embed_dim)) if c.num_registers else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.embed_dim, eps=c.eps)
         self.head = self._new_head()
@@ -185,7 +203,7 @@ class ViT(nn.Module):
         """
         blocks = sorted(set(blocks))
         self._check_index("block", blocks, self.config.depth)
-        self._check_index("token", queries or (), 1 + self.config.grid[0] * self.config.grid[1])
+        self._check_index("token", queries or (), self.config.num_tokens)
         # On the device once: indexing by a list would make each block wait for a copy.
         index = None if queries is None else torch.tensor(list(queries), dtype=torch.long, device=images.device)
         x, start, attn = self.embed(images), 0, {}
@@ -207,25 +225,30 @@ class ViT(nn.Module):
         if self.config.pool == "cls":
             return self.head(self.norm(x[:, 0]))
         x = self.norm(x)
-        return self.head(torch.cat([x[:, 0], x[:, 1:].mean(dim=1)], dim=1))
+        return self.head(torch.cat([x[:, 0], x[:, 1 + self.config.num_registers :].mean(dim=1)], dim=1))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the embeddings (B, N, D) of images (B, 3, *img_size): patches, class token, positions."""
+        """Return the embeddings (B, N, D) of images (B, 3, *img_size): class token, registers, placed patches."""
         if images.ndim != 4 or images.shape[1:] != (3, *self.config.img_size):
             raise UserError(
                 f"expected images (B, 3, {self.config.img_size[0]}, {self.config.img_size[1]}), found {tuple(images.shape)}"
             )
         patches = self.patch_embed(images)
-        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)  # (B, N, D)
-        return x + self.positions()
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.positions()  # (B, N - R, D)
+        if self.reg_token is None:
+            return x
+        return torch.cat([x[:, :1], self.reg_token.expand(len(images), -1, -1), x[:, 1:]], dim=1)  # (B, N, D)
 
     def positions(self) -> Tensor:
-        """Return pos_embed (1, N, D), resampled to the grid of img_size as transformers does: bicubic, in float32."""
+        """Return pos_embed (1, N - R, D), resampled to the grid of img_size as the reference does: bicubic, in float32."""
+        return self.resample(self.pos_embed)
+
+    def resample(self, pos_embed: Tensor) -> Tensor:
         if self.pos_grid == self.config.grid:
-            return self.pos_embed
-        cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        patches = patches.unflatten(1, self.pos_grid).permute(0, 3, 1, 2)  # (1, D, gh, gw)
-        patches = F.interpolate(patches.float(), self.config.grid, mode="bicubic", align_corners=False)
+            return pos_embed
+        cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
+        patches = patches.unflatten(1, self.pos_grid).permute(0, 3, 1, 2).float()  # (1, D, gh, gw)
+        patches = F.interpolate(patches, self.config.grid, mode="bicubic", antialias=self.config.pos_antialias)
         return torch.cat([cls, patches.flatten(2).mT.to(cls.dtype)], dim=1)
 
     def reset_head(self, num_classes: int) -> None:

@@ -9,13 +9,14 @@ import contextlib
 import ctypes
 import io
 import logging
+import math
 import os
 import stat
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -141,8 +142,9 @@ def list_photos(folder: Path) -> list[Path]:
 class Preprocess:
     """What a checkpoint's preprocessor_config.json asks: resize, perhaps crop, and normalise.
 
-    `resize` is (h, w), the whole photo squashed to it, or the length of the shortest edge, of which the central
-    `crop` (h, w) is then taken. Both antialias, with Pillow's filter `resample` (2 bilinear, 3 bicubic).
+    `resize` is (h, w), the whole photo squashed to it, or the length of the shortest edge; the central `crop` (h, w) is
+    then taken, if any (of a squashed photo: DeiT). Both antialias, with Pillow's filter `resample` (2 bilinear, 3 bicubic).
+    Half a pixel of the crop's margin is left out by transformers, and rounded by torchvision and timm.
     """
 
     resize: tuple[int, int] | int = (224, 224)
@@ -150,6 +152,7 @@ class Preprocess:
     resample: int = 2
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    round_margins: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -201,8 +204,12 @@ class Preprocess:
     def _crop_of_resized(self, photo_size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Return the crop's left and top in the resized photo, and that photo's width and height."""
         short = min(photo_size)
-        w, h = (int(self.resize * side / short) for side in photo_size)  # truncated, as transformers does
-        return (w - self.crop[1]) // 2, (h - self.crop[0]) // 2, w, h
+        if isinstance(self.resize, tuple):
+            h, w = self.resize
+        else:
+            w, h = (int(self.resize * side / short) for side in photo_size)  # truncated, as transformers does
+        whole = round if self.round_margins else math.floor
+        return whole((w - self.crop[1]) / 2), whole((h - self.crop[0]) / 2), w, h
 
     def to_photo(self, values: Tensor, photo_size: tuple[int, int], shape: tuple[int, int] | None = None) -> np.ndarray:
         """Bring a map (gh, gw) back onto a photo of (W, H) pixels: float32 (H, W), smoothly upsampled.
@@ -223,32 +230,62 @@ class Preprocess:
         sampled = sampled.clamp(values.min().item(), values.max().item())  # bicubic may overshoot
         return torch.where(seen, sampled, torch.nan).numpy()
 
+    def at(self, size: tuple[int, int]) -> Preprocess:
+        """Return the same for another input size (h, w): as much is cropped away, as a share of the larger side."""
+        if self.crop is None:
+            return replace(self, resize=size)
+        scale = max(size[0] / self.crop[0], size[1] / self.crop[1])
+        squash = isinstance(self.resize, tuple)
+        resize = (
+            tuple(int(r * side / c) for r, side, c in zip(self.resize, size, self.crop)) if squash else int(self.resize * scale)
+        )
+        return replace(self, resize=resize, crop=size)
+
     @classmethod
     def from_config(cls, config: dict) -> Preprocess:
-        """Read a preprocessor_config.json in any of the forms that transformers has written."""
-        size, crop = config.get("size", 224), None
+        """Read a preprocessor_config.json in any of the forms that transformers has written.
+
+        Raises UserError for what minivit would not do, or cannot make sense of.
+        """
+        deit = str(config.get("image_processor_type") or config.get("feature_extractor_type")).startswith("DeiT")
+        for step in ("do_resize", "do_rescale", "do_normalize"):
+            if not config.get(step, True):
+                raise UserError(f"preprocessor_config.json: {step} is off; minivit always resizes, rescales and normalises")
+        if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+            raise UserError(f"preprocessor_config.json: rescale_factor is {config['rescale_factor']}; expected 1/255")
+        size, crop = config.get("size", 256 if deit else 224), None
+        if config.get("do_center_crop", deit or (isinstance(size, dict) and "shortest_edge" in size)):
+            crop = _pair(config.get("crop_size", 224))
         if isinstance(size, dict) and "shortest_edge" in size:
-            if not config.get("do_center_crop", True):
+            if crop is None:
                 raise UserError('preprocessor_config.json: "shortest_edge" without a centre crop gives no fixed input size')
-            resize, crop = int(size["shortest_edge"]), _pair(config.get("crop_size", 224))
-            if max(crop) > resize:
-                raise UserError(f"preprocessor_config.json: a crop of {crop} does not fit a shortest edge of {resize}")
+            resize = int(size["shortest_edge"])
         else:
             resize = _pair(size)
-        mean, std = (tuple(config.get(f"image_{name}", (0.5, 0.5, 0.5))) for name in ("mean", "std"))  # Google's by default
-        return cls(resize, crop, config.get("resample", 2), mean, std)
+        if crop and any(c > r for c, r in zip(crop, resize if isinstance(resize, tuple) else (resize, resize))):
+            kind = "size" if isinstance(resize, tuple) else "shortest edge"
+            raise UserError(f"preprocessor_config.json: a crop of {crop} does not fit a {kind} of {resize}")
+        half = (0.5, 0.5, 0.5)  # Google's, where nothing is said
+        mean, std = (tuple(map(float, config.get(f"image_{name}", half))) for name in ("mean", "std"))
+        if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)):
+            raise UserError(f"preprocessor_config.json: image_mean {mean} and image_std {std}; expected three numbers each")
+        resample = config.get("resample", 3 if deit else 2)
+        if resample not in list(Image.Resampling):
+            raise UserError(f"preprocessor_config.json: resample is {resample!r}; expected one of Pillow's filters, 0 to 5")
+        return cls(resize, crop, int(resample), mean, std)
 
     def to_config(self) -> dict:
-        """Return what transformers reads back as the same preprocessing."""
-        squash = self.crop is None
+        """Return what transformers reads back as the same preprocessing, but for round_margins, which it does not have."""
+        squash = isinstance(self.resize, tuple)
+        kind = "BitImageProcessor" if not squash else "DeiTImageProcessor" if self.crop else "ViTImageProcessor"
         return {
-            "image_processor_type": "ViTImageProcessor" if squash else "BitImageProcessor",
+            "image_processor_type": kind,
             "do_convert_rgb": True,
             "do_resize": True,
             "size": dict(zip(("height", "width"), self.resize)) if squash else {"shortest_edge": self.resize},
             "resample": self.resample,
-            "do_center_crop": not squash,
-            **({} if squash else {"crop_size": dict(zip(("height", "width"), self.crop))}),
+            "do_center_crop": self.crop is not None,
+            **({"crop_size": dict(zip(("height", "width"), self.crop))} if self.crop else {}),
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,

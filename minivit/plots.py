@@ -6,11 +6,13 @@ Colours go from dark to light, and lines differ in more than colour, so that all
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import multiprocessing
 import signal
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +37,7 @@ HEAT = colormaps["inferno"]
 SIGNED = colormaps["cividis"]  # from dark for less, over grey, to light for more
 RIGHT, WRONG = "#1b7837", "#b2182b"
 DPI = 120
+POOL_FROM = 8  # photos; fewer are drawn before processes that draw would have started
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,40 @@ def _mark(figure: Figure, x: float, y: float, size: tuple[int, int], mark: tuple
         figure.add_artist(
             Rectangle((x + left, y - bottom), right - left, bottom - top, fill=False, lw=width, ec=colour, transform=None)
         )
+
+
+@contextlib.contextmanager
+def drawing(num_photos: int, workers: int) -> Iterator[Callable[..., Callable[[], None]]]:
+    """Yield what begins to draw a figure and returns what waits for it: in processes, or for few photos right here."""
+    if num_photos < POOL_FROM:
+        yield lambda job, *args, **kwargs: job(*args, **kwargs) or (lambda: None)
+        return
+    own, pipes, processes = multiprocessing.get_context("spawn"), [], []  # a fork would inherit the model's threads, held
+    for _ in range(min(workers, num_photos)):
+        ours, theirs = own.Pipe()
+        processes.append(own.Process(target=draw_for, args=(theirs,), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        pipes.append(ours)
+    turn = itertools.cycle(pipes)
+
+    def draw(job: Callable[..., None], *args, **kwargs) -> Callable[[], None]:
+        pipe = next(turn)
+        pipe.send((job, args, kwargs))
+
+        def wait() -> None:
+            error = pipe.recv()  # the answers of one process come in the order of its jobs, which is that of the photos
+            if error is not None:
+                raise error
+
+        return wait
+
+    try:
+        yield draw
+    finally:
+        for pipe, process in zip(pipes, processes):
+            pipe.close()
+            process.join()
 
 
 def draw_for(pipe: Connection) -> None:

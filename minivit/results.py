@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from . import metrics, plots
+from .card import model_card
 from .data import Data
-from .errors import printable
 from .files import whole_file
 from .photos import open_photo
 
@@ -18,8 +18,20 @@ NUM_SHOWN = 24  # photos in predictions.png
 NUM_PAIRS = 8  # of classes that were confused most
 
 
-def write_results(out: Path, rows: Sequence[Mapping[str, float]], data: Data, logits: torch.Tensor, summary: Mapping) -> None:
-    """Draw the three figures and write classes.csv and README.md, from the test photos' logits (n, C)."""
+def write_results(
+    out: Path,
+    rows: Sequence[Mapping[str, float]],
+    data: Data,
+    logits: torch.Tensor,
+    summary: Mapping,
+    *,
+    name: str,
+    pets: bool,
+) -> None:
+    """Draw the three figures and write classes.csv and README.md, from the test photos' logits (n, C).
+
+    The card calls the model `name`, and the photos Oxford-IIIT Pet's if they are `pets`.
+    """
     labels = torch.tensor(data.test.labels)
     confidence, predicted = logits.softmax(1).max(1)
     wrong = (predicted != labels).nonzero()[:, 0]
@@ -40,7 +52,7 @@ def write_results(out: Path, rows: Sequence[Mapping[str, float]], data: Data, lo
     plots.draw_predictions(out / "predictions.png", [open_photo(data.test.paths[i]) for i in shown], captions, title)
     write_classes(out / "classes.csv", confusion, data.classes)
     with whole_file(out / "README.md") as partial:
-        partial.write_text(model_card(summary, pairs), encoding="utf-8", errors="backslashreplace")
+        partial.write_text(model_card(summary, pairs, name=name, pets=pets), encoding="utf-8", errors="backslashreplace")
 
 
 def write_classes(path: Path, confusion: torch.Tensor, classes: Sequence[str]) -> None:
@@ -50,27 +62,3 @@ def write_classes(path: Path, confusion: torch.Tensor, classes: Sequence[str]) -
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["class", "photos", "precision", "recall", "f1"])
         table.writerows([name, n, *(f"{value:.4f}" for value in scores)] for name, n, *scores in columns)
-
-
-def model_card(summary: Mapping, pairs: Sequence[tuple[str, str, int]]) -> str:
-    """Return README.md: what the model is, how well it does, what it confuses, and how it was made."""
-    inline = lambda text: "`" + printable(text).replace("`", "'") + "`"  # noqa: E731 - names are data, not markup
-    lines = [
-        f"# {len(summary['classes'])} classes, from {inline(summary['base'])}",
-        "",
-        f"Accuracy {summary['test_accuracy']:.4f} and macro F1 {summary['test_macro_f1']:.4f} on {summary['test_photos']} "
-        f"test photos; {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters were trained, "
-        f"best epoch {summary['best_epoch']}, in {summary['precision']} on {inline(summary['device'])}.",
-        f"Training: {summary['verdict']}.",
-        "",
-        "Each class's precision and recall are in classes.csv. Confused most:" if pairs else "No test photo was confused.",
-        *(f"- {inline(true)} taken for {inline(predicted)}: {n}" for true, predicted, n in pairs),
-        "",
-        "![Confusion matrix](confusion.png)",
-        "",
-        "Loads with `minivit.load_pretrained` and with transformers' `AutoModelForImageClassification`.",
-        "Every setting, version and time is in summary.json.",
-        "",
-        "Classes: " + ", ".join(inline(name) for name in summary["classes"]),
-    ]
-    return "\n".join(lines) + "\n"

@@ -1,89 +1,38 @@
-"""Checkpoints: from the Hub or a folder into a model, strictly, and back into a folder that transformers reads."""
+"""Checkpoints: from the Hub, a folder or a file into a model, strictly, and back into a folder that transformers reads."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from .configs import hub_config, hub_family, hub_sizes, keeps_positions, sizes_from_tensors, timm_sizes
 from .errors import UserError
-from .files import read_json, whole_file, write_json
-from .hub import fetch
+from .families import KINDS, TIMM_REGISTERS, Family, layout, listed, num_blocks, recognise
+from .files import read_json, write_json
+from .hub import Files, fetch
 from .model import ViT, ViTConfig
 from .optim import trainable
 from .photos import Preprocess
-
-
-@dataclass(frozen=True)
-class Family:
-    """One layout of checkpoints: what its config is called and which of its tensors is which parameter of ours.
-
-    In `names`, # stands for a block's number and * for weight or bias; three names are joined into one tensor.
-    """
-
-    model_type: str
-    classifier: str  # the architecture with a head; its backbone's tensors then carry the prefix "model_type."
-    names: dict[str, str | tuple[str, ...]]
-    unused: tuple[str, ...]  # tensors of the backbone that classification does not use
-
-
-_ATTENTION = "encoder.layer.#.attention."
-_QKV = tuple(f"{_ATTENTION}attention.{part}.*" for part in ("query", "key", "value"))
-_EMBEDDINGS = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj.*": "embeddings.patch_embeddings.projection.*",
-    "blocks.#.attn.qkv.*": _QKV,
-    "blocks.#.attn.proj.*": f"{_ATTENTION}output.dense.*",
-    "norm.*": "layernorm.*",
-}
-VIT = Family(
-    model_type="vit",
-    classifier="ViTForImageClassification",
-    names={
-        **_EMBEDDINGS,
-        "blocks.#.norm1.*": "encoder.layer.#.layernorm_before.*",
-        "blocks.#.norm2.*": "encoder.layer.#.layernorm_after.*",
-        "blocks.#.mlp.fc1.*": "encoder.layer.#.intermediate.dense.*",
-        "blocks.#.mlp.fc2.*": "encoder.layer.#.output.dense.*",
-    },
-    unused=("pooler.dense.weight", "pooler.dense.bias"),
-)
-DINOV2 = Family(
-    model_type="dinov2",
-    classifier="Dinov2ForImageClassification",
-    names={
-        **_EMBEDDINGS,
-        "blocks.#.norm1.*": "encoder.layer.#.norm1.*",
-        "blocks.#.ls1.gamma": "encoder.layer.#.layer_scale1.lambda1",
-        "blocks.#.norm2.*": "encoder.layer.#.norm2.*",
-        "blocks.#.mlp.fc1.*": "encoder.layer.#.mlp.fc1.*",
-        "blocks.#.mlp.fc2.*": "encoder.layer.#.mlp.fc2.*",
-        "blocks.#.ls2.gamma": "encoder.layer.#.layer_scale2.lambda1",
-    },
-    unused=("embeddings.mask_token",),
-)
-FAMILIES = {family.model_type: family for family in (VIT, DINOV2)}
-HEAD = {"head.*": "classifier.*"}
+from .tensors import content_hash, read_tensors, save_tensors, tail_metadata
 
 
 @dataclass(frozen=True)
 class Origin:
     """Where a model came from, and what its file held that classification does not use (written back untouched)."""
 
-    family: Family = VIT
-    source: str = ""  # Hub id or folder
+    source: str = ""  # Hub id, folder or file
     commit: str | None = None  # of the Hub repository
+    family: str = ""  # whose layout it had
     unused: dict[str, Tensor] = field(default_factory=dict)
+    hashes: dict[frozenset[str], str] = field(default_factory=dict)  # of what is frozen, by the names of what is not
 
 
 def load_pretrained(
@@ -92,29 +41,20 @@ def load_pretrained(
     revision: str | None = None,
     num_classes: int | None = None,
     labels: Sequence[str] | None = None,
+    img_size: tuple[int, int] | None = None,
 ) -> ViT:
-    """Load a ViT in float32 on the CPU from a Hub id or a local folder in the Hub's layout.
+    """Load a ViT in float32 on the CPU from a Hub id, a local folder in the Hub's layout, or a file.
 
-    The model carries what belongs to its weights: `labels` (class names in index order), `preprocess` (a
-    `Preprocess`) and `origin`. A checkpoint without a classifier gives a backbone, with no labels. Asking for other
-    `labels`, or another `num_classes`, puts a fresh head on, and says so on stderr.
-    Raises UserError, listing every tensor that is missing, unexpected or misshapen; nothing is ever left random.
+    Read are the layouts in families.py, torchvision's state dict and Google's npz as files, and a run's tail.safetensors,
+    whose base is found or fetched. The model carries what belongs to its weights: `labels` (class names in index order),
+    `preprocess` (a `Preprocess`) and `origin`. A checkpoint without a classifier gives a backbone, with no labels. Asking
+    for other `labels`, or another `num_classes`, puts a fresh head on, and says so on stderr. `img_size` (h, w) asks for
+    another input size; positions are then resampled as the reference does (bicubic).
+    Raises UserError, naming tensors that are missing, unexpected, misshapen or not finite; nothing is ever left random.
     """
-    folder, commit = fetch(str(source), revision)
-    config = read_json(folder / "config.json")
-    preprocess = Preprocess.from_config(read_json(folder / "preprocessor_config.json"))
-    family = FAMILIES.get(config.get("model_type"))
-    if family is None:
-        found = config.get("model_type")
-        raise UserError(f"{source}: config.json has model_type {found!r}; expected {' or '.join(FAMILIES)}")
-    try:
-        with torch.device("meta"):
-            model = ViT(_vit_config(config, family, preprocess.size))
-    except KeyError as error:
-        raise UserError(f"{source}: config.json lacks {error}") from error
-    unused = _fill(model, family, folder / "model.safetensors")
-    model.labels, model.preprocess = _labels(config, model.config.num_classes), preprocess
-    model.origin = Origin(family, str(source), commit, unused)
+    source = str(source)
+    tail = tail_metadata(Path(os.path.expanduser(source)))
+    model = _load(source, revision, img_size) if tail is None else _load_with_tail(source, tail, img_size)
     if labels is not None or num_classes is not None:
         wanted = tuple(labels) if labels is not None else tuple(f"class {i}" for i in range(num_classes))
         if len(wanted) != len(model.labels) or (labels is not None and wanted != model.labels):
@@ -122,6 +62,92 @@ def load_pretrained(
             print(f"new head for {len(wanted)} classes, in place of {had}", file=sys.stderr)
             model.reset_head(len(wanted))
             model.labels = wanted
+            model.preprocess = replace(model.preprocess, round_margins=False)  # it is written for transformers
+    return model
+
+
+def _load(source: str, revision: str | None, img_size: tuple[int, int] | None) -> ViT:
+    files = fetch(source, revision)
+    tensors: dict[str, Tensor] = {}
+    for path in files.weights:
+        found = read_tensors(path)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise UserError(f"{path}: {listed((), twice)}: already in another of the files")
+        tensors |= found
+    config = read_json(files.config) if files.config else {}
+    family = recognise(_kind(config), tensors, source)
+    sizes, preprocess, labels = _understand(source, files, config, family, tensors)
+    if img_size is not None:
+        preprocess = preprocess.at(img_size)
+        sizes = replace(sizes, img_size=img_size, pos_grid=sizes.pos_grid or sizes.grid)
+    if sizes.depth != num_blocks(tensors):
+        raise UserError(f"{source}: config.json says {sizes.depth} blocks, but the tensors are of {num_blocks(tensors)}")
+    with torch.device("meta"):
+        model = ViT(sizes)
+    model.labels, model.preprocess = labels, preprocess
+    model.origin = Origin(source, files.commit, family.title, _fill(model, family, tensors, files.weights[0]))
+    return model
+
+
+def read_configs(source: str, revision: str | None) -> tuple[ViTConfig, Preprocess, tuple[str, ...], str, str | None] | None:
+    """Return what a checkpoint's configs say without its weights: sizes, preprocessing, labels, whence, commit.
+
+    None for a file, which has no config. Raises UserError as load_pretrained.
+    """
+    files = fetch(source, revision, weights=False)
+    if files.config is None:
+        return None
+    config = read_json(files.config)
+    if _kind(config) not in KINDS:
+        raise UserError(f"{source}: config.json has model_type {_kind(config)!r}; expected one of {', '.join(KINDS)}")
+    return *_understand(source, files, config, None, {}), "config.json", files.commit
+
+
+def _kind(config: dict) -> str:
+    return "timm" if "architecture" in config and "model_type" not in config else str(config.get("model_type", ""))
+
+
+def _understand(
+    source: str, files: Files, config: dict, family: Family | None, tensors: Mapping[str, Tensor]
+) -> tuple[ViTConfig, Preprocess, tuple[str, ...]]:
+    """Read sizes, preprocessing and labels from the configs, or the tensors where there are none."""
+    try:
+        if files.preprocessor:
+            return hub_sizes(config, read_json(files.preprocessor))
+        return timm_sizes(config) if files.config else sizes_from_tensors(family, tensors, source)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    except KeyError as error:
+        raise UserError(f"{source}: config.json lacks {error}") from error
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise UserError(f"{source}: config.json or preprocessor_config.json makes no sense ({error})") from error
+
+
+def _load_with_tail(source: str, tail: Mapping[str, str], img_size: tuple[int, int] | None) -> ViT:
+    """Load the base that a tail was trained on, make sure that it is the same, and put the tail in."""
+    try:
+        labels, preprocess = tuple(json.loads(tail["labels"])), Preprocess.from_config(json.loads(tail["preprocess"]))
+        wanted, base, commit = tail["sha256"], tail["base"], tail["commit"] or None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{source}: its metadata is not that of a minivit tail ({error}); train again") from error
+    try:
+        model = _load(base, commit, img_size or preprocess.size)
+    except UserError as error:
+        raise UserError(f"{source} needs its base: {error}") from error
+    model.reset_head(len(labels))
+    tensors, parameters = read_tensors(Path(os.path.expanduser(source))), dict(model.named_parameters())
+    unexpected = sorted(tensors.keys() - parameters.keys())
+    fitting = {(name, p.shape, p.dtype) for name, p in parameters.items()}
+    misshapen = [name for name, t in tensors.items() if name in parameters and (name, t.shape, t.dtype) not in fitting]
+    missing = [f"head.{leaf}" for leaf in ("weight", "bias") if labels and f"head.{leaf}" not in tensors]
+    if missing or unexpected or misshapen:
+        raise UserError(f"{source}: does not fit its base {base}: {listed(missing, unexpected, misshapen)}")
+    if content_hash({name: p for name, p in parameters.items() if name not in tensors}) != wanted:
+        raise UserError(f"{source}: its base {base} is not the one it was trained on; its contents differ")
+    model.load_state_dict(model.state_dict() | tensors, assign=True)
+    model.labels = labels
+    model.preprocess = preprocess if img_size is None else preprocess.at(img_size)
+    model.origin = replace(model.origin, source=source)
     return model
 
 
@@ -130,26 +156,49 @@ def save_pretrained(model: ViT, folder: str | os.PathLike[str]) -> None:
 
     A folder never holds half of one.
     """
-    folder, origin = Path(folder), model.origin or Origin()
-    classifier = model.config.num_classes > 0
-    tensors = {_prefixed(name, origin.family, classifier): tensor for name, tensor in origin.unused.items()}
-    layout = _layout(model, origin.family)
-    for name, tensor in model.state_dict().items():
-        for theirs, part in zip(layout[name], tensor.cpu().chunk(len(layout[name]))):
-            tensors[theirs] = part.contiguous()
+    folder, family, unused = Path(folder), hub_family(model.config), (model.origin or Origin()).unused
+    prefix = family.prefix if model.config.num_classes else ""
+    tensors = {prefix + name: tensor for name, tensor in unused.items() if name in family.unused}
+    if model.config.num_registers:  # transformers has one there always, and zeros to begin with
+        tensors.setdefault(f"{prefix}embeddings.mask_token", torch.zeros(1, model.config.embed_dim))
+    tensors |= tensors_as(model, family, resample=not keeps_positions(model.config))
     save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    write_json(folder / "config.json", _hub_config(model, origin))
+    write_json(folder / "config.json", hub_config(model, use_mask_token="embeddings.mask_token" in unused))
     write_json(folder / "preprocessor_config.json", model.preprocess.to_config())
 
 
-def save_tail(model: ViT, path: Path) -> None:
-    """Write only what trains, under our names, with what it belongs to: the base model's id and commit, and the labels."""
-    metadata = {
-        "base": model.origin.source,
-        "commit": model.origin.commit or "",
-        "labels": json.dumps(model.labels),
+@torch.no_grad()
+def tensors_as(model: ViT, family: Family, *, resample: bool) -> dict[str, Tensor]:
+    """Return a model's tensors on the CPU under a family's names; with `resample`, positions for its own input size."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if resample:
+        state["pos_embed"] = model.resample(state["pos_embed"])
+    if family is TIMM_REGISTERS:  # timm has no position for the class token
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    names = layout(model, family)
+    return {
+        theirs: part.contiguous()
+        for name, tensor in state.items()
+        for theirs, part in zip(names[name], tensor.chunk(len(names[name])))
     }
-    save_tensors(path, {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}, metadata)
+
+
+def save_tail(model: ViT, path: Path) -> None:
+    """Write only what trains, under our names, with what it belongs to: base, commit, hash of what is frozen, labels."""
+    tail, source = trainable(model), model.origin.source
+    here = Path(os.path.expanduser(source))
+    hashes, names = model.origin.hashes, frozenset(tail)
+    if names not in hashes:  # once: what is frozen stays as it is
+        hashes[names] = content_hash({name: p for name, p in model.named_parameters() if name not in tail})
+    metadata = {
+        "base": str(here.resolve()) if source != "demo" and here.exists() else source,
+        "commit": model.origin.commit or "",
+        "sha256": hashes[names],
+        "labels": json.dumps(model.labels),
+        "preprocess": json.dumps(model.preprocess.to_config()),
+    }
+    save_tensors(path, {name: p.detach().cpu().contiguous() for name, p in tail.items()}, metadata)
 
 
 @torch.no_grad()
@@ -162,124 +211,26 @@ def load_tail(model: ViT, path: Path) -> None:
         parameter.copy_(tensors[name])
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all."""
-    with whole_file(path) as partial:
-        partial.touch()
-        mode = partial.stat().st_mode
-        try:
-            save_file(tensors, partial, metadata)
-        except SafetensorError as error:  # a full disk
-            raise OSError(f"{path}: cannot be written ({error})") from error
-        partial.chmod(mode)  # safetensors lets only the owner read its files
-
-
-def _fill(model: ViT, family: Family, path: Path) -> dict[str, Tensor]:
-    """Give every parameter of a model its tensor from a file; return the tensors that classification does not use."""
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); is the file complete?") from error
-    classifier = model.config.num_classes > 0
-    unused = {name: tensors.pop(theirs) for name in family.unused if (theirs := _prefixed(name, family, classifier)) in tensors}
-    layout, missing, misshapen, state = _layout(model, family), [], [], {}
+def _fill(model: ViT, family: Family, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Give every parameter of a model its tensor; return the tensors that classification does not use."""
+    prefix = family.prefix if model.config.num_classes else ""
+    unused = {name: tensors.pop(prefix + name) for name in family.unused if prefix + name in tensors}
+    names, missing, misshapen, state = layout(model, family), [], [], {}
+    if family is TIMM_REGISTERS and tensors["pos_embed"].ndim == 3:  # timm has no position for the class token
+        tensors["pos_embed"] = torch.cat([torch.zeros_like(tensors["pos_embed"][:, :1]), tensors["pos_embed"]], dim=1)
     for name, parameter in model.state_dict().items():
-        theirs = layout[name]
+        theirs = names[name]
         shape = (parameter.shape[0] // len(theirs), *parameter.shape[1:])
         parts = [tensors.pop(part, None) for part in theirs]
         for part, tensor in zip(theirs, parts):
             if tensor is None:
                 missing.append(part)
-            elif tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            elif tuple(tensor.shape) != shape or not tensor.is_floating_point() or tensor.layout is not torch.strided:
                 misshapen.append(f"{part}: expected {shape}, found {tuple(tensor.shape)} {tensor.dtype}")
         if not missing and not misshapen:
             state[name] = (parts[0] if len(parts) == 1 else torch.cat(parts)).float()
-    problems = {"missing": missing, "unexpected": sorted(tensors), "misshapen": misshapen}
-    if any(problems.values()):
-        listed = "; ".join(f"{len(v)} {kind} ({', '.join(v)})" for kind, v in problems.items() if v)
-        raise UserError(f"{path}: does not fit a {family.model_type} of the sizes in config.json: {listed}")
+    if missing or misshapen or tensors:
+        problems = listed(missing, sorted(tensors), misshapen)
+        raise UserError(f"{path}: does not fit {family.title} of the sizes in config.json: {problems}")
     model.load_state_dict(state, assign=True)
     return unused
-
-
-def _prefixed(name: str, family: Family, classifier: bool) -> str:
-    return f"{family.model_type}.{name}" if classifier and not name.startswith("classifier.") else name
-
-
-def _layout(model: ViT, family: Family) -> dict[str, tuple[str, ...]]:
-    """Say for each parameter of a model which tensors of the file it is joined from."""
-    table, layout = family.names | HEAD, {}
-    for name in model.state_dict():
-        number = re.search(r"\d+", name)  # of the block
-        leaf = name.rpartition(".")[2]
-        pattern = re.sub(r"^blocks\.\d+\.", "blocks.#.", name)
-        theirs = table.get(pattern) or table[pattern.removesuffix(leaf) + "*"]
-        layout[name] = tuple(
-            _prefixed(
-                part.replace("#", number[0] if "#" in part else "").replace("*", leaf), family, model.config.num_classes > 0
-            )
-            for part in ((theirs,) if isinstance(theirs, str) else theirs)
-        )
-    return layout
-
-
-def _vit_config(config: dict, family: Family, img_size: tuple[int, int]) -> ViTConfig:
-    """Turn a Hub config.json into our sizes."""
-    fixed = {"hidden_act": "gelu", "num_channels": 3, "use_swiglu_ffn": False}
-    for key, value in fixed.items():
-        if config.get(key, value) != value:
-            raise UserError(f"config.json: {key} is {config[key]!r}; minivit's ViT has {value!r}")
-    dinov2 = family is DINOV2
-    width, patch, image = config["hidden_size"], config["patch_size"], config["image_size"]
-    image = (image, image) if isinstance(image, int) else tuple(image)
-    return ViTConfig(
-        img_size=img_size,
-        patch_size=patch,
-        embed_dim=width,
-        depth=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        mlp_dim=int(width * config["mlp_ratio"]) if dinov2 else config["intermediate_size"],
-        num_classes=len(config["id2label"]) if family.classifier in config["architectures"] else 0,
-        eps=config["layer_norm_eps"],
-        qkv_bias=config.get("qkv_bias", True),
-        layer_scale=dinov2,
-        pool="cls+mean" if dinov2 else "cls",
-        pos_grid=(image[0] // patch, image[1] // patch),
-    )
-
-
-def _hub_config(model: ViT, origin: Origin) -> dict:
-    """Turn our sizes into a Hub config.json: the inverse of _vit_config."""
-    c, family = model.config, origin.family
-    dinov2 = family is DINOV2
-    height, width = (side * c.patch_size for side in model.pos_grid)
-    return {
-        "architectures": [family.classifier if c.num_classes else family.classifier.replace("ForImageClassification", "Model")],
-        "model_type": family.model_type,
-        "image_size": height if height == width else [height, width],
-        "patch_size": c.patch_size,
-        "num_channels": 3,
-        "hidden_size": c.embed_dim,
-        "num_hidden_layers": c.depth,
-        "num_attention_heads": c.num_heads,
-        **({"mlp_ratio": c.mlp_dim // c.embed_dim} if dinov2 else {"intermediate_size": c.mlp_dim}),
-        "hidden_act": "gelu",
-        "layer_norm_eps": c.eps,
-        "qkv_bias": c.qkv_bias,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        **({"use_mask_token": bool(origin.unused), "use_swiglu_ffn": False} if dinov2 else {}),
-        "torch_dtype": str(model.cls_token.dtype).removeprefix("torch."),
-        "id2label": {str(i): label for i, label in enumerate(model.labels)},
-        "label2id": {label: i for i, label in enumerate(model.labels)},
-    }
-
-
-def _labels(config: dict, num_classes: int) -> tuple[str, ...]:
-    """Read the class names in index order; a backbone has none."""
-    if not num_classes:
-        return ()
-    names = {int(i): str(label) for i, label in config["id2label"].items()}
-    if sorted(names) != list(range(num_classes)):
-        raise UserError(f"config.json: id2label does not number its {num_classes} classes from 0 to {num_classes - 1}")
-    return tuple(names[i] for i in range(num_classes))

@@ -84,18 +84,18 @@ def test_a_dry_run_says_what_would_train_and_writes_nothing(tiny_folder, shapes_
     assert not (tmp_path / "run").exists()
 
 
-def test_the_model_card_says_what_it_is_and_names_are_no_markup(run, capsys):
-    from minivit.results import model_card
+def test_the_model_card_says_what_it_is_and_names_are_no_markup(run):
+    from minivit.card import model_card
 
     out, _ = run
     summary = json.loads((out / "summary.json").read_text())
     card = (out / "README.md").read_text()
-    assert f"Accuracy {summary['test_accuracy']:.4f} and macro F1 {summary['test_macro_f1']:.4f} on 12 test photos" in card
+    assert f"| accuracy | {summary['test_accuracy']:.4f} |" in card
     assert summary["verdict"] in card
-    assert "Classes: `blue`, `green`, `red`" in card
-    hostile = model_card(summary | {"classes": ["`](x)\n# <b>"]}, [("`a`", "b\n# c", 3)])
+    assert "Classes: `blue`, `green`, `red`.\n" in card
+    hostile = model_card(summary | {"classes": ["`](x)\n# <b>"]}, [("`a`", "b\n# c", 3)], name="run", pets=False)
     assert "- `'a'` taken for `b\\n# c`: 3\n" in hostile
-    assert hostile.endswith("Classes: `'](x)\\n# <b>`\n")
+    assert "Classes: `'](x)\\n# <b>`.\n" in hostile
 
 
 def test_the_written_weights_are_the_best_epochs_not_the_last(tiny_folder, shapes_data, tmp_path, monkeypatch):
@@ -201,8 +201,8 @@ BAD_FLAGS = {
     "lr": (["--lr", "-1"], "expected a number above 0"),
     "device": (["--device", "cuda:99"], "this torch"),
     "unknown device": (["--device", "tpu"], "expected auto, cpu, mps, cuda or cuda:N"),
-    "model": (["--model", "README.md"], "expected a Hub id or a folder, found a file"),
-    "not a Hub id": (["--model", "a/b/c"], "neither a folder here nor a Hub id"),
+    "model": (["--model", "README.md"], "expected a Hub id, a folder, or a file ending in"),
+    "not a Hub id": (["--model", "a/b/c"], "neither a folder or file here nor a Hub id"),
     "out": (["--out", "README.md/run"], "README.md/run: Not a directory"),
     "data": (["--data", "tests"], "expected oxford-iiit-pet/"),
     "out that safetensors cannot read": (["--out", "caf\udce9"], "caf\\udce9: expected a name in UTF-8"),

@@ -18,6 +18,8 @@ from PIL import Image
 import infer
 from minivit import Preprocess, ViT, ViTConfig, load_pretrained, look, open_photo, plots, save_pretrained
 from minivit.attention import METHODS, class_relevance, query_maps, rollout
+from minivit.errors import UserError
+from minivit.weights import Origin
 
 CPU = ["--device", "cpu", "--amp", "off"]
 
@@ -135,17 +137,27 @@ def test_photos_of_any_size_are_drawn(tiny_folder, tmp_path, capsys, size):
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (1000, 200), (7, 7)], ids=str)
-@pytest.mark.parametrize("preprocess", [Preprocess((64, 64)), Preprocess(72, (64, 64))], ids=["squash", "crop"])
+@pytest.mark.parametrize("preprocess", [Preprocess((64, 96)), Preprocess(100, (64, 96))], ids=["squash", "crop"])
 def test_a_pixels_patch_is_the_one_whose_mark_holds_it(size, preprocess):
-    model = ViT(ViTConfig(img_size=(64, 64), patch_size=8, embed_dim=4, depth=1, num_heads=1, mlp_dim=4, num_classes=0))
+    model = ViT(ViTConfig(img_size=(64, 96), patch_size=8, embed_dim=4, depth=1, num_heads=1, mlp_dim=4, num_classes=0))
     model.preprocess = preprocess
     left, top, right, bottom = preprocess.box(size)
     for x, y in np.random.default_rng(0).uniform(0, 1, (200, 2)):
         x, y = left + x * (right - left), top + y * (bottom - top)
-        token = 1 + preprocess.patch_at(x, y, size, (8, 8))
+        token = 1 + preprocess.patch_at(x, y, size, (8, 12))
         mark = look.mark(look.Photo(size, None, None, [], token), model)
         assert mark[0] * size[0] - 1e-9 <= x <= mark[2] * size[0] + 1e-9
         assert mark[1] * size[1] - 1e-9 <= y <= mark[3] * size[1] + 1e-9
+
+
+@pytest.mark.parametrize("x, y", [(95, 100), (305, 100), (200, 10), (200, 190), (-1, 100)])
+def test_a_pixel_that_the_crop_cut_away_has_no_patch(x, y):
+    preprocess = Preprocess(64, (56, 56))
+    left, top, right, bottom = preprocess.box((400, 200))
+    assert 95 < left < right < 305
+    assert 10 < top < bottom < 190
+    with pytest.raises(UserError, match=f"no patch at {x},{y}: of 400 x 200 pixels, the model sees x from 1"):
+        preprocess.patch_at(x, y, (400, 200), (7, 7))
 
 
 # What is shown
@@ -285,6 +297,23 @@ def test_photos_in_one_batch_are_what_they_are_alone_each_with_its_own_query(tin
         for block in (2, 11):
             torch.testing.assert_close(one.row(method, block), alone.row(method, block), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(one.probabilities, alone.probabilities, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("all_rows", [True, False], ids=["all rows", "one row"])
+def test_registers_ask_nothing_and_have_no_place_in_a_map(photo, all_rows):
+    model = randomize(ViT(ViTConfig(**vars(TINY) | {"num_registers": 2})))
+    model.labels, model.preprocess, model.origin = tuple("abcde"), Preprocess((32, 32)), Origin("registers")
+    images = model.preprocess(open_photo(photo))[None]
+    with torch.no_grad():
+        attn = model.forward_with_attention(images, range(12))[1]
+    kept = [0, *range(3, 19)]
+    seen = look.read_photo(photo, [model], (79, 59), small=False)
+    (one,) = look.look_at(model, [seen], 0, [11], methods=["attention", "rollout"], all_rows=all_rows)
+    for method, rows in (("attention", attn[11][0]), ("rollout", rollout(attn)[11])):
+        torch.testing.assert_close(one.row(method, 11), rows[:, 18, kept], rtol=1e-4, atol=1e-6)  # the last patch's
+    if all_rows:
+        torch.testing.assert_close(one.rows["attention"][11], attn[11][0][:, kept][..., kept], rtol=1e-4, atol=1e-6)
+        assert look.pane(seen, one, 3).attn[11].shape == (3, 17, 17)
 
 
 def test_relevance_is_for_the_first_prediction_or_the_class_asked_for_and_the_figure_says_which(tiny_folder, photo):

@@ -115,7 +115,10 @@ BAD_FOLDERS = {
     "no safetensors": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors in this folder"),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "expected JSON"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object, found a list"),
-    "another family": (lambda f: set_config(f, model_type="swin"), "model_type 'swin'; expected vit or dinov2"),
+    "another family": (
+        lambda f: set_config(f, model_type="swin"),
+        "model_type 'swin'; expected one of vit, dinov2",
+    ),
     "another activation": (lambda f: set_config(f, hidden_act="relu"), "hidden_act is 'relu'"),
     "labels not numbered": (lambda f: set_config(f, id2label={str(2 * i): str(i) for i in range(5)}), "id2label"),
 }
@@ -260,7 +263,7 @@ def test_nothing_is_left_half_written(tiny, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("minivit.weights.save_file", full_disk)
+    monkeypatch.setattr("minivit.tensors.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_pretrained(tiny, tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before

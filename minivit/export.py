@@ -1,0 +1,42 @@
+"""Export: a finished run under the names that another library reads."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser(prog="python -m minivit export", description=__doc__)
+    parser.add_argument("model", metavar="DIR", help="a run, or any model that minivit reads")
+    parser.add_argument("--to", choices=("timm",), required=True, help="whose names; written into DIR/timm")
+    parser.add_argument("--out", metavar="DIR", help="where else to write; none: DIR/timm")
+    return cli.run(export, parser, argv)
+
+
+def export(args: argparse.Namespace) -> int:
+    from . import weights
+    from .configs import timm_config, timm_family
+    from .errors import UserError
+    from .files import write_json
+    from .tensors import save_tensors
+
+    if not args.out and not Path(args.model).is_dir():
+        raise UserError(f"{args.model}: not a folder to write into; say where with --out DIR")
+    model, out = weights.load_pretrained(args.model), Path(args.out or Path(args.model, args.to))
+    config, c = timm_config(model), model.config
+    out.mkdir(parents=True, exist_ok=True)
+    save_tensors(out / "model.safetensors", weights.tensors_as(model, timm_family(c), resample=True), {"format": "pt"})
+    write_json(out / "config.json", config)
+    if c.eps != 1e-6:
+        print(
+            f"timm's norms have an eps of 1e-6, this model's {c.eps}: logits agree to about 1e-5 of their size", file=sys.stderr
+        )
+    more = "".join(f", {key}={value!r}" for key, value in config["model_args"].items())
+    path = str(out / "model.safetensors")
+    print(f"timm.create_model({config['architecture']!r}, num_classes={c.num_classes}{more}, checkpoint_path={path!r})")
+    return 0

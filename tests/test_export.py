@@ -1,0 +1,193 @@
+"""What leaves: a tail that finds its base, and the names that timm reads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import DINOV2_PREPROCESSOR, draw_photo, randomize
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_families import SMALL, write_by_transformers
+from torch.testing import assert_close
+
+from minivit import ViT, ViTConfig, export, load_pretrained, save_pretrained
+from minivit.errors import UserError
+from minivit.optim import freeze_except
+from minivit.photos import Preprocess
+from minivit.weights import save_tail
+
+LABELS = ("Abyssinian", "boxer", "Egyptian Mau")
+needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+
+
+def fine_tune(base, folder, **options):
+    """Leave in a folder what a run leaves: other weights in blocks 10 and 11, norm and head, as a whole and as a tail."""
+    model = load_pretrained(base, labels=LABELS, **options).eval()
+    freeze_except(model, [10, 11])
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    folder.mkdir()
+    save_pretrained(model, folder)
+    save_tail(model, folder / "tail.safetensors")
+    return model
+
+
+@pytest.fixture
+def run(tiny_folder, tmp_path):
+    return fine_tune(tiny_folder, tmp_path / "run"), tmp_path / "run"
+
+
+@pytest.mark.parametrize("img_size", [None, (48, 24)], ids=["same-size", "48x24"])
+def test_a_tail_finds_its_base_and_gives_the_same_logits_bit_for_bit(img_size, tiny_folder, tmp_path):
+    model = fine_tune(tiny_folder, tmp_path / "run", img_size=img_size)
+    tail, whole = load_pretrained(tmp_path / "run" / "tail.safetensors").eval(), load_pretrained(tmp_path / "run").eval()
+    assert tail.labels == whole.labels == LABELS
+    assert tail.preprocess == whole.preprocess == model.preprocess
+    images = model.preprocess(draw_photo(90, 70))[None]
+    assert torch.equal(tail(images), model(images))
+    assert torch.equal(whole(images), model(images))
+    names = load_file(tmp_path / "run" / "tail.safetensors").keys()
+    assert {name.split(".")[1] for name in names if name.startswith("blocks")} == {"10", "11"}
+    assert not any(name.startswith(("cls", "pos", "patch")) for name in names)
+
+
+def test_a_tail_is_found_from_another_folder_and_by_the_commands(run, tmp_path, monkeypatch, capsys, photos):
+    import infer
+
+    monkeypatch.chdir(tmp_path)
+    assert infer.main([str(photos[0]), "--model", "run/tail.safetensors", "--layers", "11", "--amp", "off"]) == 0
+    by_tail = capsys.readouterr().out
+    assert infer.main([str(photos[0]), "--model", "run", "--layers", "11", "--amp", "off"]) == 0
+    assert [line for line in by_tail.splitlines() if "  " in line] == [
+        line for line in capsys.readouterr().out.splitlines() if "  " in line
+    ]
+
+
+def spoil_base(folder, tail):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["vit.encoder.layer.3.output.dense.bias"][5] += 1e-6
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def retag(tail, change):
+    with safe_open(tail, "pt") as file:
+        metadata = file.metadata()
+    change(metadata)
+    save_file(load_file(tail), tail, metadata)
+
+
+def retensor(tail, change):
+    with safe_open(tail, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tail)
+    change(tensors)
+    save_file(tensors, tail, metadata)
+
+
+SPOILT = {
+    "another base": (spoil_base, "is not the one it was trained on"),
+    "no base": (lambda folder, _: shutil.rmtree(folder), "needs its base: .*neither a folder or file here nor a Hub id"),
+    "no hash": (lambda _, tail: retag(tail, lambda m: m.pop("sha256")), "not that of a minivit tail"),
+    "labels that are no list": (lambda _, tail: retag(tail, lambda m: m.update(labels="7")), "not that of a minivit tail"),
+    "fewer labels": (lambda _, tail: retag(tail, lambda m: m.update(labels='["a"]')), "2 misshapen"),
+    "no head": (lambda _, tail: retensor(tail, lambda t: t.pop("head.bias")), r"1 missing \(head.bias\)"),
+    "a stranger": (lambda _, tail: retensor(tail, lambda t: t.update(x=torch.zeros(1))), r"1 unexpected \(x\)"),
+    "fewer tensors": (lambda _, tail: retensor(tail, lambda t: t.pop("norm.bias")), "is not the one it was trained on"),
+    "not finite": (lambda _, tail: retensor(tail, lambda t: t["norm.bias"].fill_(float("nan"))), "norm.bias holds NaN"),
+    "cut": (lambda _, tail: tail.write_bytes(tail.read_bytes()[:-9]), "is the file complete"),
+}
+
+
+@pytest.mark.parametrize("spoil, message", SPOILT.values(), ids=SPOILT)
+def test_a_tail_without_its_own_base_is_refused(spoil, message, run, tiny_folder):
+    spoil(tiny_folder, run[1] / "tail.safetensors")
+    with pytest.raises(UserError, match=message):
+        load_pretrained(run[1] / "tail.safetensors")
+
+
+def test_what_is_frozen_is_hashed_once(tiny_folder, tmp_path, monkeypatch):
+    from minivit import weights
+
+    calls = []
+    monkeypatch.setattr(weights, "content_hash", lambda tensors: calls.append(1) or "0" * 64)
+    model = fine_tune(tiny_folder, tmp_path / "run")
+    save_tail(model, tmp_path / "run" / "tail.safetensors")
+    assert len(calls) == 1
+
+
+def exported(folder, capsys, *args):
+    assert export.main([str(folder), "--to", "timm", *args]) == 0
+    return capsys.readouterr()
+
+
+def test_an_export_to_timm_comes_back_the_same(run, tmp_path, capsys):
+    model, folder = run
+    said = exported(folder, capsys)
+    assert f"checkpoint_path='{folder / 'timm' / 'model.safetensors'}'" in said.out
+    assert "eps of 1e-6, this model's 1e-12" in said.err
+    again = load_pretrained(folder / "timm")
+    assert again.labels == LABELS
+    assert again.preprocess == model.preprocess.__class__(**{**vars(model.preprocess), "round_margins": True})
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_what_timm_cannot_hold_is_refused_and_nothing_is_written(tmp_path, capsys):
+    config = ViTConfig((28, 28), 14, 24, 2, 3, 48, 3, layer_scale=True, pool="cls+mean")
+    model = randomize(ViT(config))
+    model.labels, model.preprocess = LABELS, Preprocess(32, (28, 28))
+    (tmp_path / "run").mkdir()
+    save_pretrained(model, tmp_path / "run")
+    assert export.main([str(tmp_path / "run"), "--to", "timm"]) == 2
+    assert "reads the class token" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "timm").exists()
+    assert export.main(["demo", "--to", "timm"]) == 2
+    assert "--out DIR" in capsys.readouterr().err
+
+
+@needs_timm
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("options", [{}, {"img_size": (384, 384)}], ids=["224", "384"])
+def test_timm_reads_what_was_exported_with_the_same_logits(options, tmp_path, capsys):
+    import timm
+
+    base = tmp_path / "base"
+    write_by_transformers(base, "ViTForImageClassification", SMALL | {"patch_size": 16}, {"size": 224})
+    model = fine_tune(base, tmp_path / "run", **options)
+    call = exported(tmp_path / "run", capsys).out
+    theirs = eval(call, {"timm": timm}).eval()
+    images = model.preprocess(draw_photo(300, 200))[None]
+    with torch.no_grad():
+        assert_close(theirs(images), model(images), rtol=0, atol=1e-4)
+    again = timm.create_model(f"local-dir:{tmp_path / 'run' / 'timm'}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(images), theirs(images))
+    data = timm.data.resolve_data_config(model=again)
+    photo = draw_photo(333, 500)
+    assert_close(timm.data.create_transform(**data)(photo), model.preprocess(photo), rtol=0, atol=1e-5)
+    assert json.loads((tmp_path / "run" / "timm" / "config.json").read_text())["label_names"] == list(LABELS)
+
+
+@needs_timm
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", ["Dinov2Model", "Dinov2WithRegistersModel"])
+def test_timm_reads_exported_dinov2_backbones(kind, tmp_path, capsys):
+    import timm
+
+    sizes = SMALL | {"patch_size": 14, "image_size": 518, "mlp_ratio": 4, "num_hidden_layers": 2}
+    write_by_transformers(tmp_path, kind, sizes, DINOV2_PREPROCESSOR)
+    model = load_pretrained(tmp_path).eval()
+    theirs = eval(exported(tmp_path, capsys).out, {"timm": timm}).eval()
+    images = model.preprocess(draw_photo(300, 200))[None]
+    with torch.no_grad():
+        assert_close(theirs.forward_features(images), model.norm(model.tokens(images, 2)), rtol=0, atol=1e-4)
+    again = load_pretrained(tmp_path / "timm").eval()
+    with torch.no_grad():
+        assert_close(again(images), model(images), rtol=0, atol=1e-4)

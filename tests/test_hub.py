@@ -1,0 +1,184 @@
+"""The Hub against a server that speaks its protocol: cache, revisions, tokens, cut downloads, and faults in one line."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+import subprocess
+import sys
+import termios
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, randomize
+from hub_server import COMMIT, TOKEN, serve
+from safetensors.torch import load_file, save_file
+
+from minivit import Preprocess, ViT, load_pretrained, save_pretrained
+
+LOAD = """
+import sys
+from minivit import load_pretrained
+from minivit.errors import UserError
+try:
+    model = load_pretrained(sys.argv[1], revision=(sys.argv + [None])[2])
+except UserError as error:
+    sys.exit(str(error))
+print(model.origin.commit, len(model.labels), model.head.bias.sum().item())
+"""
+
+
+@pytest.fixture
+def hub(tiny_folder):
+    with serve(tiny_folder) as state:
+        yield state
+
+
+def run_python(code, hub, cache, **environment):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    clean |= {"HF_ENDPOINT": hub if isinstance(hub, str) else hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, *code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=clean | environment, timeout=300)
+
+
+def load(hub, cache, *args, **environment):
+    return run_python(["-c", LOAD, *(args or ("owner/tiny",))], hub, cache, **environment)
+
+
+def expected(folder: Path) -> str:
+    return f"{COMMIT} 5 {load_pretrained(folder).head.bias.sum().item()}\n"
+
+
+def incomplete_or_whole(cache: Path) -> list[Path]:
+    """Everything in the cache that claims to be a whole file of weights."""
+    return [path for path in cache.rglob("*.safetensors") if path.exists()]
+
+
+def test_a_download_shows_its_progress_and_is_cached_for_offline_use(hub, tmp_path, tiny_folder):
+    master, slave = os.openpty()  # bars are for terminals
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    environment["HF_HUB_OFFLINE"] = "0"
+    command = [sys.executable, "-c", LOAD, "owner/tiny"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=slave, text=True, cwd=ROOT, env=environment, timeout=300)
+    assert done.stdout == expected(tiny_folder)
+    assert os.read(master, 100_000).decode().count("100%") == 3  # a bar for each file
+    os.close(master), os.close(slave)
+    hub.requests.clear()
+    offline = load(hub, tmp_path / "cache", HF_HUB_OFFLINE="1")
+    assert offline.stdout == expected(tiny_folder), offline.stderr
+    assert hub.requests == []
+    assert "it is not in the local cache" in load(hub, tmp_path / "empty", HF_HUB_OFFLINE="1").stderr
+
+
+def test_a_revision_is_pinned_and_its_commit_recorded(hub, tmp_path, tiny_folder):
+    done = load(hub, tmp_path / "cache", "owner/tiny", "v1")
+    assert done.stdout == expected(tiny_folder), done.stderr
+    assert all("/v1/" in path or f"/{COMMIT}/" in path for _, path in hub.requests)
+    assert sum(f"/{COMMIT}/" in path for _, path in hub.requests) > 1  # all later files from the first one's commit
+    wrong = load(hub, tmp_path / "cache", "owner/tiny", "v9")
+    assert f"no revision 'v9' on {hub.url}" in wrong.stderr
+
+
+def test_shards_and_pickles_come_from_the_hub_too(hub, tmp_path, tiny_folder):
+    tensors = load_file(tiny_folder / "model.safetensors")
+    names = sorted(tensors)
+    (tiny_folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i, part in enumerate((names[:50], names[50:])):
+        save_file({name: tensors[name] for name in part}, tiny_folder / f"model-{i}.safetensors")
+        weight_map |= dict.fromkeys(part, f"model-{i}.safetensors")
+    index = tiny_folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert load(hub, tmp_path / "1").stdout == expected(tiny_folder)
+    index.unlink()
+    torch.save(tensors, tiny_folder / "pytorch_model.bin")
+    done = load(hub, tmp_path / "2")
+    assert done.stdout == expected(tiny_folder), done.stderr
+    assert load("http://127.0.0.1:9", tmp_path / "2").stdout == expected(tiny_folder)  # offline, by its cached names
+    (tiny_folder / "pytorch_model.bin").unlink()
+    assert "no model.safetensors on" in load(hub, tmp_path / "3").stderr
+
+
+def test_a_download_cut_in_the_middle_goes_on_where_it_ended(tmp_path):
+    model = randomize(ViT(replace(TINY, embed_dim=384, mlp_dim=1536, depth=4)))  # 28 MB: huggingface-hub keeps 10 MB at a time
+    model.labels, model.preprocess = tuple("abcde"), Preprocess((32, 32))
+    save_pretrained(model, tmp_path)
+    with serve(tmp_path) as hub:
+        hub.fault = "cut once"
+        done = load(hub, tmp_path / "cache")
+    assert done.stdout == expected(tmp_path), done.stderr
+    assert len(hub.starts) == 2
+    assert hub.starts[1] >= 10_000_000
+
+
+def test_a_download_that_stays_cut_leaves_nothing_that_loads_and_resumes_the_next_time(hub, tmp_path, tiny_folder):
+    hub.fault = "cut"
+    done = load(hub, tmp_path / "cache")
+    assert_one_line(done, "cannot fetch model.safetensors from", "try again")
+    assert incomplete_or_whole(tmp_path / "cache") == []
+    assert load(hub, tmp_path / "cache", HF_HUB_OFFLINE="1").returncode == 1
+    hub.fault = None
+    done = load(hub, tmp_path / "cache")
+    assert done.stdout == expected(tiny_folder), done.stderr
+
+
+def assert_one_line(done, *parts):
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    for part in parts:
+        assert part in last, done.stderr
+
+
+FAULTS = {
+    "401": ("has no such model for you", "hf auth login"),
+    "gated": ("a gated model", "ask for access at", "HF_TOKEN"),
+    "429": ("it answers 429, too many requests", "try later"),
+    "500": ("it answers 500", "try later"),
+    "wrong size": ("cannot fetch model.safetensors", "try again"),
+    "wrong hash": ("is damaged: its SHA-256 is", "removed, try again"),
+}
+
+
+@pytest.mark.parametrize("fault, parts", FAULTS.items(), ids=FAULTS)
+def test_a_fault_of_the_hub_is_one_line_that_says_what_to_do(fault, parts, hub, tmp_path, tiny_folder):
+    hub.fault = fault
+    assert_one_line(load(hub, tmp_path / "cache"), hub.url, *parts)
+    assert incomplete_or_whole(tmp_path / "cache") == []
+    if fault in ("401", "gated"):
+        done = load(hub, tmp_path / "cache", HF_TOKEN=TOKEN)
+        assert done.stdout == expected(tiny_folder), done.stderr
+    else:
+        hub.fault = None
+        assert load(hub, tmp_path / "cache").stdout == expected(tiny_folder)
+        hub.fault = fault  # what is cached does not need the Hub
+        assert load(hub, tmp_path / "cache").stdout == expected(tiny_folder)
+
+
+FULL = """
+import builtins, io, sys
+class Full(io.FileIO):
+    def write(self, data): raise OSError(28, "No space left on device")
+real = io.open
+def opened(file, mode="r", *args, **more):
+    full = str(file).endswith(".incomplete") and mode in ("ab", "wb", "r+b")
+    return Full(file, "w") if full else real(file, mode, *args, **more)
+builtins.open = io.open = opened
+import pathlib
+pathlib.Path.open = lambda self, mode="r", *args, **more: opened(str(self), mode, *args, **more)
+"""
+
+
+def test_a_full_disk_is_one_line_that_says_what_to_do(hub, tmp_path):
+    done = run_python(["-c", FULL + LOAD, "owner/tiny"], hub, tmp_path / "cache")
+    assert_one_line(done, "No space left on device", "make room, or set HF_HOME to another disk")
+    assert incomplete_or_whole(tmp_path / "cache") == []
+
+
+def test_a_hub_id_that_is_none_is_one_line(hub, tmp_path):
+    assert_one_line(load(hub, tmp_path / "cache", "a/b/c/d"), "neither a folder or file here nor a Hub id")
