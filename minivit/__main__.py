@@ -11,6 +11,7 @@ from . import cli
 COMMANDS = {
     "demo": "the whole story on drawings, without network: fine-tune, then see where attention went",
     "doctor": "check a folder of photos before hours are spent on it",
+    "score": "does it look at the pet? its attention against masks, in numbers, before and after fine-tuning",
 }
 
 

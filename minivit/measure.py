@@ -1,0 +1,220 @@
+"""Measuring where photos' maps fall: the masks on the patch grid, the maps of each model, their scores, photo by photo.
+
+Shapes: n photos, B of a batch, P = gh x gw patches, L blocks, H heads, M maps of a photo: each block's heads and their
+mean, L (H + 1), then L of rollout and L of relevance where asked for.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from .attention import CLASS_TOKEN, class_relevance, query_maps, region_scores, rollout
+from .errors import UserError
+from .loop import autocast
+from .model import ViT
+from .photos import PhotoError, Preprocess, open_photo
+
+BATCH = 64
+
+
+@dataclass
+class Measured:
+    """What measure finds. A photo takes 5 kB of rows and 0.8 kB of its map for each model of ViT-B/16's size."""
+
+    photos: list[int]  # which of those given have a mask, in order
+    left_out: dict[str, list[Path]]  # the others, by reason
+    rows: dict[str, np.ndarray]  # by model: (n, M, 2 regions, 4 metrics), NaN where there is no head box
+    maps: dict[str, Tensor]  # by model: (n, gh, gw), mean of the last block's heads
+    times: dict[str, np.ndarray]  # by model: (n,), times chance of these maps on the pet
+    area: np.ndarray  # (n,), the pet's share of what the model sees, the mask's border aside
+    predicted: np.ndarray  # (n,) classes of the first model, and their probabilities
+    probability: np.ndarray
+    equal_blocks: int  # from block 0, those of the same weights in all models; their maps are the same too
+
+
+def measure(
+    models: Mapping[str, ViT],
+    paths: Sequence[Path],
+    *,
+    blocks: Sequence[int],
+    methods: Sequence[str],
+    amp: torch.dtype | None,
+    workers: int,
+) -> Measured:
+    """Score models of one shape on photos, which threads decode meanwhile; blocks are sorted.
+
+    Raises UserError if no photo has a mask, and RuntimeError if blocks whose weights, and those before, are equal do not
+    give equal maps.
+    """
+    model, *others = models.values()
+    equal = min((count_equal_blocks(model, other) for other in others), default=0)
+    per_block = 1 + model.config.num_heads
+    num_equal, last = per_block * sum(b < equal for b in blocks), per_block * len(blocks) - 1  # of the maps
+    device, kept, left_out, areas, answers = model.cls_token.device, [], {}, [], []
+    rows, maps = {which: [] for which in models}, {which: [] for which in models}
+    differ = torch.zeros(num_equal, dtype=torch.bool, device=device)
+    with warnings.catch_warnings(), torch.inference_mode(), tqdm(total=len(paths), unit="photo", leave=False) as progress:
+        warnings.simplefilter("ignore")  # around all threads, since each puts back the filters that it happened to find
+        for batch in read_photos(paths, model, workers=workers, left_out=left_out):
+            indices, pixels, regions = zip(*batch)
+            images, regions = model.preprocess.normalize(torch.stack(pixels).to(device)), torch.stack(regions)
+            absent, regions, found = not regions[:, 1].any(), regions.to(device), {}  # (B, 2, 2, P); no head box at all
+            for which, each in models.items():
+                logits, found[which] = model_maps(each, images, blocks, methods, amp)
+                pet = region_scores(found[which], *regions[:, 0].unbind(1))
+                head = torch.full_like(pet, torch.nan) if absent else region_scores(found[which], *regions[:, 1].unbind(1))
+                rows[which].append(torch.stack([pet, head], 2))  # (B, M, 2, 4)
+                maps[which].append(found[which][:, last].unflatten(1, model.config.grid))
+                if each is model:
+                    answers.append(logits.float().softmax(1).max(1))
+                else:
+                    differ |= (found[which][:, :num_equal] != found["model"][:, :num_equal]).any(2).any(0)
+            areas.append(regions[:, 0, 0].sum(1) / regions[:, 0].sum((1, 2)))
+            kept += indices
+            progress.update(indices[-1] + 1 - progress.n)
+    if not kept:
+        raise UserError(f"{paths[0].parents[1]}: none of {len(paths)} photos can be scored: {', '.join(sorted(left_out))}")
+    if differ.any():
+        block = blocks[int(differ.nonzero()[0]) // per_block]
+        raise RuntimeError(f"block {block}: its maps differ, though it and all before it have equal weights")
+    probability, predicted = (torch.cat(parts).cpu().numpy() for parts in zip(*answers))
+    rows = {which: torch.cat(parts).cpu().numpy() for which, parts in rows.items()}
+    return Measured(
+        kept,
+        left_out,
+        rows,
+        {which: torch.cat(parts).cpu() for which, parts in maps.items()},
+        {which: values[:, last, 0, 1] for which, values in rows.items()},
+        torch.cat(areas).cpu().numpy(),
+        predicted,
+        probability,
+        equal,
+    )
+
+
+def model_maps(
+    model: ViT, images: Tensor, blocks: Sequence[int], methods: Sequence[str], amp: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of images (B, 3, h, w) and how the class token looks: maps (B, M, P), in the order of map_keys."""
+    grid, device = model.config.grid, images.device
+    with autocast(device, amp):
+        logits, attn = model.forward_with_attention(images, blocks, queries=[CLASS_TOKEN])
+    heads = torch.stack([query_maps(attn[b], grid).flatten(2) for b in blocks], 1)  # (B, L, H, P)
+    maps = [torch.cat([heads, heads.mean(2, keepdim=True)], 2).flatten(1, 2)]
+    if "rollout" in methods:
+        with autocast(device, amp):
+            x, fused = model.embed(images), {}
+            for i, block in enumerate(model.blocks[: blocks[-1] + 1]):
+                x, full = block.forward_with_attention(x)
+                fused[i] = full.mean(1, keepdim=True)  # (B, 1, N, N): all that is kept of a block
+        rolled = rollout(fused)
+        maps.append(torch.stack([query_maps(rolled[b], grid).flatten(1) for b in blocks], 1))
+    if "relevance" in methods:
+        with autocast(device, amp):
+            relevant = class_relevance(model, images, logits.argmax(1), blocks)
+        maps.append(torch.stack([query_maps(relevant[b], grid).flatten(1) for b in blocks], 1))
+    return logits, torch.cat(maps, 1)
+
+
+def map_keys(blocks: Sequence[int], num_heads: int, methods: Sequence[str]) -> list[tuple[str, int, int | str]]:
+    """Name the M maps that model_maps returns: method, block, and head or "mean"."""
+    keys = [("attention", block, head) for block in blocks for head in (*range(num_heads), "mean")]
+    return keys + [(method, block, "mean") for method in methods if method != "attention" for block in blocks]
+
+
+def count_equal_blocks(model: ViT, other: ViT) -> int:
+    """Return how many blocks, from the first on, have equal weights in two models, and equal embeddings before them."""
+    theirs, unequal = other.state_dict(), set()
+    for name, tensor in model.state_dict().items():
+        if name.startswith("blocks.") and not tensor.equal(theirs[name]):
+            unequal.add(int(name.split(".")[1]))
+        elif name.startswith(("cls_token", "pos_embed", "patch_embed")) and not tensor.equal(theirs[name]):
+            return 0
+    return min(unequal, default=model.config.depth)
+
+
+def read_photos(
+    paths: Sequence[Path], model: ViT, *, workers: int, left_out: dict[str, list[Path]]
+) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
+    """Yield batches of photos' indices, pixels (3, h, w) and regions, a batch or two ahead of their use.
+
+    What cannot be scored goes into `left_out`, by reason.
+    """
+
+    def read(i: int) -> tuple[int, Tensor | str, Tensor | None]:
+        try:
+            photo = open_photo(paths[i])
+            regions = read_regions(paths[i], photo.size, model.preprocess, model.config.grid)
+            return i, model.preprocess.pixels(photo), regions
+        except PhotoError:
+            return i, "photo cannot be read", None
+        except UserError as error:
+            return i, str(error), None
+
+    todo, batch = iter(range(len(paths))), []
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = deque(pool.submit(read, i) for i in islice(todo, 2 * BATCH))
+        while ahead:
+            item = ahead.popleft().result()
+            ahead.extend(pool.submit(read, i) for i in islice(todo, 1))
+            if item[2] is None:
+                left_out.setdefault(item[1], []).append(paths[item[0]])
+            else:
+                batch.append(item)
+            if batch and (len(batch) == BATCH or not ahead):
+                yield batch
+                batch = []
+
+
+def annotation(path: Path, folder: str, suffix: str) -> Path:
+    return path.parents[1] / "annotations" / folder / f"{path.stem}{suffix}"
+
+
+def read_regions(path: Path, size: tuple[int, int], preprocess: Preprocess, grid: tuple[int, int]) -> Tensor:
+    """Return what share of each patch's area lies in and around the pet, and in and around its head: float32 (2, 2, P).
+
+    `size` is the photo's (W, H). The mask's border counts as neither; without a head box its shares are 0. Raises
+    UserError, saying why, where there is no pet to look at in what the model sees of the photo.
+    """
+    try:
+        with Image.open(annotation(path, "trimaps", ".png"), formats=("PNG",)) as image:
+            mask = np.asarray(image) if image.size == size else None
+    except FileNotFoundError:
+        raise UserError("mask missing") from None
+    except Exception:  # decoders of broken files raise anything
+        raise UserError("mask cannot be read") from None
+    if mask is None or mask.ndim != 2:
+        raise UserError("mask not of the photo's size")
+    (W, H), (gh, gw), (left, top, right, bottom) = size, grid, preprocess.box(size)
+    ys, xs = np.linspace(top, bottom, gh + 1), np.linspace(left, right, gw + 1)
+    rows, columns = covered(ys, np.arange(H), np.arange(H) + 1), covered(xs, np.arange(W), np.arange(W) + 1)
+    pet, around = (rows @ (mask == value).astype(np.float32) @ columns.T for value in (1, 2))
+    if not pet.any():
+        raise UserError("no pet in the mask" if not (mask == 1).any() else "pet outside of what the model sees")
+    head = np.zeros((2, gh, gw))
+    xml = annotation(path, "xmls", ".xml")
+    box = dict(re.findall(r"<([xy]m(?:in|ax))>\s*(\d+)", xml.read_text("utf-8", "replace"))[:4]) if xml.is_file() else {}
+    if len(box) == 4:
+        x0, y0, x1, y1 = (float(box[edge]) for edge in ("xmin", "ymin", "xmax", "ymax"))
+        inside = covered(ys, y0, y1) * covered(xs, x0, x1).T
+        head = np.stack([inside, 1 - inside]) if inside.any() else head
+    return torch.from_numpy(np.stack([[pet, around], head]).reshape(2, 2, -1).astype(np.float32))
+
+
+def covered(edges: np.ndarray, starts: np.ndarray | float, ends: np.ndarray | float) -> np.ndarray:
+    """Return the share of each of g stretches, edges (g + 1,), that each of n intervals covers: (g, n)."""
+    low, high = edges[:-1, None], edges[1:, None]
+    return (np.minimum(high, ends) - np.maximum(low, starts)).clip(0) / (high - low)
