@@ -154,4 +154,5 @@ def region_scores(maps: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
     step[..., 1:] = (ranked[..., 1:] != ranked[..., :-1]).cumsum(-1)
     hits, found = (torch.zeros_like(maps).scatter_add(-1, step, w.expand_as(maps).gather(-1, order)) for w in (inside, known))
     precision = hits.cumsum(-1) / found.cumsum(-1).clamp(min=1e-12)  # before the first known patch, nothing is hit
-    return torch.stack([mass, times, pointing, (hits * precision).sum(-1) / inside.sum(-1)], -1)
+    scores = torch.stack([mass, times, pointing, (hits * precision).sum(-1) / inside.sum(-1)], -1)
+    return scores.where(inside.sum(-1)[..., None] > 0, torch.nan)
