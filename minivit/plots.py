@@ -217,12 +217,13 @@ def overlay(
 
 def draw_gallery(path: Path, sections: Mapping[str, Sequence[tuple[Image.Image, str]]], title: str, columns: int = 3) -> None:
     """Draw pictures with captions, section by section."""
-    lines = [max(1, math.ceil(len(shown) / columns)) for shown in sections.values()]
-    figure = Figure((columns * 4.4, 2.1 * sum(lines) + 0.4 * len(lines) + 0.8), layout="constrained", dpi=100)
-    parts = figure.subfigures(len(lines), 1, squeeze=False, height_ratios=[2.1 * n + 0.4 for n in lines])[:, 0]
+    lines = [math.ceil(len(shown) / columns) for shown in sections.values()]
+    heights = [2.3 * n + 0.5 for n in lines]
+    figure = Figure((columns * 4.4, sum(heights) + 0.5), layout="constrained", dpi=100)
+    parts = figure.subfigures(len(lines), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, count, (kind, shown) in zip(parts, lines, sections.items()):
-        part.suptitle(kind if shown else f"{kind}: none", x=0.01, ha="left", weight="bold")
-        axes = part.subplots(count, columns, squeeze=False).ravel()
+        part.suptitle(kind + "\n" if shown else f"{kind}: none", x=0.01, ha="left", weight="bold", fontsize=11)
+        axes = part.subplots(count, columns, squeeze=False).ravel() if shown else []
         for ax in axes:
             ax.axis("off")
         for ax, (picture, text) in zip(axes, shown):

@@ -89,9 +89,10 @@ def score(args: argparse.Namespace) -> int:
 
     sentence = say(scores, blocks[-1], names)
     left_out = {reason: [path.name for path in paths] for reason, paths in sorted(found.left_out.items())}
-    print("\n".join(describe(names, found, left_out, groups, args.split)))
+    print("\n".join(describe(names, found, left_out, groups, args.split, blocks)))
     print(*tables(scores, args.methods), "", sentence, sep="\n")
-    rows = [dict(zip(("of", "region", "group", "method", "block", "head"), key)) | row for key, row in scores.items()]
+    columns = ("of", "region", "group", "method", "block", "head")
+    rows = [dict(zip(columns, key)) | {k: None if v != v else v for k, v in row.items()} for key, row in scores.items()]
     with files.whole_file(out / "score.csv") as partial, partial.open("w", newline="") as file:
         csv.writer(file).writerows([rows[0], *(row.values() for row in rows)])
     about = {"sentence": sentence, "photos": len(split), "left_out": left_out, "pet_area": float(found.area.mean())}
@@ -117,11 +118,11 @@ def check(
     model, base = models["model"], models.get("base", models["model"])
     if not blocks:
         raise UserError("blocks 'none': expected at least one block to score")
-    for what in ("depth", "num_heads", "grid"):
-        if getattr(model.config, what) != getattr(base.config, what):
-            sizes = f"{getattr(base.config, what)}, not {getattr(model.config, what)}"
+    for what, size in vars(model.config).items():
+        other = getattr(base.config, what)
+        if size != other and what not in ("num_classes", "pool"):  # the head may be another
             raise UserError(
-                f"{names['base']}: its {what} is {sizes}; expected --compare to name what {names['model']} was before"
+                f"{names['base']}: its {what} is {other}, not {size}; expected what {names['model']} was tuned from"
             )
     if model.preprocess != base.preprocess:
         raise UserError(f"{names['base']}: prepares photos otherwise than {names['model']}; their maps cannot be compared")
@@ -189,6 +190,7 @@ def describe(
     left_out: Mapping[str, Sequence[str]],
     groups: Mapping[str, np.ndarray],
     split: str,
+    blocks: Sequence[int],
 ) -> Iterator[str]:
     """Say in lines what was scored, what was left out and why, and that what is frozen did not change."""
     counts = ", ".join(f"{chosen.sum()} {group}" for group, chosen in groups.items() if group != "all")
@@ -197,11 +199,14 @@ def describe(
         yield "it does not know these breeds, so none is right or wrong"
     for reason, files in left_out.items():
         yield f"left out, {reason}: {len(files)} ({', '.join(map(printable, files[:5]))}{', …' * (len(files) > 5)})"
-    yield f"the pet covers {found.area.mean():.3f} of what the model sees: by chance, mass and average precision are that too"
+    area = found.area.mean()
+    yield f"the pet covers {area:.3f} of what the model sees: chance for mass, average precision and, about, pointing"
     if "base" in names:
-        equal = f"blocks 0-{found.equal_blocks - 1} have equal weights" if found.equal_blocks else "not even block 0 is equal"
-        same = "those scored gave identical maps, photo by photo" if found.equal_blocks else "so every map may differ"
-        yield f"before: {printable(names['base'])}; {equal}, {same}"
+        equal, scored = found.equal_blocks, sum(block < found.equal_blocks for block in blocks)
+        said = {0: "block 0 or the embeddings changed", 1: "block 0 has equal weights"}
+        said = said.get(equal, f"blocks 0-{equal - 1} have equal weights")
+        said += f", {scored} of them scored: identical maps, photo by photo" if scored else ", so any map may change"
+        yield f"before: {printable(names['base'])}; {said}"
 
 
 def tables(scores: Mapping[tuple, Mapping[str, float]], methods: Sequence[str]) -> Iterator[str]:

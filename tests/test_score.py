@@ -257,7 +257,7 @@ def test_a_model_made_to_look_at_the_pet_scores_1_and_at_the_background_0(pets, 
     assert float(rows["model", "pet", "right", "attention", "1", "0"]["photos"]) == 4  # it always says Cat Breed
     assert not any(key[1] == "head box" for key in rows)
     assert "8 photos of test: 4 cats, 4 dogs, 4 right, 4 wrong" in printed
-    assert "blocks 0-0 have equal weights, those scored gave identical maps" in printed
+    assert "block 0 has equal weights, 1 of them scored: identical maps, photo by photo" in printed
     assert "block 1 of" in printed and "puts 8.00 times chance on the pet" in printed
     assert "before tuning 0.00: more (+8.00, +8.00 to +8.00)" in printed
     summary = json.loads((pets.parent / "out" / "score.json").read_text())
@@ -295,7 +295,12 @@ def test_photos_without_a_pet_to_look_at_are_counted_and_named(pets, folders, ca
         "photo cannot be read": ["dog_breed_7.jpg"],
     }
     assert "left out, no pet in the mask: 1 (cat_breed_7.jpg)" in printed
-    assert float(read_csv(pets)["model", "pet", "all", "attention", "1", "mean"]["mass"]) == 1
+    rows = read_csv(pets)
+    assert float(rows["model", "pet", "all", "attention", "1", "mean"]["mass"]) == 1
+    one = rows["model", "pet", "cats", "attention", "1", "mean"]  # of which no interval can be given
+    assert (one["photos"], float(one["mass"]), one["mass_low"]) == ("1", 1, "")
+    alone = [row for row in summary["scores"] if (row["group"], row["block"]) == ("cats", 1)]
+    assert alone[0]["mass_high"] is None
 
 
 @pytest.mark.parametrize(
@@ -303,7 +308,7 @@ def test_photos_without_a_pet_to_look_at_are_counted_and_named(pets, folders, ca
     [
         (["--blocks", "none"], "expected at least one block"),
         (["--blocks", "2"], "this model has blocks 0 to 1"),
-        (["--compare", "TINY"], "its depth is 12, not 2; expected --compare to name what"),
+        (["--compare", "TINY"], "its embed_dim is 24, not 8; expected what"),
         (["--compare", "OTHER"], "prepares photos otherwise than"),
         (["--model", "BARE", "--methods", "all"], "without a classifier there is no class to be relevant for"),
         (["--model", "BARE", "--gallery", "2"], "does not know these breeds"),
