@@ -198,10 +198,9 @@ def read_regions(path: Path, size: tuple[int, int], preprocess: Preprocess, grid
         raise UserError("mask cannot be read") from None
     if mask is None or mask.ndim != 2:
         raise UserError("mask not of the photo's size")
-    (W, H), (gh, gw), (left, top, right, bottom) = size, grid, preprocess.box(size)
+    (gh, gw), (left, top, right, bottom) = grid, preprocess.box(size)
     ys, xs = np.linspace(top, bottom, gh + 1), np.linspace(left, right, gw + 1)
-    rows, columns = covered(ys, np.arange(H), np.arange(H) + 1), covered(xs, np.arange(W), np.arange(W) + 1)
-    pet, around = (rows @ (mask == value).astype(np.float32) @ columns.T for value in (1, 2))
+    pet, around = (mean_by_area(mask == value, ys, xs) for value in (1, 2))
     if not pet.any():
         raise UserError("no pet in the mask" if not (mask == 1).any() else "pet outside of what the model sees")
     head = np.zeros((2, gh, gw))
@@ -209,12 +208,21 @@ def read_regions(path: Path, size: tuple[int, int], preprocess: Preprocess, grid
     box = dict(re.findall(r"<([xy]m(?:in|ax))>\s*(\d+)", xml.read_text("utf-8", "replace"))[:4]) if xml.is_file() else {}
     if len(box) == 4:
         x0, y0, x1, y1 = (float(box[edge]) for edge in ("xmin", "ymin", "xmax", "ymax"))
-        inside = covered(ys, y0, y1) * covered(xs, x0, x1).T
+        inside = np.outer(covered(ys, y0, y1), covered(xs, x0, x1))
         head = np.stack([inside, 1 - inside]) if inside.any() else head
     return torch.from_numpy(np.stack([[pet, around], head]).reshape(2, 2, -1).astype(np.float32))
 
 
-def covered(edges: np.ndarray, starts: np.ndarray | float, ends: np.ndarray | float) -> np.ndarray:
-    """Return the share of each of g stretches, edges (g + 1,), that each of n intervals covers: (g, n)."""
-    low, high = edges[:-1, None], edges[1:, None]
-    return (np.minimum(high, ends) - np.maximum(low, starts)).clip(0) / (high - low)
+def mean_by_area(mask: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
+    """Average a mask (H, W) over patches, whose edges ys (gh + 1,) and xs (gw + 1,) may cut through pixels: (gh, gw)."""
+    for edges in (ys, xs):  # not by matrix products, whose threads would be in the way of those that decode
+        whole = np.minimum(edges.astype(int), len(mask) - 1)
+        up_to = np.pad(mask.cumsum(0, dtype=np.float64), ((1, 0), (0, 0)))[whole] + (edges - whole)[:, None] * mask[whole]
+        mask = (np.diff(up_to, axis=0) / np.diff(edges)[:, None]).T
+    return mask
+
+
+def covered(edges: np.ndarray, start: float, end: float) -> np.ndarray:
+    """Return the share (g,) of each stretch between edges (g + 1,) that an interval covers."""
+    low, high = edges[:-1], edges[1:]
+    return (np.minimum(high, end) - np.maximum(low, start)).clip(0) / (high - low)

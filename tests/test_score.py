@@ -343,6 +343,21 @@ def test_help_answers_without_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_photos_are_grouped_by_species_as_listed_whatever_their_names(pets):
+    listing = pets / "annotations" / "test.txt"
+    listing.write_text("# stem class species breed\n\n" + listing.read_text().replace("cat_breed_7 1 1", "cat_breed_7 1 2"))
+    paths = [pets / "images" / f"{stem}.jpg" for stem in ("cat_breed_6", "cat_breed_7", "dog_breed_6", "dog_breed_0")]
+    groups = score.group_photos(paths, np.array([True, True, True, False]))
+    assert {name: list(np.flatnonzero(chosen)) for name, chosen in groups.items()} == {
+        "all": [0, 1, 2, 3],
+        "cats": [0],
+        "dogs": [1, 2, 3],
+        "right": [0, 1, 2],
+        "wrong": [3],
+    }
+    assert "right" not in score.group_photos(paths, None)
+
+
 # Measuring
 
 
