@@ -77,7 +77,7 @@ def measure(
                 pet = region_scores(found[which], *regions[:, 0].unbind(1))
                 head = torch.full_like(pet, torch.nan) if absent else region_scores(found[which], *regions[:, 1].unbind(1))
                 rows[which].append(torch.stack([pet, head], 2))  # (B, M, 2, 4)
-                maps[which].append(found[which][:, last].unflatten(1, model.config.grid))
+                maps[which].append(found[which][:, last].clone())  # or all the others would be kept with it
                 if each is model:
                     answers.append(logits.float().softmax(1).max(1))
                 else:
@@ -96,7 +96,7 @@ def measure(
         kept,
         left_out,
         rows,
-        {which: torch.cat(parts).cpu() for which, parts in maps.items()},
+        {which: torch.cat(parts).cpu().unflatten(1, model.config.grid) for which, parts in maps.items()},
         {which: values[:, last, 0, 1] for which, values in rows.items()},
         torch.cat(areas).cpu().numpy(),
         predicted,

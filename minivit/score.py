@@ -178,8 +178,9 @@ def bootstrap(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     One photo gives no interval: NaN. Source: Efron 1979, https://doi.org/10.1214/aos/1176344552
     """
     n, flat = len(values), values.reshape(len(values), -1)
-    drawn = np.random.default_rng(0).integers(n, size=(RESAMPLES, n)) + n * np.arange(RESAMPLES)[:, None]
-    times = np.bincount(drawn.ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n).astype(np.float32)
+    rng, times = np.random.default_rng(0), np.empty((RESAMPLES, n), np.float32)  # how often each photo is drawn
+    for row in times:
+        row[:] = np.bincount(rng.integers(n, size=n), minlength=n)
     low, high = np.quantile(times @ flat / n, (0.025, 0.975), axis=0) if n > 1 else np.full((2, flat.shape[1]), np.nan)
     return tuple(part.reshape(values.shape[1:]) for part in (flat.mean(0), low, high))
 

@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+import weakref
 from html.parser import HTMLParser
 
 import numpy as np
@@ -422,6 +423,23 @@ def test_photos_are_read_a_little_ahead_and_scored_alike_in_batches_of_any_size(
     assert [i for i, *_ in next(batches)] == [0, 1, 2]
     assert len(opened) <= 3 + 6  # a batch, and two ahead
     assert [[i for i, *_ in batch] for batch in batches][-1] == [18, 19]
+
+
+def test_nothing_of_a_batch_is_kept_but_its_scores_and_one_map(pets, monkeypatch):
+    alive, most = set(), []
+
+    def made(model, images, *_):
+        values = np.random.default_rng(0).random((len(images), 3, 16), np.float32)
+        alive.add(id(values))
+        weakref.finalize(values, alive.discard, id(values))
+        most.append(len(alive))
+        return torch.zeros(len(images), 2), torch.from_numpy(values)  # of whose memory any view is a part
+
+    monkeypatch.setattr(measure, "model_maps", made)
+    monkeypatch.setattr(measure, "BATCH", 2)
+    paths = sorted((pets / "images").iterdir())
+    whole = measure.measure({"model": looking_model(1)}, paths, blocks=[1], methods=("attention",), amp=None, workers=2)
+    assert whole.maps["model"].shape == (20, 4, 4) and len(most) == 10 and max(most) <= 2
 
 
 # The gallery
