@@ -64,7 +64,10 @@ def measure(
     per_block = 1 + model.config.num_heads
     num_equal, last = per_block * sum(b < equal for b in blocks), per_block * len(blocks) - 1  # of the maps
     device, kept, left_out, areas, answers = model.cls_token.device, [], {}, [], []
-    rows, maps = {which: [] for which in models}, {which: [] for which in models}
+    num_maps = len(map_keys(blocks, model.config.num_heads, methods))
+    # At once, since kept tensors in between those of batches would keep the memory in pieces, and growing.
+    rows = {which: torch.empty(len(paths), num_maps, 2, 4, device=device) for which in models}
+    maps = {which: torch.empty(len(paths), *model.config.grid, device=device) for which in models}
     differ = torch.zeros(num_equal, dtype=torch.bool, device=device)
     with warnings.catch_warnings(), torch.inference_mode(), tqdm(total=len(paths), unit="photo", leave=False) as progress:
         warnings.simplefilter("ignore")  # around all threads, since each puts back the filters that it happened to find
@@ -76,8 +79,8 @@ def measure(
                 logits, found[which] = model_maps(each, images, blocks, methods, amp)
                 pet = region_scores(found[which], *regions[:, 0].unbind(1))
                 head = torch.full_like(pet, torch.nan) if absent else region_scores(found[which], *regions[:, 1].unbind(1))
-                rows[which].append(torch.stack([pet, head], 2))  # (B, M, 2, 4)
-                maps[which].append(found[which][:, last].clone())  # or all the others would be kept with it
+                rows[which][len(kept) : len(kept) + len(batch)] = torch.stack([pet, head], 2)  # (B, M, 2, 4)
+                maps[which][len(kept) : len(kept) + len(batch)] = found[which][:, last].unflatten(1, model.config.grid)
                 if each is model:
                     answers.append(logits.float().softmax(1).max(1))
                 else:
@@ -91,12 +94,12 @@ def measure(
         block = blocks[int(differ.nonzero()[0]) // per_block]
         raise RuntimeError(f"block {block}: its maps differ, though it and all before it have equal weights")
     probability, predicted = (torch.cat(parts).cpu().numpy() for parts in zip(*answers))
-    rows = {which: torch.cat(parts).cpu().numpy() for which, parts in rows.items()}
+    rows = {which: values[: len(kept)].cpu().numpy() for which, values in rows.items()}
     return Measured(
         kept,
         left_out,
         rows,
-        {which: torch.cat(parts).cpu().unflatten(1, model.config.grid) for which, parts in maps.items()},
+        {which: values[: len(kept)].cpu() for which, values in maps.items()},
         {which: values[:, last, 0, 1] for which, values in rows.items()},
         torch.cat(areas).cpu().numpy(),
         predicted,

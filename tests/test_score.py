@@ -360,6 +360,18 @@ def test_photos_are_grouped_by_species_as_listed_whatever_their_names(pets):
     assert "right" not in score.group_photos(paths, None)
 
 
+def test_a_table_names_the_best_head_and_says_what_is_the_same():
+    rows = np.ones((4, 6, 2, 4), np.float32)  # 2 blocks of 2 heads and their mean
+    rows[:, 1, 0, 1] = rows[:, 3, 0, 1] = 5
+    base = rows.copy()
+    base[:, 5] = 0
+    keys = measure.map_keys([3, 7], 2, ("attention",))
+    scores = score.summarize({"model": rows, "base": base}, keys, {"all": np.ones(4, bool)})
+    first, second = "\n".join(score.tables(scores, ("attention",))).split("\nblock")[1].splitlines()[1:3]
+    assert first.split()[0] == "3" and first.endswith("   1: 5.00") and " same " in first
+    assert second.split()[0] == "7" and second.endswith("   0: 5.00") and "+1.00 [+1.00, +1.00]" in second
+
+
 # Measuring
 
 
