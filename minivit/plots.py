@@ -100,7 +100,7 @@ def draw_attention(
     for i, line in enumerate(said):
         text(14, height - 16 * (len(said) - i), line, color="0.25")
     for r, row in enumerate(rows):
-        shared = _range([panel.values for panel in row.panels], row.signed) if common or row.signed else None
+        shared = value_range([panel.values for panel in row.panels], row.signed) if common or row.signed else None
         for c, panel in enumerate([None, *row.panels]):
             down, across = (c, r) if stacked else (r, c)
             x, y = 14 + across * cell_w + (cell_w - 14 - w) // 2, 36 + down * cell_h
@@ -113,9 +113,9 @@ def draw_attention(
                         _mark(figure, x, height - top, (w, h), mark)
                 continue
             text(x, top - 4, shorten(panel.title, cell_w // 7), 9, va="bottom")
-            low, high = shared or _range([panel.values], row.signed)
+            low, high = shared or value_range([panel.values], row.signed)
             colours = SIGNED if row.signed else HEAT
-            figure.figimage(_overlay(photo, panel.values, low, high, colours), x, height - top - h, origin="upper")
+            figure.figimage(overlay(photo, panel.values, low, high, colours), x, height - top - h, origin="upper")
             ramp = (255 * colours(np.linspace(0, 1, w))[None, :, :3].repeat(9, 0)).astype(np.uint8)
             figure.figimage(ramp, x, height - top - h - 14, origin="upper")
             digits = min(max(1 - math.floor(math.log10(max(high, 1e-9))), 0), 9)
@@ -130,17 +130,17 @@ def draw_attention(
                 weight="bold" if panel.warn else "normal",
                 color=WRONG if panel.warn else "0.25",
             )
-    _save(figure, path)
+    save(figure, path)
 
 
-def _range(values: Sequence[np.ndarray], signed: bool) -> tuple[float, float]:
+def value_range(values: Sequence[np.ndarray], signed: bool = False) -> tuple[float, float]:
     """Return the lowest and the highest value to colour: symmetric around 0 if signed."""
     seen = np.concatenate([v[~np.isnan(v)] for v in values])
     low, high = (float(seen.min()), float(seen.max())) if seen.size else (0.0, 0.0)  # of a thin strip, no pixel may be seen
     return (-max(-low, high), max(-low, high)) if signed else (low, high)
 
 
-def _overlay(photo: np.ndarray, values: np.ndarray, low: float, high: float, colours) -> np.ndarray:
+def overlay(photo: np.ndarray, values: np.ndarray, low: float, high: float, colours) -> np.ndarray:
     """Colour a map over a grey photo; what the model has not seen is pale."""
     grey = photo.mean(2, keepdims=True)
     heat = 255 * colours((values - low) / max(high - low, 1e-12))[..., :3]
@@ -222,7 +222,7 @@ def draw_curves(
         ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     figure.suptitle("\n".join(textwrap.wrap(verdict, 115)), fontsize=10, parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_confusion(
@@ -253,7 +253,7 @@ def draw_confusion(
     if pairs:
         lines = [f"{n} × {shorten(true, 28)} taken for {shorten(predicted, 28)}" for true, predicted, n in pairs]
         figure.supxlabel("\n".join(["confused most:", *lines]), x=0.02, ha="left", ma="left", fontsize=9, parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_predictions(path: Path, photos: Sequence[Image.Image], captions: Sequence[tuple[str, str, float]], title: str) -> None:
@@ -269,15 +269,15 @@ def draw_predictions(path: Path, photos: Sequence[Image.Image], captions: Sequen
         photo.thumbnail((300, 300))
         right = true == predicted
         caption = f"{'✓' if right else '✗'} {shorten(predicted, 20)} {probability:.2f}\n"
-        _show(ax, np.asarray(photo), caption + ("" if right else f"true: {shorten(true, 20)}"), size=8)
+        show(ax, np.asarray(photo), caption + ("" if right else f"true: {shorten(true, 20)}"), size=8)
         ax.title.set(color=RIGHT if right else WRONG, weight="normal" if right else "bold")
         for spine in ax.spines.values():
             spine.set(visible=True, color=RIGHT if right else WRONG, linewidth=1 if right else 3)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _show(ax: Axes, image: np.ndarray, title: str, size: int = 10) -> None:
+def show(ax: Axes, image: np.ndarray, title: str, size: int = 10) -> None:
     ax.axis("on")
     ax.set(xticks=[], yticks=[])
     ax.imshow(image, aspect="equal")
@@ -290,7 +290,7 @@ def shorten(name: str, length: int) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     with whole_file(path) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")  # drawn as boxes
         figure.savefig(partial, format="png", pil_kwargs={"compress_level": 3})  # half the time, a tenth more bytes

@@ -1,0 +1,111 @@
+"""The gallery: the photos most worth a look after scoring, as one picture and one page of HTML.
+
+File names and class names are data: the page has no script, reaches nothing, and shows them as text.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from . import score_plots
+from .errors import printable
+from .files import whole_file
+from .measure import Measured, annotation
+from .photos import Preprocess, open_photo
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>minivit: photos worth a look</title>
+<style>
+body { margin: 1rem auto; max-width: 90rem; padding: 0 1rem; font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: anywhere }
+section { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(28rem, 100%), 1fr)) }
+figure { margin: 0 } img { width: 100%; display: block } figcaption { white-space: pre-line; font-size: .9rem }
+</style>
+"""
+
+
+def choose(found: Measured, right: np.ndarray | None, count: int) -> dict[str, list[int]]:
+    """Return up to `count` photos of each kind, as indices into found's n, the most telling first."""
+    kinds, times = {}, found.times["model"]
+
+    def pick(order: np.ndarray, allowed: np.ndarray) -> list[int]:
+        return [int(i) for i in np.argsort(order, kind="stable") if allowed[i]][:count]
+
+    if right is not None:
+        kinds["wrong and confident"] = pick(-found.probability, ~right)
+        kinds["right, but looking elsewhere (below chance)"] = pick(times, right & (times < 1))
+    if "base" in found.times:
+        change = times - found.times["base"]
+        kinds["most improved by fine-tuning"] = pick(-change, change > 0)
+        kinds["most worsened by fine-tuning"] = pick(change, change < 0)
+    return kinds
+
+
+def write_gallery(
+    out: Path,
+    kinds: Mapping[str, Sequence[int]],
+    found: Measured,
+    paths: Sequence[Path],
+    truth: Sequence[str],
+    names: Sequence[str],
+    preprocess: Preprocess,
+    block: int,
+) -> None:
+    """Write gallery.png and gallery.html into `out`: each photo, then where the base and the model look, pet outlined.
+
+    `paths` and `truth` are of found's n photos; `names` are the model's classes, empty if it does not know these.
+    """
+    about = f"each: the photo with the pet's outline, then where block {block} looks, mean of heads, bright where most"
+    about += ": before and after" * ("base" in found.maps) + ("; pale: not seen" if preprocess.crop else "")
+    sections = {}
+    for kind, chosen in kinds.items():
+        sections[kind] = [(strip(paths[i], found, i, preprocess), caption(paths[i], found, i, truth[i], names)) for i in chosen]
+    score_plots.draw_gallery(out / "gallery.png", sections, about)
+    parts = [PAGE, f"<h1>Photos worth a look</h1>\n<p>{html.escape(about)}</p>\n"]
+    for kind, shown in sections.items():
+        parts.append(
+            f"<h2>{html.escape(kind)}</h2>\n<section>\n" if shown else f"<h2>{html.escape(kind)}: none</h2>\n<section>\n"
+        )
+        for picture, text in shown:
+            picture.save(file := io.BytesIO(), "JPEG", quality=85)
+            source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+            said = html.escape(text)
+            parts.append(f'<figure><img src="{source}" alt="{said}"><figcaption>{said}</figcaption></figure>\n')
+        parts.append("</section>\n")
+    with whole_file(out / "gallery.html") as partial:
+        partial.write_text("".join(parts), encoding="utf-8")
+
+
+def strip(path: Path, found: Measured, i: int, preprocess: Preprocess) -> Image.Image:
+    """Return a photo and, side by side with it, where each model looks, the pet's outline in white over all."""
+    photo = open_photo(path)
+    with Image.open(annotation(path, "trimaps", ".png")) as image:
+        pet = Image.fromarray((np.asarray(image) == 1).astype(np.uint8) * 255)
+    looks = [found.maps[which][i] for which in ("base", "model") if which in found.maps]
+    panels = [score_plots.outline(photo, values, preprocess, pet) for values in (None, *looks)]
+    W, H = panels[0].size
+    joined = Image.new("RGB", (len(panels) * (W + 4) - 4, H), "white")
+    for k, panel in enumerate(panels):
+        joined.paste(panel, (k * (W + 4), 0))
+    return joined
+
+
+def caption(path: Path, found: Measured, i: int, truth: str, names: Sequence[str]) -> str:
+    """Say in three lines which photo it is, what it was taken for, and how much of the attention is on the pet."""
+    said = printable(truth)
+    if names:
+        answer = names[found.predicted[i]]
+        said = f"{printable(answer)} {found.probability[i]:.2f}" + ("" if answer == truth else f", in truth {said}")
+    times = f"{found.times['model'][i]:.2f} times chance on the pet"
+    if "base" in found.times:
+        times = f"{found.times['base'][i]:.2f} → {times}"
+    return f"{printable(path.name)}\n{said}\n{times}"

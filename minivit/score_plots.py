@@ -1,0 +1,104 @@
+"""The figures of score: heads and blocks against chance, and the photos most worth a look."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec, SubplotSpec
+from PIL import Image, ImageFilter
+
+from .photos import Preprocess
+from .plots import HEAT, overlay, save, shorten, show, value_range
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def draw_scores(path: Path, scores: Mapping[tuple, Mapping[str, float]], names: Mapping[str, str], title: str) -> None:
+    """Draw how the class token's attention falls on the pet: heads by blocks, and blocks with intervals for each method.
+
+    `scores` are score.summarize's; `names` are the model's and, if it is compared, the base's.
+    """
+    pet = {(of, *key): row for (of, region, group, *key), row in scores.items() if (region, group) == ("pet", "all")}
+    blocks, heads = sorted({key[2] for key in pet}), sorted({key[3] for key in pet} - {"mean"})
+    methods = list(dict.fromkeys(key[1] for key in pet))
+    which = {"base": ("before", "s--", "#5aae61"), "model": ("after" if "base" in names else "model", "o-", "#40004b")}
+    which = {of: style for of, style in which.items() if of in names}
+    wide = max(1.5 + 0.42 * len(blocks), 4)
+    columns = max(len(which), len(methods))
+    figure = Figure((columns * wide + 0.8, 1.6 + 0.3 * len(heads) + 3.2), layout="constrained", dpi=110)
+    grid = figure.add_gridspec(2, 6, height_ratios=[0.3 * len(heads) + 0.7, 3.2])
+    maps = {of: np.array([[pet[of, "attention", b, h]["times_chance"] for b in blocks] for h in heads]) for of in which}
+    shades = Normalize(min(m.min() for m in maps.values()), max(m.max() for m in maps.values()))
+    axes = []
+    for k, of in enumerate(which):
+        axes.append(ax := figure.add_subplot(_part(grid, 0, k, len(which))))
+        ax.imshow(maps[of], cmap=HEAT, norm=shades, aspect="auto")
+        ax.set(xlabel="block", ylabel="head")
+        ax.set_xticks(range(len(blocks)), blocks, fontsize=8)
+        ax.set_yticks(range(len(heads)), heads, fontsize=8)
+        ax.set_title(f"{which[of][0]}: {shorten(names[of], 30)}", fontsize=10, parse_math=False)
+        for (i, j), value in np.ndenumerate(maps[of]):
+            ax.text(
+                j, i, f"{value:.1f}", ha="center", va="center", fontsize=7, color="black" if shades(value) > 0.6 else "white"
+            )
+    figure.colorbar(ScalarMappable(shades, HEAT), ax=axes, label="attention on the pet,\ntimes chance", fraction=0.05)
+    for k, method in enumerate(methods):
+        ax = figure.add_subplot(_part(grid, 1, k, len(methods)))
+        for shift, (of, (label, line, colour)) in zip((-0.06, 0.06), which.items()):
+            rows = [pet[of, method, block, "mean"] for block in blocks]
+            mean, low, high = (np.array([row["times_chance" + end] for row in rows]) for end in ("", "_low", "_high"))
+            at = np.arange(len(blocks)) + shift  # beside each other, so that intervals do not hide one another
+            ax.errorbar(at, mean, [mean - low, high - mean], fmt=line, color=colour, capsize=3, markersize=4, label=label)
+        ax.axhline(1, color="0.4", linestyle=":", label="chance")
+        ax.set_xticks(range(len(blocks)), blocks, fontsize=8)
+        ax.set(xlabel="block", ylabel="times chance, with 95% intervals", title=f"{method}, mean of heads")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10, wrap=True, parse_math=False)
+    save(figure, path)
+
+
+def _part(grid: GridSpec, row: int, k: int, count: int) -> SubplotSpec:
+    """Return the k-th of `count` equal parts, 1 to 3, of a row of 6 columns."""
+    return grid[row, 6 // count * k : 6 // count * (k + 1)]
+
+
+def outline(
+    photo: Image.Image, values: Tensor | None, preprocess: Preprocess, pet: Image.Image, side: int = 240
+) -> Image.Image:
+    """Return a photo, its longer side `side` pixels, with the outline of a mask of it, and over it a map (gh, gw) if given."""
+    size = [max(1, round(length * side / max(photo.size))) for length in photo.size]
+    shown = np.asarray(photo.resize(size))
+    if values is not None:
+        heat = preprocess.to_photo(values, photo.size, size[::-1])
+        shown = overlay(shown, heat, *value_range([heat]), HEAT)
+    mask = pet.resize(size, Image.Resampling.NEAREST)
+    edge = np.asarray(mask) != np.asarray(mask.filter(ImageFilter.MinFilter(3)))
+    rim = np.asarray(mask.filter(ImageFilter.MaxFilter(3))) != np.asarray(mask)
+    shown = np.where(edge[..., None], 255, np.where(rim[..., None], 0, shown))  # white in black, to be seen on anything
+    return Image.fromarray(shown.astype(np.uint8))
+
+
+def draw_gallery(path: Path, sections: Mapping[str, Sequence[tuple[Image.Image, str]]], title: str, columns: int = 3) -> None:
+    """Draw pictures with captions, section by section."""
+    lines = [math.ceil(len(shown) / columns) for shown in sections.values()]
+    heights = [2.3 * n + 0.5 for n in lines]
+    figure = Figure((columns * 4.4, sum(heights) + 0.5), layout="constrained", dpi=100)
+    parts = figure.subfigures(len(lines), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, count, (kind, shown) in zip(parts, lines, sections.items()):
+        part.suptitle(kind + "\n" if shown else f"{kind}: none", x=0.01, ha="left", weight="bold", fontsize=11)
+        axes = part.subplots(count, columns, squeeze=False).ravel() if shown else []
+        for ax in axes:
+            ax.axis("off")
+        for ax, (picture, text) in zip(axes, shown):
+            show(ax, np.asarray(picture), text, size=8)
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    save(figure, path)

@@ -1,0 +1,527 @@
+"""Scores of attention against masks: each metric by hand, the masks' geometry, and the command from the outside."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+import weakref
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, randomize
+from PIL import Image
+from torch.testing import assert_close
+
+from minivit import Preprocess, ViT, ViTConfig, gallery, measure, photos, query_maps, save_pretrained, score
+from minivit.attention import class_relevance, region_scores, rollout
+
+CROP = Preprocess(36, (32, 32), 3)
+XML = "<annotation><object><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object></annotation>"
+
+
+# Metrics
+
+
+def test_scores_of_a_map_by_hand():
+    maps = torch.tensor([[[0.4, 0.3, 0.2, 0.1], [0.1, 0.4, 0.2, 0.3]]])
+    inside, outside = torch.tensor([[1, 0, 0.5, 0]]), torch.tensor([[0, 1, 0.25, 1]])  # a quarter of patch 2 is border
+    first, second = region_scores(maps, inside, outside)[0].tolist()
+    assert first == pytest.approx([0.5 / 0.95, 0.5 / 0.95 / 0.4, 1, (1 * 1 + 0.5 * 1.5 / 2.75) / 1.5])
+    assert second == pytest.approx([0.2 / 0.95, 0.2 / 0.95 / 0.4, 0, (0.5 * 0.5 / 2.75 + 1 * 1.5 / 3.75) / 1.5])
+
+
+def test_a_map_all_on_the_region_scores_1_and_all_around_it_0():
+    inside = torch.tensor([[0.0, 1, 1, 0, 0, 0]])
+    on, off = region_scores(torch.stack([inside, 1 - inside], 1), inside, 1 - inside)[0]
+    assert on.tolist() == [1, 3, 1, 1]
+    assert off[:3].tolist() == [0, 0, 0] and off[3] == pytest.approx(1 / 3)  # what comes last is found among all
+
+
+def test_the_border_is_neither_inside_nor_outside():
+    inside, outside = torch.tensor([[1.0, 0, 0]]), torch.tensor([[0.0, 1, 0]])
+    for at_border in (0.0, 0.6):
+        found = region_scores(torch.tensor([[[0.3, 0.1, at_border]]]), inside, outside)
+        assert_close(found, torch.tensor([[[0.75, 1.5, 1, 1]]]))
+
+
+@pytest.mark.parametrize("maps", [torch.zeros(1, 1, 4), torch.full((1, 1, 4), 0.2), torch.tensor([[[0.0, 0, 0, 0.9]]])])
+def test_an_even_map_is_chance_and_so_is_one_that_says_nothing_of_the_region(maps):
+    inside, outside = torch.tensor([[1.0, 0, 0.2, 0]]), torch.tensor([[0.0, 1, 0.8, 0]])  # patch 3 is all border
+    assert_close(region_scores(maps, inside, outside), torch.tensor([[[0.4, 1, 1 / 3, 0.4]]]))
+
+
+def test_a_region_without_area_has_no_scores():
+    inside = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0]])
+    for outside in (1 - inside, torch.zeros(2, 4)):
+        found = region_scores(torch.rand(2, 3, 4), inside, outside)
+        assert found[0].isnan().all() and not found[1].isnan().any()
+
+
+def average_precision(labels, values):
+    """scikit-learn's definition: the sum over thresholds of (recall gained) x precision."""
+    total, recall = 0, 0
+    for threshold in sorted(set(values), reverse=True):
+        chosen = values >= threshold
+        precision, now = labels[chosen].mean(), labels[chosen].sum() / labels.sum()
+        total, recall = total + (now - recall) * precision, now
+    return total
+
+
+@pytest.mark.parametrize("levels", [4, 10_000], ids=["many ties", "few ties"])
+def test_average_precision_and_pointing_are_those_of_the_pixels(levels):
+    rng = np.random.default_rng(levels)
+    maps = rng.integers(0, levels, (3, 2, 16)) / np.float32(levels)
+    parts = rng.integers(0, 11, (3, 2, 16))
+    parts[:, :, :3] = 0  # border only
+    inside = np.minimum(parts[:, 0], 10)
+    outside = np.minimum(parts[:, 1], 10 - inside)  # of 10 pixels a patch
+    found = region_scores(torch.from_numpy(maps), *(torch.from_numpy(p / np.float32(10)) for p in (inside, outside)))
+    for b, m in np.ndindex(3, 2):
+        labels = np.concatenate([[1] * i + [0] * o for i, o in zip(inside[b], outside[b])])
+        values = np.repeat(maps[b, m], inside[b] + outside[b])
+        assert found[b, m, 3].item() == pytest.approx(average_precision(labels, values), abs=1e-5)
+        known = inside[b] + outside[b] > 0
+        largest = known & (maps[b, m] == maps[b, m][known].max())
+        assert found[b, m, 2].item() == pytest.approx((inside[b] > outside[b])[largest].mean())
+
+
+def test_intervals_are_those_of_the_mean_over_photos():
+    values = np.random.default_rng(1).normal(3, 2, (400, 2, 3)).astype(np.float32)
+    mean, low, high = score.bootstrap(values)
+    assert mean.shape == (2, 3)
+    np.testing.assert_allclose(mean, values.mean(0), rtol=1e-5)
+    half = 1.96 * values.std(0) / 20
+    np.testing.assert_allclose(mean - low, half, rtol=0.15)  # of 1,000 resamplings, each end errs by some 5%
+    np.testing.assert_allclose(high - mean, half, rtol=0.15)
+    mean, low, high = score.bootstrap(values[:1])
+    assert (mean == values[0]).all() and np.isnan(low).all() and np.isnan(high).all()
+
+
+# Masks
+
+
+def write_pet(root, stem, mask, head=None, photo=None):
+    """Write a photo, white where the pet is, its trimap and, if given, its head box."""
+    folders = [root / "images", root / "annotations" / "trimaps", root / "annotations" / "xmls"]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    white = np.repeat(np.where(mask == 1, 255, 0).astype(np.uint8)[..., None], 3, -1)
+    with (folders[0] / f"{stem}.jpg").open("wb") as file:
+        (photo or Image.fromarray(white)).save(file, "PNG")
+    if mask is not None:
+        Image.fromarray(mask).save(folders[1] / f"{stem}.png")
+    if head:
+        (folders[2] / f"{stem}.xml").write_text(XML.format(*head))
+    return folders[0] / f"{stem}.jpg"
+
+
+def blob(W, H, box):
+    mask = np.full((H, W), 2, np.uint8)
+    left, top, right, bottom = box
+    mask[top:bottom, left:right] = 1
+    return mask
+
+
+@pytest.mark.parametrize("preprocess", [Preprocess((32, 32)), Preprocess((32, 48)), CROP], ids=["squash", "wide", "crop"])
+@pytest.mark.parametrize("size", [(50, 40), (31, 77), (300, 90)], ids=["landscape", "portrait", "strip"])
+def test_masks_go_through_the_photos_geometry(tmp_path, preprocess, size):
+    W, H = size
+    mask = blob(W, H, (W // 3, H // 4, W // 3 + W // 4, H // 4 + H // 3))
+    path = write_pet(tmp_path, "a", mask)
+    grid = preprocess.size[0] // 8, preprocess.size[1] // 8
+    pet, around = measure.read_regions(path, size, preprocess, grid)[0]
+    assert_close(pet + around, torch.ones_like(pet))
+    pixels = preprocess.pixels(Image.open(path)).float().mean(0) / 255  # white is pet
+    seen = pixels.unflatten(0, (grid[0], 8)).unflatten(2, (grid[1], 8)).mean((1, 3)).flatten()
+    assert_close(pet, seen, rtol=0, atol=0.07)  # resampling blurs the edge across patches; another row or column is 0.2 off
+    assert pet.max() > 0.5
+
+
+def test_masks_are_averaged_by_area_and_the_border_counts_as_neither(tmp_path):
+    rng = np.random.default_rng(0)
+    mask = rng.integers(1, 4, (41, 53)).astype(np.uint8)
+    path = write_pet(tmp_path, "a", mask, head=(10, 4, 30.0, 20))
+    regions = measure.read_regions(path, (53, 41), Preprocess((32, 48)), (4, 6))
+    assert regions.shape == (2, 2, 24) and regions.dtype == torch.float32
+    for found, value in zip(regions[0], (1, 2)):
+        fine = (mask == value).repeat(4, 0).repeat(6, 1)  # now each patch is a whole number of these
+        assert_close(found.double(), torch.from_numpy(fine.reshape(4, 41, 6, 53).mean((1, 3))).flatten(), rtol=0, atol=1e-6)
+    fine = np.zeros((41 * 4, 53 * 6))
+    fine[4 * 4 : 20 * 4, 10 * 6 : 30 * 6] = 1
+    assert_close(regions[1, 0].double(), torch.from_numpy(fine.reshape(4, 41, 6, 53).mean((1, 3))).flatten(), rtol=0, atol=1e-6)
+    assert_close(regions[1].sum(0), torch.ones(24))
+
+
+def test_a_head_box_outside_of_what_is_seen_or_absent_has_no_area(tmp_path):
+    path = write_pet(tmp_path, "a", blob(100, 40, (40, 10, 60, 30)), head=(0, 0, 9, 9))
+    assert (measure.read_regions(path, (100, 40), CROP, (4, 4))[1] == 0).all()
+    assert (measure.read_regions(path, (100, 40), Preprocess((32, 32)), (4, 4))[1].sum(0) == 1).all()
+    path = write_pet(tmp_path, "b", blob(100, 40, (40, 10, 60, 30)))
+    assert (measure.read_regions(path, (100, 40), Preprocess((32, 32)), (4, 4))[1] == 0).all()
+
+
+def test_random_attention_is_chance_on_real_masks(pets3):
+    folder = pets3 / "oxford-iiit-pet"
+    stems = [line.split()[0] for line in (folder / "annotations" / "test.txt").read_text().splitlines()]
+    regions = []
+    for stem in stems:
+        with Image.open(folder / "annotations" / "trimaps" / f"{stem}.png") as mask:
+            size = mask.size
+        regions.append(measure.read_regions(folder / "images" / f"{stem}.jpg", size, CROP, (8, 8))[0])
+    inside, outside = torch.stack(regions).unbind(1)
+    maps = torch.randn(len(stems), 100, 64, generator=torch.Generator().manual_seed(0)).mul(2).softmax(-1)
+    rows = region_scores(maps, inside, outside).numpy()
+    mean, low, high = (part[:, 1] for part in score.bootstrap(rows))
+    assert ((low < 1) & (high > 1)).mean() > 0.88  # 95% by right, give or take 2.2%
+    assert abs(mean.mean() - 1) < 0.01
+    area = (inside.sum(1) / (inside + outside).sum(1)).mean().item()
+    np.testing.assert_allclose(rows.mean((0, 1))[[0, 2]], area, atol=0.02)
+
+
+# The command
+
+
+def looking_model(sign: float) -> ViT:
+    """Build a ViT of 2 blocks whose block 0 looks evenly and whose block 1 looks at what is white, or black if sign is -1.
+
+    Both leave the tokens as they are: dimensions 0 and 1 say how white a patch is, 2 and 3 which token is the class token.
+    """
+    model = ViT(ViTConfig(img_size=(32, 32), patch_size=8, embed_dim=8, depth=2, num_heads=2, mlp_dim=8, num_classes=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for block in model.blocks:
+            block.norm1.weight.fill_(1)
+        model.patch_embed.proj.weight[0] = 1 / 192
+        model.patch_embed.proj.weight[1] = -1 / 192
+        model.cls_token[0, 0, 2], model.cls_token[0, 0, 3] = 1, -1
+        qkv = model.blocks[1].attn.qkv.weight.view(3, 2, 4, 8)
+        qkv[0, :, 0, 2], qkv[1, :, 0, 0] = 20, 20 * sign  # queries and keys: scores of 4 x 400 / 2, or minus that
+    model.labels, model.preprocess = ("Cat Breed", "Dog Breed"), Preprocess((32, 32))
+    return model
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """Photos of 32 x 32 in Oxford-IIIT Pet's layout, the pet white on black: 2 breeds, 6 to train with and 4 to test."""
+    folder = tmp_path / "data" / "oxford-iiit-pet"
+    for split, ids in (("trainval", range(6)), ("test", range(6, 10))):
+        lines = []
+        for label, breed in enumerate(("cat_breed", "dog_breed"), 1):
+            for i in ids:
+                x, y = 8 * (i % 3), 8 * (i // 4)
+                head = (x, y, x + 8, y + 8) if split == "trainval" else None
+                write_pet(folder, f"{breed}_{i}", blob(32, 32, (x, y, x + 8, y + 16)), head)
+                lines.append(f"{breed}_{i} {label} {label} 1")
+        (folder / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name, sign in (("white", 1), ("black", -1)):
+        (tmp_path / name).mkdir()
+        save_pretrained(looking_model(sign), tmp_path / name)
+    return tmp_path / "white", tmp_path / "black"
+
+
+def run(pets, *flags):
+    known = ["--data", str(pets.parent), "--device", "cpu", "--amp", "off", "--workers", "2", "--out", str(pets.parent / "out")]
+    return score.main([*known, *map(str, flags)])
+
+
+def read_csv(pets):
+    with (pets.parent / "out" / "score.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {tuple(row[k] for k in ("of", "region", "group", "method", "block", "head")): row for row in rows}
+
+
+def test_a_model_made_to_look_at_the_pet_scores_1_and_at_the_background_0(pets, folders, capsys):
+    assert run(pets, "--model", folders[0], "--compare", folders[1], "--methods", "all") == 0
+    printed, rows = capsys.readouterr().out, read_csv(pets)
+    for head in ("0", "1", "mean"):
+        for of, mass, times in (("model", 1, 8), ("base", 0, 0), ("change", 1, 8)):  # a pet is 2 of 16 patches
+            row = rows[of, "pet", "all", "attention", "1", head]
+            found = [float(row[key]) for key in ("mass", "mass_low", "mass_high", "times_chance", "photos")]
+            assert found == pytest.approx([mass, mass, mass, times, 8])
+        even = rows["model", "pet", "all", "attention", "0", head]
+        assert [float(even[m]) for m in score.METRICS] == pytest.approx([1 / 8, 1, 1 / 8, 1 / 8])
+    # Block 0 leaves half of each token its own and spreads the rest; then half of the class token's is of the pet's two.
+    pet, rest = 2 * (0.25 / 17 + 0.25 / 2 + 0.25 / 17), 14 * (0.25 / 17 + 0.25 / 17)
+    assert float(rows["model", "pet", "all", "rollout", "1", "mean"]["mass"]) == pytest.approx(pet / (pet + rest))
+    # Nothing that was looked at reaches the logits, so nothing is relevant, which counts as even.
+    assert float(rows["model", "pet", "all", "relevance", "1", "mean"]["times_chance"]) == pytest.approx(1)
+    assert float(rows["model", "pet", "right", "attention", "1", "0"]["photos"]) == 4  # it always says Cat Breed
+    assert not any(key[1] == "head box" for key in rows)
+    assert "8 photos of test: 4 cats, 4 dogs, 4 right, 4 wrong" in printed
+    assert "block 0 has equal weights, 1 of them scored: identical maps, photo by photo" in printed
+    assert "block 1 of" in printed and "puts 8.00 times chance on the pet" in printed
+    assert "before tuning 0.00: more (+8.00, +8.00 to +8.00)" in printed
+    summary = json.loads((pets.parent / "out" / "score.json").read_text())
+    assert summary["sentence"] in printed and summary["photos"] == 8 and summary["equal_blocks"] == 1
+    assert {row["head"] for row in summary["scores"]} == {"mean"}
+    with Image.open(pets.parent / "out" / "score.png") as figure:
+        assert min(figure.size) > 300
+
+
+def test_head_boxes_are_scored_where_there_are_some(pets, folders, capsys):
+    (pets / "annotations" / "xmls" / "cat_breed_0.xml").unlink()
+    assert run(pets, "--model", folders[0], "--split", "trainval", "--blocks", "1") == 0
+    rows = read_csv(pets)
+    head, pet = (rows["model", region, "all", "attention", "1", "mean"] for region in ("head box", "pet"))
+    assert (head["photos"], pet["photos"]) == ("11", "12")
+    assert [float(head[m]) for m in ("mass", "times_chance")] == pytest.approx([0.5, 8])  # the upper half of the pet
+    assert "attention on the head box, times chance, with 95% intervals over 11 photos" in capsys.readouterr().out
+
+
+def test_photos_without_a_pet_to_look_at_are_counted_and_named(pets, folders, capsys):
+    masks = pets / "annotations" / "trimaps"
+    (masks / "cat_breed_6.png").unlink()
+    Image.new("L", (32, 32), 2).save(masks / "cat_breed_7.png")
+    Image.new("L", (32, 31), 1).save(masks / "cat_breed_8.png")
+    (masks / "dog_breed_6.png").write_bytes(b"\x89PNG no more")
+    (pets / "images" / "dog_breed_7.jpg").write_bytes(b"no photo")
+    assert run(pets, "--model", folders[0]) == 0
+    printed, summary = capsys.readouterr().out, json.loads((pets.parent / "out" / "score.json").read_text())
+    assert summary["photos"] == 3
+    assert summary["left_out"] == {
+        "mask cannot be read": ["dog_breed_6.jpg"],
+        "mask missing": ["cat_breed_6.jpg"],
+        "mask not of the photo's size": ["cat_breed_8.jpg"],
+        "no pet in the mask": ["cat_breed_7.jpg"],
+        "photo cannot be read": ["dog_breed_7.jpg"],
+    }
+    assert "left out, no pet in the mask: 1 (cat_breed_7.jpg)" in printed
+    rows = read_csv(pets)
+    assert float(rows["model", "pet", "all", "attention", "1", "mean"]["mass"]) == 1
+    one = rows["model", "pet", "cats", "attention", "1", "mean"]  # of which no interval can be given
+    assert (one["photos"], float(one["mass"]), one["mass_low"]) == ("1", 1, "")
+    alone = [row for row in summary["scores"] if (row["group"], row["block"]) == ("cats", 1)]
+    assert alone[0]["mass_high"] is None
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--blocks", "none"], "expected at least one block"),
+        (["--blocks", "2"], "this model has blocks 0 to 1"),
+        (["--compare", "TINY"], "its embed_dim is 24, not 8; expected what"),
+        (["--compare", "OTHER"], "prepares photos otherwise than"),
+        (["--model", "BARE", "--methods", "all"], "without a classifier there is no class to be relevant for"),
+        (["--model", "BARE", "--gallery", "2"], "does not know these breeds"),
+        (["--gallery", "51"], "expected at most 50 photos of each kind"),
+        (["--data", "SHAPES"], "no photo of test has a mask"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--out", "FILE"], "File exists"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_exit_code_2(pets, folders, tiny_folder, shapes_data, tmp_path, capsys, flags, message):
+    bare, other = looking_model(1), looking_model(1)
+    bare.reset_head(0)
+    bare.labels, other.preprocess = (), Preprocess((32, 32), mean=(0.1, 0.2, 0.3))
+    places = {"TINY": tiny_folder, "OTHER": tmp_path / "other", "BARE": tmp_path / "bare", "SHAPES": shapes_data}
+    for name, model in (("OTHER", other), ("BARE", bare)):
+        places[name].mkdir()
+        save_pretrained(model, places[name])
+    places["FILE"] = folders[0] / "config.json"
+    assert run(pets, "--model", folders[0], *(places.get(flag, flag) for flag in flags)) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("python -m minivit score: ") and message in last
+
+
+def test_methods_that_do_not_exist_are_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        score.main(["--methods", "attention,gradcam"])
+    assert ended.value.code == 2 and "found 'gradcam'; see" in capsys.readouterr().err
+
+
+def test_help_answers_without_torch():
+    code = "import sys; from minivit import score; score.make_parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_photos_are_grouped_by_species_as_listed_whatever_their_names(pets):
+    listing = pets / "annotations" / "test.txt"
+    listing.write_text("# stem class species breed\n\n" + listing.read_text().replace("cat_breed_7 1 1", "cat_breed_7 1 2"))
+    paths = [pets / "images" / f"{stem}.jpg" for stem in ("cat_breed_6", "cat_breed_7", "dog_breed_6", "dog_breed_0")]
+    groups = score.group_photos(paths, np.array([True, True, True, False]))
+    assert {name: list(np.flatnonzero(chosen)) for name, chosen in groups.items()} == {
+        "all": [0, 1, 2, 3],
+        "cats": [0],
+        "dogs": [1, 2, 3],
+        "right": [0, 1, 2],
+        "wrong": [3],
+    }
+    assert "right" not in score.group_photos(paths, None)
+
+
+def test_a_table_names_the_best_head_and_says_what_is_the_same():
+    rows = np.ones((4, 6, 2, 4), np.float32)  # 2 blocks of 2 heads and their mean
+    rows[:, 1, 0, 1] = rows[:, 3, 0, 1] = 5
+    base = rows.copy()
+    base[:, 5] = 0
+    keys = measure.map_keys([3, 7], 2, ("attention",))
+    scores = score.summarize({"model": rows, "base": base}, keys, {"all": np.ones(4, bool)})
+    first, second = "\n".join(score.tables(scores, ("attention",))).split("\nblock")[1].splitlines()[1:3]
+    assert first.split()[0] == "3" and first.endswith("   1: 5.00") and " same " in first
+    assert second.split()[0] == "7" and second.endswith("   0: 5.00") and "+1.00 [+1.00, +1.00]" in second
+
+
+# Measuring
+
+
+def test_equal_blocks_are_counted_up_to_the_first_that_differs(tiny):
+    other = randomize(ViT(tiny.config))
+    assert measure.count_equal_blocks(tiny, other) == 12
+    other.norm.weight.data += 1
+    other.head.weight.data += 1
+    assert measure.count_equal_blocks(tiny, other) == 12
+    other.blocks[10].mlp.fc2.bias.data[0] += 1e-3
+    other.blocks[3].norm1.weight.data[0] += 1e-3
+    assert measure.count_equal_blocks(tiny, other) == 3
+    other.pos_embed.data[0, 0, 0] += 1e-3
+    assert measure.count_equal_blocks(tiny, other) == 0
+
+
+def test_maps_that_differ_under_equal_weights_are_a_loud_failure(pets, folders, monkeypatch):
+    honest = measure.model_maps
+
+    def odd(model, *args):
+        logits, maps = honest(model, *args)
+        if model.blocks[1].attn.qkv.weight.min() < 0:  # the base
+            maps = maps.clone()
+            maps[-1, 1, -1] += 1e-7
+        return logits, maps
+
+    monkeypatch.setattr(measure, "model_maps", odd)
+    with pytest.raises(RuntimeError, match="block 0: its maps differ, though"):
+        run(pets, "--model", folders[0], "--compare", folders[1])
+
+
+def test_maps_are_those_of_the_functions_that_are_tested_by_themselves(tiny):
+    images, blocks = torch.randn(2, 3, 32, 32), [2, 5]
+    with torch.inference_mode():
+        logits, maps = measure.model_maps(tiny, images, blocks, score.METHODS, None)
+    keys = measure.map_keys(blocks, 3, score.METHODS)
+    assert maps.shape == (2, len(keys), 16) and len(keys) == 2 * 4 + 2 + 2
+    assert_close(logits, tiny(images))
+    with torch.no_grad():
+        _, attn = tiny.forward_with_attention(images, range(6))
+    rolled, relevant = rollout(attn), class_relevance(tiny, images, logits.argmax(1), blocks)
+    for (method, block, head), found in zip(keys, maps.unbind(1)):
+        full = {"attention": attn, "rollout": rolled, "relevance": relevant}[method][block]
+        expected = query_maps(full, (4, 4))
+        if method == "attention":
+            expected = expected.mean(1) if head == "mean" else expected[:, head]
+        assert_close(found, expected.flatten(1), rtol=1e-4, atol=1e-6)
+
+
+def test_photos_are_read_a_little_ahead_and_scored_alike_in_batches_of_any_size(pets, folders, monkeypatch):
+    model = looking_model(1)
+    paths = sorted((pets / "images").iterdir())
+    opened, honest = [], measure.open_photo
+    monkeypatch.setattr(measure, "open_photo", lambda path: opened.append(path) or honest(path))
+    whole = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), amp=None, workers=2)
+    monkeypatch.setattr(measure, "BATCH", 3)
+    parts = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), amp=None, workers=2)
+    np.testing.assert_allclose(parts.rows["model"], whole.rows["model"], atol=1e-6)
+    assert parts.photos == whole.photos == list(range(20))
+    opened.clear()
+    monkeypatch.setattr(photos, "READ_AHEAD", 2)
+    batches = measure.read_photos(paths, model, workers=2, left_out={})
+    assert [i for i, *_ in next(batches)] == [0, 1, 2]
+    time.sleep(0.5)  # so that threads could go on if they were let
+    assert len(opened) == 3 + 6  # a batch, two ahead, and two for each thread
+    assert [[i for i, *_ in batch] for batch in batches][-1] == [18, 19]
+
+
+def test_nothing_of_a_batch_is_kept_but_its_scores_and_one_map(pets, monkeypatch):
+    alive, most = set(), []
+
+    def made(model, images, *_):
+        values = np.random.default_rng(0).random((len(images), 3, 16), np.float32)
+        alive.add(id(values))
+        weakref.finalize(values, alive.discard, id(values))
+        most.append(len(alive))
+        return torch.zeros(len(images), 2), torch.from_numpy(values)  # of whose memory any view is a part
+
+    monkeypatch.setattr(measure, "model_maps", made)
+    monkeypatch.setattr(measure, "BATCH", 2)
+    paths = sorted((pets / "images").iterdir())
+    whole = measure.measure({"model": looking_model(1)}, paths, blocks=[1], methods=("attention",), amp=None, workers=2)
+    assert len(most) == 10 and max(most) <= 2
+    mean = np.random.default_rng(0).random((2, 3, 16), np.float32)[:, 2]  # after the block's two heads
+    np.testing.assert_array_equal(whole.maps["model"].numpy(), np.tile(mean.reshape(2, 4, 4), (10, 1, 1)))
+    np.testing.assert_array_equal(whole.times["model"], whole.rows["model"][:, 2, 0, 1])
+
+
+# The gallery
+
+
+def found(times, base=None, probability=None):
+    times = {"model": np.array(times), **({"base": np.array(base)} if base else {})}
+    n = len(times["model"])
+    return measure.Measured([*range(n)], {}, {}, {}, times, None, None, np.array(probability or [0.5] * n), 0)
+
+
+def test_each_kind_holds_its_photos_the_most_telling_first():
+    right = np.array([True, False, True, False, True])
+    chosen = gallery.choose(found([0.5, 2, 0.2, 1, 3], [0.6, 1, 0.9, 1, 4], [0.9, 0.6, 0.8, 0.7, 0.9]), right, 2)
+    assert list(chosen.values()) == [[3, 1], [2, 0], [1], [4, 2]]
+    assert list(gallery.choose(found([0.5, 2]), None, 2)) == []
+    assert len(gallery.choose(found([0.5, 2], [1, 1]), None, 2)) == 2
+
+
+class Tags(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_gallery_shows_names_as_text_and_needs_nothing_from_elsewhere(pets, tmp_path, capsys):
+    for path in [*pets.glob("images/dog*"), *pets.glob("annotations/*/dog*")]:
+        path.rename(path.with_name(path.name.replace("dog_breed", "<b>&$dog$")))
+    for listing in pets.glob("annotations/*.txt"):
+        listing.write_text(listing.read_text().replace("dog_breed", "<b>&$dog$"))
+    names = ("Cat Breed", "<B>&$Dog$")
+    for name, sign in (("after", 1), ("base", -1)):
+        model = looking_model(sign)
+        model.labels = names
+        model.head.bias.data = torch.tensor([0.0, sign])
+        (tmp_path / name).mkdir()
+        save_pretrained(model, tmp_path / name)
+    assert run(pets, "--model", tmp_path / "after", "--compare", tmp_path / "base", "--gallery", "3") == 0
+    page = Tags((pets.parent / "out" / "gallery.html").read_text("utf-8"))
+    tags = [tag for tag, _ in page.tags]
+    assert "b" not in tags and "script" not in tags
+    pictures = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert len(pictures) == 3 + 0 + 3 + 0  # wrong, none looks elsewhere, improved, none worsened
+    assert all(attrs["src"].startswith("data:image/jpeg;base64,") and "onerror" not in attrs for attrs in pictures)
+    text = "".join(page.text)
+    assert "cat_breed_6.jpg\n<B>&$Dog$ 0.73, in truth Cat Breed\n0.00 → 8.00 times chance on the pet" in text
+    assert "most worsened by fine-tuning: none" in text
+    assert any("default-src 'none'" in (attrs.get("content") or "") for tag, attrs in page.tags if tag == "meta")
+    with Image.open(pets.parent / "out" / "gallery.png") as figure:
+        assert min(figure.size) > 300
+
+
+def test_a_gallery_strip_is_the_photo_and_each_models_look_with_the_pet_outlined(pets):
+    result = found([1.0], [1.0])
+    result.maps = {"model": torch.eye(4)[None], "base": torch.eye(4).flip(1)[None]}
+    picture = np.asarray(gallery.strip(pets / "images" / "cat_breed_6.jpg", result, 0, Preprocess((32, 32))))
+    assert picture.shape == (240, 3 * 240 + 2 * 4, 3)
+    photo, before, after = picture[:, :240], picture[:, 244:484], picture[:, 488:]
+    assert (photo[60, 30] == 255).all() and (photo[60, 200] == 0).all()
+    assert before[20, 220].sum() > after[20, 220].sum() + 200 and after[20, 75].sum() < after[220, 220].sum()
