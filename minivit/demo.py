@@ -101,20 +101,23 @@ def tell(args: argparse.Namespace) -> int:
         scene = scenes.draw_scene(rng, thing, BREEDS[breed], size=(320, 240), scale=2, animal=(0.45, 0.6))
         with whole_file(photos / f"{breed.replace('_', ' ')} and {thing}.jpg") as partial:
             scene.photo.save(partial, "JPEG", quality=92)
-    look = ("infer.py", str(photos), "--top-k", "2", "--out")
-    for script, *flags in (
+    look, score = ("infer.py", str(photos), "--top-k", "2", "--out"), ("-m", "minivit", "score")
+    for command in (
         (*look, str(out / "before"), "--model", "demo"),
         ("train.py", "--model", "demo", "--data", str(data), "--out", str(run), *TRAINING, "--seed", str(args.seed)),
         (*look, str(out / "after"), "--model", str(run), "--compare", "demo", "--html"),
+        (*score, "--model", str(run), "--compare", "demo", "--data", str(data), "--gallery", "3", "--out", str(out / "score")),
     ):
-        print(f"\n$ python {shlex.join([script, *flags])}", flush=True)
-        code = subprocess.run([sys.executable, Path(__file__).parents[1] / script, *flags]).returncode
+        print(f"\n$ python {shlex.join(command)}", flush=True)
+        found = command if command[0] == "-m" else (str(Path(__file__).parents[1] / command[0]), *command[1:])
+        code = subprocess.run([sys.executable, *found]).returncode
         if code:
             return code
     print(f"\nthe whole story in {time.perf_counter() - started:.0f} s. Look at")
     for path, what in (
         (out / "before", "where the model looks that names furniture"),
         (out / "after", "where it looks once two of its blocks have learnt breeds, beside before; a page of each, to explore"),
+        (out / "score", "how much of its attention is on the animal, in numbers; photos where it is not"),
         (run / "predictions.png", "test photos, right and wrong"),
         (run / "confusion.png", "which breeds are taken for which"),
         (run / "curves.png", "how it learnt"),

@@ -93,7 +93,8 @@ def test_the_story_is_told_and_points_at_what_is_there(story):
     assert "test accuracy" in training
     assert re.search(r"blocks 10-11 +223,680 +223,680", training)
     listed = re.findall(rf"^  ({re.escape(str(out))}\S*) ", printed, re.M)
-    assert len(listed) == 5
+    assert len(listed) == 6
+    assert re.search(r"^block 11 of .* times chance on the pet .*: more ", after, re.M)
     for name in listed:
         found = sorted((out / name).glob("*.png")) if (out / name).is_dir() else [out / name]
         assert found
