@@ -143,7 +143,8 @@ def check_flags(args: argparse.Namespace, models: Sequence[ViT], blocks: Sequenc
         f"--method {args.method} has no heads to draw; leave --heads away": args.heads and args.method != "attention",
         "--method relevance is for the class token; leave --query away": args.query and args.method == "relevance",
         "--target is for --method relevance or --html": args.target and not (args.method == "relevance" or args.html),
-        f"{bare} has no classifier, so nothing speaks for a class; use --method rollout": bare and args.method == "relevance",
+        f"{' and '.join(bare)} has no classifier, so nothing speaks for a class; use --method rollout": bare
+        and args.method == "relevance",
         "--compare: expected two models that see a photo in the same patches, found (grid, resize, crop) "
         + " and ".join(map(str, ways)): len(set(ways)) > 1,
     }
