@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import struct
@@ -20,14 +21,21 @@ from safetensors.torch import load_file, save_file
 
 from minivit import Preprocess, ViT, load_pretrained, save_pretrained
 
+FETCH = """
+import hashlib, sys
+from minivit.errors import UserError
+from minivit.hub import fetch
+try:
+    files = fetch(sys.argv[1], (sys.argv + [None])[2])
+except UserError as error:
+    sys.exit(str(error))
+print(files.commit, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in (files.config, *files.weights)))
+assert "torch" not in sys.modules  # what makes these tests fast
+"""
 LOAD = """
 import sys
 from minivit import load_pretrained
-from minivit.errors import UserError
-try:
-    model = load_pretrained(sys.argv[1], revision=(sys.argv + [None])[2])
-except UserError as error:
-    sys.exit(str(error))
+model = load_pretrained(sys.argv[1])
 print(model.origin.commit, len(model.labels), model.head.bias.sum().item())
 """
 
@@ -45,12 +53,19 @@ def run_python(code, hub, cache, **environment):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=clean | environment, timeout=300)
 
 
-def load(hub, cache, *args, **environment):
-    return run_python(["-c", LOAD, *(args or ("owner/tiny",))], hub, cache, **environment)
+def get(hub, cache, *args, **environment):
+    """Fetch a checkpoint's files in a process of its own, as huggingface-hub reads its environment once."""
+    return run_python(["-c", FETCH, *(args or ("owner/tiny",))], hub, cache, **environment)
 
 
-def expected(folder: Path) -> str:
-    return f"{COMMIT} 5 {load_pretrained(folder).head.bias.sum().item()}\n"
+def expected(folder: Path, weights=("model.safetensors",)) -> str:
+    hashes = (hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("config.json", *weights))
+    return " ".join([COMMIT, *hashes]) + "\n"
+
+
+def test_what_is_fetched_is_loaded(hub, tmp_path, tiny_folder):
+    done = run_python(["-c", LOAD, "owner/tiny"], hub, tmp_path / "cache")
+    assert done.stdout == f"{COMMIT} 5 {load_pretrained(tiny_folder).head.bias.sum().item()}\n", done.stderr
 
 
 def incomplete_or_whole(cache: Path) -> list[Path]:
@@ -63,24 +78,24 @@ def test_a_download_shows_its_progress_and_is_cached_for_offline_use(hub, tmp_pa
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
     environment["HF_HUB_OFFLINE"] = "0"
-    command = [sys.executable, "-c", LOAD, "owner/tiny"]
+    command = [sys.executable, "-c", FETCH, "owner/tiny"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=slave, text=True, cwd=ROOT, env=environment, timeout=300)
     assert done.stdout == expected(tiny_folder)
     assert os.read(master, 100_000).decode().count("100%") == 3  # a bar for each file
     os.close(master), os.close(slave)
     hub.requests.clear()
-    offline = load(hub, tmp_path / "cache", HF_HUB_OFFLINE="1")
+    offline = get(hub, tmp_path / "cache", HF_HUB_OFFLINE="1")
     assert offline.stdout == expected(tiny_folder), offline.stderr
     assert hub.requests == []
-    assert "it is not in the local cache" in load(hub, tmp_path / "empty", HF_HUB_OFFLINE="1").stderr
+    assert "it is not in the local cache" in get(hub, tmp_path / "empty", HF_HUB_OFFLINE="1").stderr
 
 
 def test_a_revision_is_pinned_and_its_commit_recorded(hub, tmp_path, tiny_folder):
-    done = load(hub, tmp_path / "cache", "owner/tiny", "v1")
+    done = get(hub, tmp_path / "cache", "owner/tiny", "v1")
     assert done.stdout == expected(tiny_folder), done.stderr
     assert all("/v1/" in path or f"/{COMMIT}/" in path for _, path in hub.requests)
     assert sum(f"/{COMMIT}/" in path for _, path in hub.requests) > 1  # all later files from the first one's commit
-    wrong = load(hub, tmp_path / "cache", "owner/tiny", "v9")
+    wrong = get(hub, tmp_path / "cache", "owner/tiny", "v9")
     assert f"no revision 'v9' on {hub.url}" in wrong.stderr
 
 
@@ -94,14 +109,15 @@ def test_shards_and_pickles_come_from_the_hub_too(hub, tmp_path, tiny_folder):
         weight_map |= dict.fromkeys(part, f"model-{i}.safetensors")
     index = tiny_folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    assert load(hub, tmp_path / "1").stdout == expected(tiny_folder)
+    shards = ("model-0.safetensors", "model-1.safetensors")
+    assert get(hub, tmp_path / "1").stdout == expected(tiny_folder, shards)
     index.unlink()
     torch.save(tensors, tiny_folder / "pytorch_model.bin")
-    done = load(hub, tmp_path / "2")
-    assert done.stdout == expected(tiny_folder), done.stderr
-    assert load("http://127.0.0.1:9", tmp_path / "2").stdout == expected(tiny_folder)  # offline, by its cached names
+    done, pickled = get(hub, tmp_path / "2"), ("pytorch_model.bin",)
+    assert done.stdout == expected(tiny_folder, pickled), done.stderr
+    assert get("http://127.0.0.1:9", tmp_path / "2").stdout == expected(tiny_folder, pickled)  # offline, by its cached names
     (tiny_folder / "pytorch_model.bin").unlink()
-    assert "no model.safetensors on" in load(hub, tmp_path / "3").stderr
+    assert "no model.safetensors on" in get(hub, tmp_path / "3").stderr
 
 
 def test_a_download_cut_in_the_middle_goes_on_where_it_ended(tmp_path):
@@ -110,7 +126,7 @@ def test_a_download_cut_in_the_middle_goes_on_where_it_ended(tmp_path):
     save_pretrained(model, tmp_path)
     with serve(tmp_path) as hub:
         hub.fault = "cut once"
-        done = load(hub, tmp_path / "cache")
+        done = get(hub, tmp_path / "cache")
     assert done.stdout == expected(tmp_path), done.stderr
     assert len(hub.starts) == 2
     assert hub.starts[1] >= 10_000_000
@@ -118,12 +134,12 @@ def test_a_download_cut_in_the_middle_goes_on_where_it_ended(tmp_path):
 
 def test_a_download_that_stays_cut_leaves_nothing_that_loads_and_resumes_the_next_time(hub, tmp_path, tiny_folder):
     hub.fault = "cut"
-    done = load(hub, tmp_path / "cache")
+    done = get(hub, tmp_path / "cache")
     assert_one_line(done, "cannot fetch model.safetensors from", "try again")
     assert incomplete_or_whole(tmp_path / "cache") == []
-    assert load(hub, tmp_path / "cache", HF_HUB_OFFLINE="1").returncode == 1
+    assert get(hub, tmp_path / "cache", HF_HUB_OFFLINE="1").returncode == 1
     hub.fault = None
-    done = load(hub, tmp_path / "cache")
+    done = get(hub, tmp_path / "cache")
     assert done.stdout == expected(tiny_folder), done.stderr
 
 
@@ -148,16 +164,16 @@ FAULTS = {
 @pytest.mark.parametrize("fault, parts", FAULTS.items(), ids=FAULTS)
 def test_a_fault_of_the_hub_is_one_line_that_says_what_to_do(fault, parts, hub, tmp_path, tiny_folder):
     hub.fault = fault
-    assert_one_line(load(hub, tmp_path / "cache"), hub.url, *parts)
+    assert_one_line(get(hub, tmp_path / "cache"), hub.url, *parts)
     assert incomplete_or_whole(tmp_path / "cache") == []
     if fault in ("401", "gated"):
-        done = load(hub, tmp_path / "cache", HF_TOKEN=TOKEN)
+        done = get(hub, tmp_path / "cache", HF_TOKEN=TOKEN)
         assert done.stdout == expected(tiny_folder), done.stderr
     else:
         hub.fault = None
-        assert load(hub, tmp_path / "cache").stdout == expected(tiny_folder)
+        assert get(hub, tmp_path / "cache").stdout == expected(tiny_folder)
         hub.fault = fault  # what is cached does not need the Hub
-        assert load(hub, tmp_path / "cache").stdout == expected(tiny_folder)
+        assert get(hub, tmp_path / "cache").stdout == expected(tiny_folder)
 
 
 FULL = """
@@ -175,10 +191,10 @@ pathlib.Path.open = lambda self, mode="r", *args, **more: opened(str(self), mode
 
 
 def test_a_full_disk_is_one_line_that_says_what_to_do(hub, tmp_path):
-    done = run_python(["-c", FULL + LOAD, "owner/tiny"], hub, tmp_path / "cache")
+    done = run_python(["-c", FULL + FETCH, "owner/tiny"], hub, tmp_path / "cache")
     assert_one_line(done, "No space left on device", "make room, or set HF_HOME to another disk")
     assert incomplete_or_whole(tmp_path / "cache") == []
 
 
 def test_a_hub_id_that_is_none_is_one_line(hub, tmp_path):
-    assert_one_line(load(hub, tmp_path / "cache", "a/b/c/d"), "neither a folder or file here nor a Hub id")
+    assert_one_line(get(hub, tmp_path / "cache", "a/b/c/d"), "neither a folder or file here nor a Hub id")

@@ -19,7 +19,7 @@ from test_commands import run_train
 from test_loop import fresh, pixels  # noqa: F401 - a fixture
 
 import train
-from minivit import loop, state, weights
+from minivit import loop, state, tensors, weights
 from minivit.errors import UserError
 
 EPOCHS = ("--epochs", "4")
@@ -221,17 +221,17 @@ def test_a_second_run_into_the_same_folder_is_refused_until_the_first_ends(tiny_
 def test_a_full_disk_is_one_line_and_the_last_good_state_stays(
     tiny_folder, shapes_data, straight, tmp_path, monkeypatch, capsys
 ):
-    out, real, saved = tmp_path / "run", weights.save_file, []
+    out, real, saved = tmp_path / "run", tensors.save_file, []
 
-    def full(tensors, path, metadata):
+    def full(contents, path, metadata):
         saved.append(path)
         if len(saved) == 3:
             path.write_bytes(b"half")
             raise SafetensorError("No space left on device")
-        real(tensors, path, metadata)
+        real(contents, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "save_file", full)
+        patch.setattr(tensors, "save_file", full)
         assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"train.py: {out / train.STATE}: cannot be written (No space left on device)"
