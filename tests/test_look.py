@@ -126,6 +126,14 @@ def test_a_figure_shows_each_value_over_its_pixel_of_the_photo(tmp_path):
         assert (figure[top + 60, x + 30] < 30).all()
 
 
+def test_a_scale_is_of_what_was_seen_and_of_differences_the_same_to_either_side_of_zero():
+    maps = [np.array([[-1.0, np.nan], [0.5, 0.0]]), np.array([[3.0, np.nan]])]
+    assert plots.value_range(maps) == (-1, 3)
+    assert plots.value_range(maps, signed=True) == (-3, 3)
+    assert plots.value_range(maps[:1], signed=True) == (-1, 1)
+    assert plots.value_range([np.full((2, 2), np.nan)]) == (0, 0)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 8000), (8000, 3), (8000, 6000), (2000, 100)], ids=str)
 def test_photos_of_any_size_are_drawn(tiny_folder, tmp_path, capsys, size):
     Image.new("RGB", size, (90, 60, 30)).save(tmp_path / "photo.png")
@@ -486,3 +494,13 @@ def test_torchrun_shares_the_photos_out_and_waits_for_all(tiny_folder, many, tmp
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == photos
     assert done.returncode == 1  # torchrun's own, where a process ended with 2
     assert done.stderr.count("model: ") == 1
+
+
+def test_a_process_whose_photos_cannot_be_read_lets_the_others_finish(tiny_folder, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no photo")
+    Image.new("RGB", (7000, 7000)).save(tmp_path / "b.png", compress_level=1)  # still under way when the other has ended
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "infer.py"]
+    flags = [tmp_path / "a.png", tmp_path / "b.png", "--model", tiny_folder, "--out", tmp_path / "out", *CPU]
+    done = subprocess.run([*map(str, command), *map(str, flags)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
