@@ -2,7 +2,8 @@
 
     python benchmarks/attention_cost.py [--batch 64] [--rounds 15]
 
-In each round every way runs three times, and the ways take turns; times are medians, ratios medians of rounds. Weights and photos are random.
+In each round every way runs three times, and the ways take turns; times are medians, ratios medians of rounds.
+Weights and photos are random.
 """
 
 import argparse
