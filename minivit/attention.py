@@ -32,15 +32,19 @@ def method_rows(
     """Return a ViT's logits (B, C), and for each block how `queries`, None for all tokens, spread by a method: (B, H, Q, N).
 
     "attention" has each head's; "rollout", from block 0 on, and "relevance", of the classes `targets` (B,) or each
-    image's likeliest, have H = 1. Memory: rollout holds the whole attention of all blocks up to the last one asked for.
+    image's likeliest, have H = 1. Rollout holds the heads' mean (B, N, N) of all blocks up to the last one asked for.
     """
     if method not in METHODS:
         raise UserError(f"method is {', '.join(METHODS)}, not {method!r}")
     if method == "attention":
         return model.forward_with_attention(images, blocks, queries)
     if method == "rollout":
-        logits, attn = model.forward_with_attention(images, range(max(blocks) + 1))
-        rows = {i: of_block for i, of_block in rollout(attn).items() if i in blocks}
+        x, fused = model.embed(images), {}
+        for i in range(max(blocks) + 1):
+            x, attn = model.blocks[i].forward_with_attention(x)
+            fused[i] = attn.mean(1, keepdim=True)  # (B, 1, N, N): all that is kept of a block
+        rows = {i: of_block for i, of_block in rollout(fused).items() if i in blocks}
+        logits = model.logits(x, max(blocks) + 1)
         return logits, {i: (r if queries is None else r[:, list(queries)])[:, None] for i, r in rows.items()}
     logits = model(images)
     targets = logits.argmax(1) if targets is None else targets

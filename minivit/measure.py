@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .attention import CLASS_TOKEN, class_relevance, query_maps, region_scores, rollout
+from .attention import CLASS_TOKEN, class_relevance, method_rows, query_maps, region_scores
 from .errors import UserError
 from .loop import autocast
 from .model import ViT
@@ -116,11 +116,7 @@ def model_maps(
     maps = [torch.cat([heads, heads.mean(2, keepdim=True)], 2).flatten(1, 2)]
     if "rollout" in methods:
         with autocast(device, amp):
-            x, fused = model.embed(images), {}
-            for i, block in enumerate(model.blocks[: blocks[-1] + 1]):
-                x, full = block.forward_with_attention(x)
-                fused[i] = full.mean(1, keepdim=True)  # (B, 1, N, N): all that is kept of a block
-        rolled = rollout(fused)
+            _, rolled = method_rows(model, images, blocks, method="rollout")  # (B, 1, 1, N)
         maps.append(torch.stack([to_maps(rolled[b]).flatten(1) for b in blocks], 1))
     if "relevance" in methods:
         with autocast(device, amp):
