@@ -104,8 +104,8 @@ def look_at(
             queries = [token + num_registers if token else CLASS_TOKEN for token in tokens[method]]
             logits, found = method_rows(model, images, blocks, method=method, queries=queries, targets=targets)
             rows[method] = {block: drop(of_block.float().cpu()) for block, of_block in found.items()}
-    probabilities = logits.float().softmax(1).cpu()
-    spoke = [probabilities[i].argmax().item() if target is None else target for i in range(len(photos))]
+    probabilities = logits[:, : len(model.labels)].float().softmax(1).cpu()  # of a backbone, none: those are its features
+    spoke = [(p.argmax().item() if target is None else target) if model.labels else None for p in probabilities]
     return [
         Look(
             model, probabilities[i], {m: {b: r[i] for b, r in of_method.items()} for m, of_method in rows.items()},

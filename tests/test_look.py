@@ -307,6 +307,17 @@ def test_photos_in_one_batch_are_what_they_are_alone_each_with_its_own_query(tin
         torch.testing.assert_close(one.probabilities, alone.probabilities, rtol=1e-4, atol=1e-6)
 
 
+def test_a_backbone_has_no_probabilities_for_its_features_are_none(tmp_path, photo, capsys):
+    model = randomize(ViT(ViTConfig(**vars(TINY) | {"num_classes": 0})))
+    model.preprocess = Preprocess((32, 32))
+    (tmp_path / "bare").mkdir()
+    save_pretrained(model, tmp_path / "bare")
+    (answer,) = answers(photo, "--model", tmp_path / "bare", "--npz", "--html", "--out", tmp_path / "out", capsys=capsys)
+    assert answer["predictions"] == []
+    with np.load(answer["npz"]) as arrays:
+        assert arrays["probabilities"].shape == (0,)
+
+
 @pytest.mark.parametrize("all_rows", [True, False], ids=["all rows", "one row"])
 def test_registers_ask_nothing_and_have_no_place_in_a_map(photo, all_rows):
     model = randomize(ViT(ViTConfig(**vars(TINY) | {"num_registers": 2})))
