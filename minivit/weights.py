@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .configs import hub_config, hub_family, hub_sizes, keeps_positions, sizes_from_tensors, timm_sizes
@@ -199,16 +198,6 @@ def save_tail(model: ViT, path: Path) -> None:
         "preprocess": json.dumps(model.preprocess.to_config()),
     }
     save_tensors(path, {name: p.detach().cpu().contiguous() for name, p in tail.items()}, metadata)
-
-
-@torch.no_grad()
-def load_tail(model: ViT, path: Path) -> None:
-    """Read what trains back from save_tail's file, every tensor of it and nothing else."""
-    tensors, tail = load_file(path), trainable(model)
-    if tensors.keys() != tail.keys():
-        raise UserError(f"{path}: holds other tensors than those that train: {', '.join(sorted(tensors.keys() ^ tail.keys()))}")
-    for name, parameter in tail.items():
-        parameter.copy_(tensors[name])
 
 
 def _fill(model: ViT, family: Family, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

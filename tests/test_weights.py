@@ -18,8 +18,6 @@ from torch.testing import assert_close
 
 from minivit import load_pretrained, open_photo, save_pretrained
 from minivit.errors import UserError
-from minivit.optim import freeze_except
-from minivit.weights import load_tail, save_tail
 
 
 def test_a_round_trip_is_lossless(tiny, tiny_folder, tmp_path):
@@ -137,24 +135,6 @@ def test_a_config_that_lacks_a_size_is_refused(tiny_folder):
     (tiny_folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="lacks 'hidden_size'"):
         load_pretrained(tiny_folder)
-
-
-def test_a_tail_goes_back_into_its_own_model_only(tiny, tmp_path):
-    from minivit.weights import Origin
-
-    tiny.origin = Origin(source="base")
-    freeze_except(tiny, [10, 11])
-    save_tail(tiny, tmp_path / "tail.safetensors")
-    expected = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
-    with torch.no_grad():
-        for parameter in tiny.parameters():
-            if parameter.requires_grad:
-                parameter.zero_()
-    load_tail(tiny, tmp_path / "tail.safetensors")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in tiny.state_dict().items())
-    freeze_except(tiny, [11])
-    with pytest.raises(UserError, match="other tensors"):
-        load_tail(tiny, tmp_path / "tail.safetensors")
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
