@@ -120,7 +120,7 @@ def load_models(args: argparse.Namespace, *, quiet: bool) -> list[ViT]:
     """Load the model, after the one to compare it with if there is one, and say which on stderr."""
     from minivit import weights
 
-    source = args.model or (cli.RUN_DIR if Path(cli.RUN_DIR, "config.json").exists() else cli.BASE_MODEL)
+    source = cli.default_model(args.model)
     if not quiet:
         say(f"model: {source}", sys.stderr)
     models = [weights.load_pretrained(args.compare, img_size=args.img_size)] if args.compare else []

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from .errors import UserError, printable
@@ -34,6 +35,11 @@ class Parser(argparse.ArgumentParser):
             default="auto",
             help="precision; auto: bf16 where the device is good at it, fp16 on older GPUs, else float32 (off)",
         )
+
+
+def default_model(asked: str | None) -> str:
+    """Return the model asked for, else the last run's, else the base."""
+    return asked or (RUN_DIR if Path(RUN_DIR, "config.json").exists() else BASE_MODEL)
 
 
 def at_least(low: int) -> Callable[[str], int]:

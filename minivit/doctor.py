@@ -8,10 +8,8 @@ import hashlib
 import json
 import os
 import time
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -111,6 +109,7 @@ def quick_check(root: str | os.PathLike[str]) -> list[Finding]:
 def check(root: str | os.PathLike[str], *, workers: int) -> tuple[list[Photo], list[Finding]]:
     """Read every photo and mask: (the listed photos, what is found). Raises UserError if root is no data folder."""
     from .data import load_data
+    from .photos import read_ahead
 
     folder, photos, found = _survey(root)
     if not any(finding.severity == "error" for finding in _findings(found)):
@@ -121,11 +120,9 @@ def check(root: str | os.PathLike[str], *, workers: int) -> tuple[list[Photo], l
     for archive in (folder / name for name in ARCHIVES):
         if archive.is_file() and (md5 := _md5(archive)) != ARCHIVES[archive.name]:
             found["archive"][archive.name] = f" has MD5 {md5}"
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        warnings.simplefilter("ignore")  # Pillow's hints on odd metadata
-        sound = [photo for photo in photos if photo.path.is_file() and photo.name not in found["unreadable"]]
-        read = pool.map(lambda photo: _examine(photo, found), sound)
-        read = list(tqdm(read, total=len(sound), unit="photo", leave=False, disable=None))
+    sound = [photo for photo in photos if photo.path.is_file() and photo.name not in found["unreadable"]]
+    read = read_ahead(lambda photo: _examine(photo, found), sound, workers)
+    read = list(tqdm(read, total=len(sound), unit="photo", leave=False, disable=None))
     if used := [photo for photo in read if photo.split and photo.md5]:
         _find_copies(used, found)
         _find_leaks(used, found)

@@ -63,7 +63,7 @@ def score(args: argparse.Namespace) -> int:
     """Measure every photo, then tell how the maps fall on pet and head, for which photos, and what fine-tuning changed."""
     from . import data, device, files, gallery, loop, measure, optim, score_plots, weights
 
-    source = args.model or (cli.RUN_DIR if Path(cli.RUN_DIR, "config.json").exists() else cli.BASE_MODEL)
+    source = cli.default_model(args.model)
     print(f"model: {printable(source)}", file=sys.stderr)
     on, out, photos = device.pick_device(args.device), Path(args.out), data.load_data(args.data, seed=0)
     amp, train, val = device.pick_amp(args.amp, on), photos.train, photos.val
