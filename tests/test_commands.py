@@ -411,8 +411,7 @@ def script(name, *arguments, **how):
 def test_infer_ends_quietly_when_nobody_reads_on(tiny_folder, photos):
     out = photos[0].parent / "out"
     with script("infer.py", *photos, "--model", tiny_folder, "--out", out, "--device", "cpu", "--top-k", "1") as process:
-        assert process.stdout.readline() == f"{photos[0]}\n"
-        process.stdout.close()
+        process.stdout.close()  # at once: a fast machine is through with all photos before one line of it is read
         assert process.stderr.read() == f"model: {tiny_folder}\n"
     assert process.returncode == 141
 
