@@ -76,7 +76,7 @@ def infer(args: argparse.Namespace) -> int:
     jobs = list(place(expand(args.photos), Path(args.out)))[rank::world]  # torchrun's processes share them out
     on = device.pick_device(parallel.own_device(args.device))
     amp = device.pick_amp(args.amp, on)
-    models = [model.to(on) for model in load_models(args, quiet=rank > 0)]
+    models = [model.to(on, amp) for model in load_models(args, quiet=rank > 0)]
     targets = [find_target(args.target, model, models) for model in models]
     blocks = optim.parse_blocks(args.layers, min(model.config.depth for model in models))
     methods = check_flags(args, models, blocks)
@@ -100,7 +100,7 @@ def infer(args: argparse.Namespace) -> int:
                 unreadable += 1
                 progress.update()
                 say(photo if isinstance(photo, photos.PhotoError) else f"{path}: {photo}", sys.stderr)
-            decoded, asked = [photo for *_, photo in sound], {"methods": methods, "all_rows": args.html, "amp": amp}
+            decoded, asked = [photo for *_, photo in sound], {"methods": methods, "all_rows": args.html}
             looks = [
                 look.look_at(model, decoded, i, blocks, target=targets[i], **asked) if sound else []
                 for i, model in enumerate(models)

@@ -23,10 +23,20 @@ if TYPE_CHECKING:
     from minivit import ViT
     from minivit.data import Data
     from minivit.state import State
+    from minivit.store import Pixels
 
 RUN_FILES = ("model.safetensors", "config.json", "preprocessor_config.json", "tail.safetensors", "metrics.jsonl")
 RUN_FILES += ("summary.json", "curves.png", "confusion.png", "predictions.png", "classes.csv", "README.md")
-MATHEMATICS = ("epochs", "batch_size", "lr", "weight_decay", "layer_decay", "label_smoothing", "seed")  # --resume keeps them
+MATHEMATICS = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "weight_decay",
+    "layer_decay",
+    "label_smoothing",
+    "cache_views",
+    "seed",
+)  # --resume keeps them
 STATE = "state.safetensors"  # there until the run is finished
 
 
@@ -45,9 +55,14 @@ def make_parser() -> cli.Parser:
     add("--weight-decay", type=cli.between(0, 1), default=0.05, help="of matrices, as AdamW does it")
     add("--layer-decay", type=cli.between(0, 1), default=1.0, help="learning rate from one block to the one below it")
     add("--label-smoothing", type=cli.between(0, 1), default=0.0, help="share of the target spread over all classes")
+    views = "augment each photo in K ways only, one an epoch: later epochs skip the frozen blocks; 0: anew each epoch"
+    add("--cache-views", type=cli.at_least(0), default=0, metavar="K", help=views)
     add("--patience", type=cli.at_least(1), metavar="N", help="stop after N epochs without a better one; none: never")
     parser.add_device_flags()
     add("--memory-gib", type=cli.positive, metavar="X", help="never use more of a CUDA device's memory; none: all that is free")
+    add("--cache-gib", type=cli.positive, default=4.0, metavar="X", help="memory for what frozen blocks make of photos")
+    add("--store-gib", type=cli.positive, default=32.0, metavar="X", help="disk for decoded photos, kept beside the data")
+    add("--compile", action="store_true", help="torch.compile: faster steps after a minute or two, so for long runs")
     add("--deterministic", action="store_true", help="the same bits each time on CUDA too, a little slower")
     add("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that decode photos")
     add("--seed", type=cli.at_least(0), default=0, help="of the validation split, the data order and augmentation")
@@ -67,7 +82,7 @@ def train(args: argparse.Namespace) -> int:
     """The whole job: data and model in, epochs with the state on disk after each, and what the best one achieves."""
     import torch
 
-    from minivit import data, describe, device, doctor, hub, loop, optim, parallel, weights
+    from minivit import data, describe, device, doctor, frozen, hub, loop, optim, parallel, store, weights
     from minivit.errors import UserError
 
     started, out, on = time.perf_counter(), Path(args.out), device.pick_device(parallel.own_device(args.device))
@@ -89,27 +104,27 @@ def train(args: argparse.Namespace) -> int:
             photos = parallel.from_first(lambda: data.load_data(args.data, seed=args.seed))
             for finding in doctor.quick_check(args.data) if first else ():
                 print(finding, file=sys.stderr)
-            model = weights.load_pretrained(
-                args.model, revision=args.revision, labels=photos.classes, img_size=args.img_size
-            ).to(on)
+            model = weights.load_pretrained(args.model, revision=args.revision, labels=photos.classes, img_size=args.img_size)
             cut = optim.freeze_except(model, optim.parse_blocks(args.blocks, model.config.depth))
             print(describe.describe_training(model, photos, on, amp), flush=True)
+            net = frozen.working_copy(model, on, amp, train=True)
             micro_batch = min(args.micro_batch or args.batch_size, args.batch_size)
             if args.dry_run or on.type == "cuda":
-                micro_batch, gib = loop.rehearse(model, photos, batch_size=args.batch_size, micro_batch=micro_batch, amp=amp)
+                how = {"batch_size": args.batch_size, "micro_batch": micro_batch, "amp": amp, "cache_gib": args.cache_gib}
+                micro_batch, gib = loop.rehearse(net, photos, cut=cut, **how)
                 print(f"up to {gib:.2f} GiB of memory, with {micro_batch} photos at a time\n", flush=True)
             if args.dry_run:
                 return 0
-            photos, (train, val, test) = parallel.from_first(
-                lambda: data.decode_all(photos, model.preprocess, workers=args.workers, skip_bad=args.skip_bad)
-            )
-            run = learn(args, model, train, val, cut=cut, amp=amp, micro_batch=micro_batch, started=started)
+            how = {"workers": args.workers, "cap_gib": args.store_gib, "skip_bad": args.skip_bad}
+            photos, file = parallel.from_first(lambda: store.prepare(photos, model.preprocess, **how))
+            train, val, test = store.open_splits(photos, file, model.preprocess, args.workers)
+            run = learn(args, model, net, train, val, cut=cut, amp=amp, micro_batch=micro_batch, started=started)
         if run.stopped:
             if first:
                 print(f"\ninterrupted; all is saved in {out}: the same command with --resume goes on", file=sys.stderr)
             return 130
         if first:
-            finish(args, run, photos, val, test, amp=amp, micro_batch=micro_batch)
+            finish(args, model, run, photos, val, test, amp=amp, micro_batch=micro_batch)
     return 0
 
 
@@ -129,8 +144,9 @@ def claim(out: Path, held: contextlib.ExitStack, resume: bool) -> bool:
 def learn(
     args: argparse.Namespace,
     model: ViT,
-    train: tuple[torch.Tensor, torch.Tensor],
-    val: tuple[torch.Tensor, torch.Tensor],
+    net: ViT,
+    train: tuple[Pixels, torch.Tensor],
+    val: tuple[Pixels, torch.Tensor],
     *,
     cut: int,
     amp: torch.dtype | None,
@@ -138,19 +154,20 @@ def learn(
     started: float,
 ) -> State:
     """Train from the first epoch, or from where the run in --out stands; leave the state after each epoch on disk."""
-    from minivit import loop, metrics, parallel, state
+    from minivit import loop, metrics, parallel, state, store
 
     out, first = Path(args.out), parallel.rank() == 0
     blocks = [i for i, block in enumerate(model.blocks) if block.norm1.weight.requires_grad]
     settings = {f"--{name.replace('_', '-')}": vars(args)[name] for name in MATHEMATICS}
-    settings |= {"precision": str(amp), "--blocks": blocks, "the checksum of the photos": state.checksum(*train, *val)}
+    settings |= {"precision": str(amp), "--blocks": blocks, "the checksum of the photos": store.checksum(train, val)}
     settings["the checksum of the base model"] = state.checksum(*(p for p in model.parameters() if not p.requires_grad))
-    run = state.begin(model, amp=amp, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
+    run = state.begin(net, amp=amp, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
     earlier = parallel.from_first(lambda: begin_folder(out, args.resume, settings))
     if earlier:
         run.load(*earlier)
     started -= run.spent
     how = {name: vars(args)[name] for name in ("epochs", "batch_size", "lr", "seed", "label_smoothing", "patience")}
+    how |= {name: vars(args)[name] for name in ("cache_views", "cache_gib", "compile")}
     for row in loop.fit(run, train, val, cut=cut, amp=amp, micro_batch=micro_batch, **how):
         if metrics.best_row(run.rows) is row:
             run.best = run.tail()
@@ -183,10 +200,11 @@ def begin_folder(out: Path, resume: bool, settings: dict) -> tuple | None:
 
 def finish(
     args: argparse.Namespace,
+    model: ViT,
     run: State,
     photos: Data,
-    val: tuple[torch.Tensor, torch.Tensor],
-    test: tuple[torch.Tensor, torch.Tensor],
+    val: tuple[Pixels, torch.Tensor],
+    test: tuple[Pixels, torch.Tensor],
     *,
     amp: torch.dtype | None,
     micro_batch: int,
@@ -194,21 +212,25 @@ def finish(
     """Write the best epoch's weights, test what was written, and leave everything there is to look at."""
     import torch
 
-    from minivit import files, hub, loop, metrics, optim, results, weights
+    from minivit import files, hub, loop, metrics, optim, results, state, weights
 
-    started, out, model, device = time.perf_counter(), Path(args.out), run.model, run.model.cls_token.device
-    peak_gib, best, batch = loop.peak_gib(device), metrics.best_row(run.rows), min(loop.EVAL_BATCH, micro_batch)
-    run.set_tail(run.best)
+    started, out, device = time.perf_counter(), Path(args.out), run.model.cls_token.device
+    peak_gib, best, batch = (
+        loop.peak_gib(device),
+        metrics.best_row(run.rows),
+        loop.eval_batch(device, args.batch_size, micro_batch),
+    )
+    state.set_tail(model, run.best)
+    run.free()
     weights.save_tail(model, out / "tail.safetensors")
     weights.save_pretrained(model, out)
-    run.free()
 
     # The test is of what was written: read back from disk, and checked to validate as it did when it was best.
-    reread = weights.load_pretrained(out).to(device)
-    again = loop.score(loop.predict_photos(reread, val[0], amp=amp, batch=batch), val[1])
+    reread = weights.load_pretrained(out).to(device, amp)
+    again = loop.score(loop.predict_photos(reread, val[0], batch=batch), val[1])
     if abs(again["loss"] - best["val_loss"]) > 1e-3 * max(1, best["val_loss"]):
         raise RuntimeError(f"{out}: read back, the weights validate at a loss of {again['loss']}, not {best['val_loss']}")
-    logits = loop.predict_photos(reread, test[0], amp=amp, batch=batch)
+    logits = loop.predict_photos(reread, test[0], batch=batch)
     scores = loop.score(logits, test[1])
     summary = {f"test_{name}": value for name, value in scores.items()} | {
         "test_photos": len(test[1]),
@@ -270,7 +292,7 @@ def report_epoch(rows: Sequence[Mapping[str, float]], epochs: int, out: Path) ->
         f"validation {row['val_accuracy']:.4f} (loss {row['val_loss']:.4f}) · "
         f"gap {100 * (row['train_accuracy'] - row['val_accuracy']):.1f} points"
         f"{f', overfitting since epoch {first}' if first else ''} · "
-        f"{row['images_per_s']:.0f} images/s · {row['seconds']:.1f} s",
+        f"{row['images_per_s']:.0f} images/s (MFU {row['mfu']:.0%}) · {row['seconds']:.1f} s",
         flush=True,
     )
 

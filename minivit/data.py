@@ -1,4 +1,4 @@
-"""Data: Oxford-IIIT Pet or a folder of class folders, its splits, its photos decoded, and augmentation on the device.
+"""Data: Oxford-IIIT Pet or a folder of class folders, its splits, and augmentation on the device.
 
 Shapes: n photos of a split, B of a batch, h, w pixels of the model's input.
 """
@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from .errors import UserError, printable
-from .photos import PhotoError, Preprocess, list_photos, open_photo, read_ahead
+from .errors import UserError
+from .photos import list_photos
 
 VAL_FRACTION = 0.1
 SERVER_TIMEOUT_S = 6  # for each answer of Oxford's server
@@ -52,6 +51,7 @@ class Data:
     train: Split
     val: Split
     test: Split
+    root: Path  # of all photos
 
 
 def load_data(root: str | os.PathLike[str], *, seed: int) -> Data:
@@ -132,7 +132,7 @@ def _load_pets(folder: Path, seed: int) -> Data:
     if sorted(names) != list(range(len(names))):
         raise UserError(f"{folder}: expected labels 1 to {len(names)}, found {sorted(label + 1 for label in names)}")
     train, val = _hold_out(splits["trainval"], seed)
-    return Data(tuple(names[i] for i in range(len(names))), train, val, splits["test"])
+    return Data(tuple(names[i] for i in range(len(names))), train, val, splits["test"], folder.parent)
 
 
 def _has_class_folders(root: Path) -> bool:
@@ -167,7 +167,7 @@ def _load_class_folders(root: Path, seed: int) -> Data:
     if val is None:
         train, val = _hold_out(train, seed)
     labels = (name.encode("utf-8", "surrogateescape").decode(errors="backslashreplace") for name in classes)  # for JSON
-    return Data(tuple(labels), train, val, test)
+    return Data(tuple(labels), train, val, test, root)
 
 
 def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
@@ -181,52 +181,6 @@ def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
             raise UserError(f"{split.paths[indices[0]].parent}: a class with too few photos; expected at least 3")
         held.update(rng.sample(indices, max(1, round(VAL_FRACTION * len(indices)))))
     return split.take([i for i in range(len(split)) if i not in held]), split.take(sorted(held))
-
-
-def decode_all(
-    data: Data, preprocess: Preprocess, *, workers: int, skip_bad: bool = False
-) -> tuple[Data, list[tuple[Tensor, Tensor]]]:
-    """Decode every photo once, in parallel: for train, val and test its pixels, uint8 (n, 3, h, w), and labels (n,).
-
-    The pixels are those that infer.py gives to the model. Photos that cannot be read are left out of the data that
-    is returned too, and named on stderr, if `skip_bad`. Raises UserError, naming them, if not, or if too few are left.
-    """
-    splits, bad = (data.train, data.val, data.test), []
-    with tqdm(total=sum(map(len, splits)), desc="decoding", unit="photo", leave=False) as progress:
-        decoded = [_decode(split, preprocess, workers, progress, bad) for split in splits]
-    if bad and not skip_bad:
-        shown = "; ".join([*bad[:3], "..."][: len(bad)])
-        raise UserError(
-            f"{len(bad)} of {sum(map(len, splits))} photos cannot be read: {shown}; to go on without them, add --skip-bad; "
-            "python -m minivit doctor --data DIR lists everything that is wrong"
-        )
-    for reason in bad:
-        print(f"left out: {printable(reason)}", file=sys.stderr)
-    data = Data(data.classes, *(split for split, _ in decoded))
-    lost = [f"of {data.classes[i]}" for i in sorted(set(range(len(data.classes))) - set(data.train.labels))]
-    lost += [f"for {name}" for name, split in (("validation", data.val), ("the test", data.test)) if not split]
-    if lost:
-        raise UserError(f"no photos are left {', '.join(lost)}: mend or replace those that cannot be read")
-    return data, [(pixels, torch.tensor(split.labels)) for split, pixels in decoded]
-
-
-def _decode(split: Split, preprocess: Preprocess, workers: int, progress: tqdm, reasons: list[str]) -> tuple[Split, Tensor]:
-    """Return the part of a split that can be read and its pixels; add the reasons for the rest."""
-    pixels, bad = torch.empty(len(split), 3, *preprocess.size, dtype=torch.uint8), {}
-
-    def read(i: int) -> None:
-        try:
-            pixels[i] = preprocess.pixels(open_photo(split.paths[i]))
-        except PhotoError as error:
-            bad[i] = str(error)
-
-    for _ in read_ahead(read, range(len(split)), workers):
-        progress.update()
-    if bad:
-        reasons += (bad[i] for i in sorted(bad))
-        sound = [i for i in range(len(split)) if i not in bad]
-        split, pixels = split.take(sound), pixels[sound]
-    return split, pixels
 
 
 def draw_augmentation(n: int, generator: torch.Generator) -> Tensor:

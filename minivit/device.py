@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import re
+import time
 from pathlib import Path
 
 import torch
@@ -46,6 +49,19 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     if name == "bf16" and cuda_major is not None and cuda_major < 8:
         raise UserError("amp bf16: this GPU is older than Ampere and would emulate it; use --amp fp16")
     return DTYPES[name]
+
+
+@functools.cache
+def product_flops(device: torch.device, amp: torch.dtype | None) -> float:
+    """Return how many floating-point operations a second the device does in a large matrix product: the best of five."""
+    side, best = (8192 if device.type == "cuda" else 1024), math.inf
+    with torch.inference_mode():
+        a = torch.ones(side, side, device=device, dtype=amp or torch.float32)
+        for _ in range(6):  # the first warms up
+            started = time.perf_counter()
+            (a @ a)[0, 0].item()  # waits for the device
+            best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
 
 
 def be_deterministic() -> None:

@@ -29,8 +29,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder for one run, and clear away what a killed one left half written; raises UserError if it is held.
+
+    With `wait`, waits until it is not.
 
     The kernel lets go of it when the process ends, however that happens; the empty file `.lock` means nothing by itself.
     """
@@ -38,7 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"{folder}: another run is writing there; wait for its end or give another --out") from None
         for left in folder.glob(".*.partial"):

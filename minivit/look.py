@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .attention import CLASS_TOKEN, DOMINANT_SHARE, METHODS, difference, method_rows, query_maps, shares, sinks
 from .files import whole_file
-from .loop import autocast
 from .model import ViT
 from .photos import open_photo
 from .plots import Panel, Row, panel_shape
@@ -83,7 +82,7 @@ def read_photo(path: Path, models: Sequence[ViT], query: tuple[float, float] | N
 
 def look_at(
     model: ViT, photos: Sequence[Photo], which: int, blocks: Sequence[int], *, methods: Sequence[str] = METHODS[:1],
-    all_rows: bool = False, target: int | None = None, amp: torch.dtype | None = None,
+    all_rows: bool = False, target: int | None = None,
 ) -> list[Look]:  # fmt: skip
     """Return what a model, the one of inputs `which`, makes of each photo.
 
@@ -99,7 +98,7 @@ def look_at(
     asked = range(model.config.num_tokens - num_registers) if all_rows else sorted({photo.query for photo in photos})
     targets = None if target is None else torch.full((len(photos),), target, device=images.device)
     rows, tokens = {}, {method: [CLASS_TOKEN] if method == "relevance" else asked for method in methods}
-    with torch.inference_mode(), autocast(images.device, amp):
+    with torch.inference_mode():
         for method in methods:
             queries = [token + num_registers if token else CLASS_TOKEN for token in tokens[method]]
             logits, found = method_rows(model, images, blocks, method=method, queries=queries, targets=targets)

@@ -1,7 +1,7 @@
 """The training loop: one optimiser step, the epochs, and predictions from the tokens at the cut.
 
-The cut is the first block that trains. What lies before it is frozen: it runs without a graph, and for photos that
-are not augmented it runs once (`cut_tokens`), whatever the number of epochs.
+The cut is the first block that trains. What lies before it is frozen (frozen.py): it runs without a graph, and for photos
+that are not augmented it runs once, whatever the number of epochs.
 
 Under torchrun the photos of a batch are dealt out to the processes (parallel.py); what follows is the same.
 
@@ -10,12 +10,11 @@ Shapes: n photos, B of a batch, N tokens, D embed_dim, C classes.
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -25,28 +24,24 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from . import parallel
-from .data import Data, augment, draw_augmentation
+from .data import Data, draw_augmentation
+from .device import product_flops
 from .errors import UserError
+from .frozen import Frozen, Source, Tail, follow, on_device, token_gib, tokens_at, working_copy
 from .metrics import best_row, confusion_matrix, summarize
 from .model import ViT
 from .optim import lr_at
 from .state import State, begin
 
 MAX_GRAD_NORM = 1.0
-EVAL_BATCH = 64
-TOKEN_CACHE_GIB = 4.0  # of memory for tokens at the cut; photos that need more are computed anew each epoch
-
-
-def autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager:
-    """Return the context in which a forward pass runs in the precision `amp`, None for float32."""
-    return torch.autocast(device.type, dtype=amp, enabled=amp is not None)
+CACHE_GIB = 4.0  # of host memory for tokens at the cut
 
 
 def train_step(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    images: Tensor,
+    inputs: Callable[[slice], Tensor],
     labels: Tensor,
     *,
     micro_batch: int,
@@ -54,35 +49,37 @@ def train_step(
     batch: float | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, int]:
-    """Take one optimiser step on images (B, 3, h, w) and labels (B,), in micro-batches whose gradients add up to B's.
+    """Take one optimiser step on B photos, in micro-batches whose gradients add up to B's; labels are (B,).
 
-    `net` is the model, or parallel.wrap of it: the images are then one process's share of a `batch` of so many (infinity:
-    a stand-in that must not count). Returns the share's part of the batch's mean loss and the norm of the batch's
-    gradients before clipping, both on the device, and the micro-batch, halved until the device's memory was enough for it.
-    A norm that is not finite means that the step was skipped, which only a scaler (fp16) does.
+    `inputs` gives what `net` takes of a part of them: images for a model, tokens for its Tail. Under parallel.wrap they are
+    one process's share of a `batch` of so many (infinity: a stand-in that must not count). Returns the share's part of the
+    batch's mean loss and the norm of the batch's gradients before clipping, both on the device, and the micro-batch, halved
+    until the device's memory was enough for it. A norm that is not finite means that the step was skipped, which only a
+    scaler (fp16) does.
     """
-    shared, batch = isinstance(net, DistributedDataParallel), batch or len(labels)
+    shared, batch, device = isinstance(net, DistributedDataParallel), batch or len(labels), labels.device
     while True:
         optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=images.device)
+        loss = torch.zeros((), device=device)
         try:
             for start in range(0, len(labels), micro_batch):
-                x, y = images[start : start + micro_batch], labels[start : start + micro_batch]
-                last = start + micro_batch >= len(labels)  # with whose gradients the processes exchange all
+                part = slice(start, start + micro_batch)
+                x, y = inputs(part), labels[part]
+                last = part.stop >= len(labels)  # with whose gradients the processes exchange all
                 with net.no_sync() if shared and not last else nullcontext():
-                    with autocast(images.device, amp):
-                        logits = net(x)  # (b, C); without a graph up to the cut, since nothing there needs one
+                    with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                        logits = net(x)  # (b, C)
                     # Summed, then divided by the whole batch, so that a short last micro-batch weighs what its photos do.
-                    part = F.cross_entropy(logits.float(), y, reduction="sum", label_smoothing=label_smoothing) / batch
-                    scaler.scale(part * (parallel.world() if shared else 1)).backward()  # DDP takes the processes' mean
-                loss += part.detach()
+                    mean = F.cross_entropy(logits.float(), y, reduction="sum", label_smoothing=label_smoothing) / batch
+                    scaler.scale(mean * (parallel.world() if shared else 1)).backward()  # DDP takes the processes' mean
+                loss += mean.detach()
             break
         except torch.OutOfMemoryError as error:
             if micro_batch == 1 or shared:  # the other processes would not redo the step
-                raise UserError(f"{images.device}: out of memory; try a lower --batch-size or --micro-batch") from error
+                raise UserError(f"{device}: out of memory; try a lower --batch-size or --micro-batch") from error
         micro_batch = max(1, min(micro_batch, len(labels)) // 2)  # out here, where no exception holds on to tensors
         torch.cuda.empty_cache()
-        print(f"{images.device}: out of memory; the step is redone in micro-batches of {micro_batch}", file=sys.stderr)
+        print(f"{device}: out of memory; the step is redone in micro-batches of {micro_batch}", file=sys.stderr)
     scaler.unscale_(optimizer)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
@@ -91,46 +88,38 @@ def train_step(
     return loss, norm, micro_batch
 
 
-def rehearse(model: ViT, data: Data, *, batch_size: int, micro_batch: int, amp: torch.dtype | None) -> tuple[int, float]:
+def rehearse(
+    model: ViT, data: Data, *, cut: int, batch_size: int, micro_batch: int, amp: torch.dtype | None, cache_gib: float = 0.0
+) -> tuple[int, float]:
     """Take two steps on grey photos at a learning rate of 0, which changes nothing.
 
     Returns the micro-batch, halved until it fits into the device's memory, and the most memory, in GiB, that training on
-    the data will use: on CUDA of the device; else of this process, which also holds photos and tokens.
+    the data will use: on CUDA of the device; else of this process, which also holds photos and up to `cache_gib` of tokens.
     """
     device, state = model.cls_token.device, begin(model, amp=amp, weight_decay=0.0)
     share = math.ceil(batch_size / parallel.world())
-    pixels = torch.full((share, 3, *model.config.img_size), 128, dtype=torch.uint8)
+    grey, draws = torch.full((share, 3, *model.config.img_size), 128, dtype=torch.uint8), torch.full((share, 5), 0.5)
+    pixels, labels = grey.to(device), torch.zeros(share, dtype=torch.long, device=device)
     for _ in range(2):  # from the second on, AdamW's moments are there all along
-        images = augment(model.preprocess.normalize(pixels.to(device)), torch.full((share, 5), 0.5))
-        labels = torch.zeros(share, dtype=torch.long, device=device)
-        micro_batch = train_step(model, state.optimizer, state.scaler, images, labels, micro_batch=micro_batch, amp=amp)[2]
+        inputs = lambda part: tokens_at(model, pixels[part], cut=cut, draws=draws[part])  # noqa: E731
+        *_, micro_batch = train_step(
+            Tail(model, cut), state.optimizer, state.scaler, inputs, labels, micro_batch=micro_batch, amp=amp
+        )
     peak = peak_gib(device)
     model.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         photos, scored = sum(map(len, (data.train, data.val, data.test))), len(data.train) + len(data.val)
-        tokens = _token_bytes(model, scored)
-        peak += (photos * pixels[0].numel() + (tokens if tokens <= TOKEN_CACHE_GIB * 2**30 else 0)) / 2**30
+        tokens = token_gib(model, scored)
+        peak += photos * grey[0].numel() / 2**30 + (tokens if tokens <= cache_gib else 0)
     return micro_batch, peak
 
 
 @torch.no_grad()
-def cut_tokens(model: ViT, batches: Iterable[Tensor], *, cut: int, amp: torch.dtype | None) -> Iterator[Tensor]:
-    """Yield for each batch of images (B, 3, h, w) the tokens (B, N, D) that enter block `cut`."""
-    for images in batches:
-        with autocast(images.device, amp):
-            yield model.tokens(images, stop=cut)
-
-
-@torch.no_grad()
-def predict(model: ViT, tokens: Iterable[Tensor], *, cut: int, amp: torch.dtype | None) -> Tensor:
+def predict(model: ViT, tokens: Iterable[Tensor], *, cut: int) -> Tensor:
     """Return the logits, float32 (n, C) on the CPU, of batches of tokens (B, N, D) that enter block `cut`."""
-    device, logits = model.cls_token.device, []
-    for batch in tokens:
-        with autocast(device, amp):
-            logits.append(model.logits(batch.to(device), start=cut).float())
-    return torch.cat(logits).cpu()
+    return torch.cat([model.logits(batch, start=cut).float() for batch in tokens]).cpu()
 
 
 def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -141,8 +130,8 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 def fit(
     state: State,
-    train: tuple[Tensor, Tensor],
-    val: tuple[Tensor, Tensor],
+    train: tuple[Source, Tensor],
+    val: tuple[Source, Tensor],
     *,
     cut: int,
     amp: torch.dtype | None,
@@ -153,38 +142,55 @@ def fit(
     seed: int,
     label_smoothing: float = 0.0,
     patience: int | None = None,
+    cache_views: int = 0,
+    cache_gib: float = CACHE_GIB,
+    compile: bool = False,
 ) -> Iterator[dict[str, float]]:
     """Go on with a run from where it stands, and yield a row of metrics.jsonl after each epoch, the model being that epoch's.
 
     `train` and `val` are pixels, uint8 (n, 3, h, w), and labels (n,). One seed gives one data order and augmentation,
-    whatever the sizes of batches and the number of processes. Ends early after `patience` epochs without a better one, and,
-    with state.stopped set, at the end of the step during which SIGINT or SIGTERM came. Raises UserError as soon as an
-    epoch's loss is not finite.
+    whatever the sizes of batches and the number of processes; of `cache_views` epochs the tokens at the cut are kept, and
+    the epochs after them have their augmentation again. Ends early after `patience` epochs without a better one, and, with
+    state.stopped set, at the end of the step during which SIGINT or SIGTERM came. Raises UserError as soon as an epoch's loss
+    is not finite, and if the views' tokens take more than `cache_gib` of memory.
     """
     model, device, n = state.model, state.model.cls_token.device, len(train[1])
-    net, keep, batch = (
-        parallel.wrap(model),
-        _token_bytes(model, n + len(val[1])) <= TOKEN_CACHE_GIB * 2**30,
-        min(EVAL_BATCH, micro_batch),
-    )
-    splits = [(name, parallel.shard(split[0]), split[1]) for name, split in (("train", train), ("val", val))]
-    splits = [(name, _eval_tokens(model, own, cut=cut, amp=amp, keep=keep, batch=batch), y) for name, own, y in splits]
-    step = partial(train_step, net, state.optimizer, state.scaler, amp=amp, label_smoothing=label_smoothing)
-    schedule = partial(lr_at, peak=lr, total=epochs * math.ceil(n / batch_size))
+    num_views = cache_views if cache_views < epochs else 0  # of the rest, none would come again
+    need = token_gib(model, n * num_views)
+    if need > cache_gib:
+        raise UserError(f"the tokens of {num_views} views take {need:.1f} GiB; raise --cache-gib {cache_gib:g}, or keep fewer")
+    keep = need + token_gib(model, n + len(val[1])) <= cache_gib
+    frozen = Frozen(model, cut, batch=eval_batch(device, batch_size, micro_batch), compile=compile)
+    tail, evaluated = Tail(model, cut), working_copy(model, device, model.cls_token.dtype, train=False)
+    if compile:
+        tail.compile()
+    own = [(name, split, parallel.shard(torch.arange(len(split[1])))) for name, split in (("train", train), ("val", val))]
+    splits = [(name, frozen.evaluation(split[0], mine, keep=keep), split[1]) for name, split, mine in own]
+    step = partial(train_step, parallel.wrap(tail), state.optimizer, state.scaler, amp=amp, label_smoothing=label_smoothing)
+    schedule, views = partial(lr_at, peak=lr, total=epochs * math.ceil(n / batch_size)), {}
     with parallel.stop_requests() as stop_requested:
-        while state.epoch <= epochs and not (
-            patience and state.rows and state.epoch > patience + best_row(state.rows)["epoch"]
-        ):
+        while state.epoch <= epochs and not _patience_ends(state, patience):
             started = time.perf_counter() - state.seconds
-            todo = tqdm(_batches(n, batch_size, seed, state.epoch), f"epoch {state.epoch}/{epochs}", unit="step", leave=False)
-            micro_batch = _train_epoch(state, step, schedule, train, todo, micro_batch, stop_requested)
+            (order, draws), view = _draw(n, seed, state.epoch), (state.epoch - 1) % num_views if num_views else None
+            new = view not in views
+            if new and view is not None:
+                views[view] = frozen.keep(train[0], torch.arange(n), _draw(n, seed, view + 1)[1], stop_requested)
+            source = train[0] if view is None else views[view]
+            state.stopped = source is None
+            if state.stopped:
+                return
+            inputs = frozen if view is None else (lambda there, _: there)
+            batches = [(index, draws[index]) for index in order.split(batch_size)]
+            micro_batch = _train_epoch(state, step, schedule, source, inputs, train[1], batches, micro_batch, stop_requested)
             row = {"epoch": state.epoch, "loss": _mean_loss(state, n, batch_size, lr), "lr": state.lr}
             state.seconds = time.perf_counter() - started
             if state.stopped:
                 return
-            row["images_per_s"] = n / state.seconds
+            flops = n * (model.flops(0 if new else cut) + 2 * model.flops(cut)) / state.seconds
+            row |= {"images_per_s": n / state.seconds, "mfu": flops / parallel.world() / product_flops(device, amp)}
+            follow(evaluated, model)
             for name, tokens, labels in splits:
-                scores = score(parallel.gather(predict(model, tokens(), cut=cut, amp=amp), len(labels)), labels)
+                scores = score(parallel.gather(predict(evaluated, tokens(), cut=cut), len(labels)), labels)
                 row |= {f"{name}_{key}": value for key, value in scores.items()}
             row |= {"seconds": time.perf_counter() - started, "peak_gib": peak_gib(device)}
             state.rows.append(row)
@@ -195,26 +201,34 @@ def fit(
                 return
 
 
+def _patience_ends(state: State, patience: int | None) -> bool:
+    return bool(patience and state.rows) and state.epoch > patience + best_row(state.rows)["epoch"]
+
+
 def _train_epoch(
     state: State,
-    step: Callable,  # train_step, all but the images
+    step: Callable,  # train_step, all but the photos
     schedule: Callable[[int], float],
-    train: tuple[Tensor, Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    source: Source,  # pixels, or tokens at the cut (n, N, D)
+    inputs: Callable[[Tensor, Tensor], Tensor],  # tokens at the cut from what is read of photos and their draws
+    labels: Tensor,
+    batches: Sequence[tuple[Tensor, Tensor]],
     micro_batch: int,
     stop_requested: Callable[[], bool],
 ) -> int:
     """Take the steps that are left of the epoch under way, until its end or a request to stop; return the micro-batch."""
-    device, preprocess, losses = state.model.cls_token.device, state.model.preprocess, []
-    for index, draws in itertools.islice(batches, len(state.losses), None):
+    device, losses = state.model.cls_token.device, []
+    left = batches[len(state.losses) :]
+    own = [[part[parallel.shard(torch.arange(len(index)))] for part in (index, draws)] for index, draws in left]
+    moved = on_device(lambda mine: (source[mine[0]], mine[1], labels[mine[0]]), own, device)
+    bar = tqdm(left, f"epoch {state.epoch}", len(batches), initial=len(state.losses), unit="step", leave=False)
+    for (index, _), (there, draws, y) in zip(bar, moved):
         state.lr = schedule(state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = state.lr * group["lr_scale"]
-        mine = parallel.shard(torch.arange(len(index)))
-        images = augment(preprocess.normalize(train[0][index[mine]].to(device)), draws[mine])
-        labels = train[1][index[mine]].to(device)
         counted = len(index) if parallel.rank() < len(index) else math.inf
-        loss, norm, micro_batch = step(images, labels, micro_batch=micro_batch, batch=counted)
+        part = lambda part: inputs(there[part], draws[part])  # noqa: B023, E731
+        loss, norm, micro_batch = step(part, y, micro_batch=micro_batch, batch=counted)
         losses.append(loss)
         state.step += not state.scaler.is_enabled() or bool(norm.isfinite())  # asks the device, so only where it must
         state.stopped = stop_requested()
@@ -225,11 +239,10 @@ def _train_epoch(
     return micro_batch
 
 
-def _batches(n: int, batch_size: int, seed: int, epoch: int) -> list[tuple[Tensor, Tensor]]:
-    """Return an epoch's batches: the indices of their photos (B,) and the draws of their augmentation (B, 5)."""
+def _draw(n: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    """Draw an epoch's order of photos (n,) and, for each photo, its augmentation (n, 5)."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order, draws = torch.randperm(n, generator=generator), draw_augmentation(n, generator)
-    return [(index, draws[index]) for index in order.split(batch_size)]
+    return torch.randperm(n, generator=generator), draw_augmentation(n, generator)
 
 
 def _mean_loss(state: State, n: int, batch_size: int, lr: float) -> float:
@@ -242,10 +255,18 @@ def _mean_loss(state: State, n: int, batch_size: int, lr: float) -> float:
     return sum(loss * size for loss, size in taken) / sum(size for _, size in taken)
 
 
-def predict_photos(model: ViT, pixels: Tensor, *, amp: torch.dtype | None, batch: int = EVAL_BATCH) -> Tensor:
+@torch.no_grad()
+def predict_photos(model: ViT, pixels: Source, *, batch: int) -> Tensor:
     """Return the logits, float32 (n, C) on the CPU, of photos as they are: pixels, uint8 (n, 3, h, w)."""
-    images = tqdm(list(pixels.split(batch)), desc="predicting", unit="batch", leave=False)
-    return predict(model, cut_tokens(model, _inputs(model, images), cut=0, amp=amp), cut=0, amp=amp)
+    device, jobs = model.cls_token.device, torch.arange(len(pixels)).split(batch)
+    images = on_device(lambda index: [pixels[index]], jobs, device)
+    bar = tqdm(images, "predicting", len(jobs), unit="batch", leave=False)
+    return torch.cat([model(model.preprocess.normalize(found)).float() for (found,) in bar]).cpu()
+
+
+def eval_batch(device: torch.device, batch_size: int, micro_batch: int) -> int:
+    """Return how many photos go through at once where no graph takes memory: many, unless micro-batches are asked for."""
+    return micro_batch if micro_batch < batch_size else 256 if device.type == "cuda" else 64
 
 
 def peak_gib(device: torch.device) -> float:
@@ -255,27 +276,3 @@ def peak_gib(device: torch.device) -> float:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def _inputs(model: ViT, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    for pixels in batches:
-        yield model.preprocess.normalize(pixels.to(model.cls_token.device))
-
-
-def _eval_tokens(
-    model: ViT, pixels: Tensor, *, cut: int, amp: torch.dtype | None, keep: bool, batch: int
-) -> Callable[[], Iterable[Tensor]]:
-    """Return a function that gives the tokens at the cut of photos as they are: computed once if they may be kept."""
-
-    def compute() -> Iterator[Tensor]:
-        return cut_tokens(model, _inputs(model, pixels.split(batch)), cut=cut, amp=amp)
-
-    if not keep:
-        return compute
-    batches = math.ceil(len(pixels) / batch)
-    kept = [tokens.cpu() for tokens in tqdm(compute(), desc="frozen blocks", total=batches, unit="batch", leave=False)]
-    return lambda: kept
-
-
-def _token_bytes(model: ViT, n: int) -> int:
-    return n * 4 * model.pos_embed.shape[2] * (1 + model.config.grid[0] * model.config.grid[1])

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from .attention import CLASS_TOKEN, class_relevance, method_rows, query_maps, region_scores
 from .errors import UserError
-from .loop import autocast
 from .model import ViT
 from .photos import PhotoError, Preprocess, open_photo, read_ahead
 
@@ -48,7 +47,6 @@ def measure(
     *,
     blocks: Sequence[int],
     methods: Sequence[str],
-    amp: torch.dtype | None,
     workers: int,
 ) -> Measured:
     """Score models of one shape on photos, which threads decode meanwhile; blocks are sorted.
@@ -72,7 +70,7 @@ def measure(
             images, regions = model.preprocess.normalize(torch.stack(pixels).to(device)), torch.stack(regions)
             absent, regions, found = not regions[:, 1].any(), regions.to(device), {}  # (B, 2, 2, P); no head box at all
             for which, each in models.items():
-                logits, found[which] = model_maps(each, images, blocks, methods, amp)
+                logits, found[which] = model_maps(each, images, blocks, methods)
                 pet = region_scores(found[which], *regions[:, 0].unbind(1))
                 head = torch.full_like(pet, torch.nan) if absent else region_scores(found[which], *regions[:, 1].unbind(1))
                 rows[which][len(kept) : len(kept) + len(batch)] = torch.stack([pet, head], 2)  # (B, M, 2, 4)
@@ -104,23 +102,18 @@ def measure(
     )
 
 
-def model_maps(
-    model: ViT, images: Tensor, blocks: Sequence[int], methods: Sequence[str], amp: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
+def model_maps(model: ViT, images: Tensor, blocks: Sequence[int], methods: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Return the logits of images (B, 3, h, w) and how the class token looks: maps (B, M, P), in the order of map_keys."""
-    device, c = images.device, model.config
+    c = model.config
     to_maps = partial(query_maps, grid=c.grid, num_registers=c.num_registers)
-    with autocast(device, amp):
-        logits, attn = model.forward_with_attention(images, blocks, queries=[CLASS_TOKEN])
+    logits, attn = model.forward_with_attention(images, blocks, queries=[CLASS_TOKEN])
     heads = torch.stack([to_maps(attn[b]).flatten(2) for b in blocks], 1)  # (B, L, H, P)
     maps = [torch.cat([heads, heads.mean(2, keepdim=True)], 2).flatten(1, 2)]
     if "rollout" in methods:
-        with autocast(device, amp):
-            _, rolled = method_rows(model, images, blocks, method="rollout")  # (B, 1, 1, N)
+        _, rolled = method_rows(model, images, blocks, method="rollout")  # (B, 1, 1, N)
         maps.append(torch.stack([to_maps(rolled[b]).flatten(1) for b in blocks], 1))
     if "relevance" in methods:
-        with autocast(device, amp):
-            relevant = class_relevance(model, images, logits.argmax(1), blocks)
+        relevant = class_relevance(model, images, logits.argmax(1), blocks)
         maps.append(torch.stack([to_maps(relevant[b]).flatten(1) for b in blocks], 1))
     return logits, torch.cat(maps, 1)
 

@@ -233,11 +233,17 @@ class ViT(nn.Module):
             raise UserError(
                 f"expected images (B, 3, {self.config.img_size[0]}, {self.config.img_size[1]}), found {tuple(images.shape)}"
             )
-        patches = self.patch_embed(images)
+        patches = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
         x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.positions()  # (B, N - R, D)
         if self.reg_token is None:
             return x
         return torch.cat([x[:, :1], self.reg_token.expand(len(images), -1, -1), x[:, 1:]], dim=1)  # (B, N, D)
+
+    def flops(self, start: int = 0) -> int:
+        """Return the floating-point operations of an image's matrix products, from block `start` on; from 0, embeddings too."""
+        c, N, D = self.config, self.config.num_tokens, self.config.embed_dim
+        block = 2 * N * (4 * D * D + 2 * D * c.mlp_dim) + 4 * N * N * D
+        return (c.depth - start) * block + (2 * (N - 1) * 3 * c.patch_size**2 * D if start == 0 else 0)
 
     def positions(self) -> Tensor:
         """Return pos_embed (1, N - R, D), resampled to the grid of img_size as the reference does: bicubic, in float32."""

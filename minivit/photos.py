@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import io
 import logging
 import math
@@ -117,7 +118,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return photo
 
 
-def read_ahead(read: Callable[[Job], Found], jobs: Iterable[Job], workers: int) -> Iterator[Found]:
+def read_ahead(read: Callable[[Job], Found], jobs: Iterable[Job], workers: int, ahead: int | None = None) -> Iterator[Found]:
     """Yield read(job) for each job in turn, read in threads, since Pillow lets go of the GIL, and never far ahead."""
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         warnings.simplefilter("ignore")  # around all threads, since each puts back the filters that it happened to find
@@ -125,7 +126,7 @@ def read_ahead(read: Callable[[Job], Found], jobs: Iterable[Job], workers: int) 
         try:
             for job in jobs:
                 reading.append(pool.submit(read, job))
-                if len(reading) > 2 * workers + READ_AHEAD:
+                if len(reading) > 2 * workers + (READ_AHEAD if ahead is None else ahead):
                     yield reading.popleft().result()
             while reading:
                 yield reading.popleft().result()
@@ -175,7 +176,7 @@ class Preprocess:
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Turn pixels (..., 3, h, w) of 0 to 255 into float32 of the checkpoint's mean and std."""
-        mean, std = (pixels.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (_channels(values, pixels.device) for values in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
 
     def box(self, photo_size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -292,6 +293,13 @@ class Preprocess:
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }
+
+
+@functools.cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Put a number for each channel on the device, (3, 1, 1), once: each copy would make the host wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def _pair(size: int | dict) -> tuple[int, int]:

@@ -79,8 +79,8 @@ def score(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
 
     started = time.perf_counter()
-    models = {which: m.to(on).requires_grad_(False).eval() for which, m in models.items()}
-    found = measure.measure(models, split.paths, blocks=blocks, methods=args.methods, amp=amp, workers=args.workers)
+    models = {which: m.to(on, amp).requires_grad_(False).eval() for which, m in models.items()}
+    found = measure.measure(models, split.paths, blocks=blocks, methods=args.methods, workers=args.workers)
     seconds, split = time.perf_counter() - started, split.take(found.photos)
     truth = [photos.classes[i] for i in split.labels]
     right = np.array([model.labels[p] == name for p, name in zip(found.predicted, truth)]) if knows else None

@@ -58,7 +58,7 @@ def measure(model: ViT, images: torch.Tensor, amp: torch.dtype | None) -> Iterat
     """Yield (what, measured, bound) for each check."""
     import torch
 
-    from . import loop, weights
+    from . import frozen, weights
 
     with torch.no_grad():
         logits, attn = model.forward_with_attention(images, [model.config.depth - 1])
@@ -66,8 +66,8 @@ def measure(model: ViT, images: torch.Tensor, amp: torch.dtype | None) -> Iterat
         yield "fused against explicit attention, float32", explicit_attention(model, images, attn), 1e-5
         for dtype, bound in ((torch.bfloat16, 5e-2), (torch.float16, 1e-2)):
             if dtype is amp:
-                with loop.autocast(images.device, dtype):
-                    yield f"logits in {str(dtype)[6:]} against float32", difference(model(images).float(), logits), bound
+                low = frozen.working_copy(model, images.device, dtype, train=False)
+                yield f"logits in {str(dtype)[6:]} against float32", difference(low(images).float(), logits), bound
     for micro_batch in (1, 3):
         yield (
             f"gradients of micro-batches of {micro_batch} against the full batch",
@@ -106,7 +106,7 @@ def accumulation(model: ViT, images: torch.Tensor, micro_batch: int) -> float:
         twin = copy.deepcopy(model)
         optim.freeze_except(twin, [model.config.depth - 1])
         run = state.begin(twin, amp=None, weight_decay=0.0)
-        loop.train_step(twin, run.optimizer, run.scaler, images, labels, micro_batch=size, amp=None)
+        loop.train_step(twin, run.optimizer, run.scaler, images.__getitem__, labels, micro_batch=size, amp=None)
         found.append(torch.cat([p.grad.flatten() for p in optim.trainable(twin).values()]))
     return difference(found[1], found[0])
 
@@ -115,7 +115,7 @@ def resume(model: ViT, amp: torch.dtype | None, folder: Path) -> float:
     """Train for two epochs; the same with a stop after the first, its state written and read back: compare the weights."""
     import torch
 
-    from . import loop, optim, state
+    from . import frozen, loop, optim, state
 
     pixels = torch.randint(256, (8, 3, *model.config.img_size), dtype=torch.uint8)
     photos = (pixels, torch.arange(8) % 5)
@@ -124,6 +124,7 @@ def resume(model: ViT, amp: torch.dtype | None, folder: Path) -> float:
     def begin() -> tuple[state.State, int]:
         twin = copy.deepcopy(model)
         cut = optim.freeze_except(twin, [model.config.depth - 1])
+        twin = frozen.working_copy(twin, model.cls_token.device, amp, train=True)
         return state.begin(twin, amp=amp, weight_decay=0.05), cut
 
     straight, cut = begin()

@@ -44,15 +44,10 @@ class State:
         """Copy what trains to the CPU."""
         return {name: p.detach().cpu().clone() for name, p in trainable(self.model).items()}
 
-    @torch.no_grad()
-    def set_tail(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, parameter in trainable(self.model).items():
-            parameter.copy_(tensors[name])
-
     def free(self) -> None:
-        """Give back the device's memory: the model goes to the CPU, and training cannot go on."""
+        """Give back the device's memory; training cannot go on."""
         self.model.zero_grad(set_to_none=True)
-        self.model.cpu()
+        self.model.to("meta")
         self.optimizer.state.clear()
 
     def save(self, path: Path, settings: Mapping[str, object]) -> None:
@@ -71,7 +66,7 @@ class State:
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
-        self.set_tail(parts["tail"])
+        set_tail(self.model, parts["tail"])
         self.best = parts["best"]
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts["optimizer"].items():
@@ -83,10 +78,18 @@ class State:
             setattr(self, name, about[name])
 
 
+@torch.no_grad()
+def set_tail(model: ViT, tensors: Mapping[str, Tensor]) -> None:
+    """Give what trains of a model its weights."""
+    for name, parameter in trainable(model).items():
+        parameter.copy_(tensors[name])
+
+
 def begin(model: ViT, *, amp: torch.dtype | None, weight_decay: float, layer_decay: float = 1.0) -> State:
     """Return the state of a run that has taken no step: AdamW on what trains, and a gradient scaler for fp16."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay, layer_decay), lr=0.0)  # set before each step
-    return State(model, optimizer, torch.amp.GradScaler(model.cls_token.device.type, enabled=amp is torch.float16))
+    device, groups = model.cls_token.device.type, parameter_groups(model, weight_decay, layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=device == "cuda")  # the learning rate is set before each step
+    return State(model, optimizer, torch.amp.GradScaler(device, enabled=amp is torch.float16))
 
 
 def read(path: Path, settings: Mapping[str, object]) -> tuple[dict[str, Tensor], dict]:

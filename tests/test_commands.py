@@ -84,6 +84,23 @@ def test_a_dry_run_says_what_would_train_and_writes_nothing(tiny_folder, shapes_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_few_kept_views_train_as_well_and_their_later_epochs_run_no_frozen_block(tiny_folder, shapes_data, tmp_path):
+    out = tmp_path / "run"
+    assert run_train(tiny_folder, shapes_data, out, "--epochs", "8", "--cache-views", "2") == 0
+    assert json.loads((out / "summary.json").read_text())["test_accuracy"] == 1.0
+    assert (
+        run_train(tiny_folder, shapes_data, tmp_path / "x", "--epochs", "3", "--cache-views", "2", "--cache-gib", "1e-6") == 2
+    )
+
+
+def test_photos_beyond_the_cap_are_streamed_to_the_same_result(run, tiny_folder, shapes_data, tmp_path, capsys):
+    out, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(shapes_data, data, ignore=shutil.ignore_patterns(".minivit"))
+    assert run_train(tiny_folder, data, out, "--epochs", "6", "--store-gib", "1e-9", "--cache-gib", "1e-9") == 0
+    assert "each epoch decodes them anew" in capsys.readouterr().err
+    assert load_file(out / "tail.safetensors")["head.weight"].equal(load_file(run[0] / "tail.safetensors")["head.weight"])
+
+
 def test_the_model_card_says_what_it_is_and_names_are_no_markup(run):
     from minivit.card import model_card
 
@@ -118,7 +135,7 @@ def test_the_written_weights_are_the_best_epochs_not_the_last(tiny_folder, shape
 def test_the_same_command_twice_gives_the_same_metrics_and_keeps_the_earlier_run(run, tiny_folder, shapes_data):
     out, _ = run
     assert run_train(tiny_folder, shapes_data, out, "--epochs", "6") == 0
-    timing = {"images_per_s", "seconds", "peak_gib"}
+    timing = {"images_per_s", "mfu", "seconds", "peak_gib"}
     now, then = (
         [
             {k: v for k, v in json.loads(line).items() if k not in timing}
@@ -159,13 +176,14 @@ def test_infer_prints_names_and_draws_a_figure_for_each_photo(run, tmp_path, cap
 
 
 def test_inference_gives_the_logits_of_training(run, shapes_data):
-    from minivit import open_photo
-    from minivit.data import decode_all, load_data
+    from minivit import open_photo, store
+    from minivit.data import load_data
     from minivit.loop import predict_photos
 
     model = load_pretrained(run[0])
     data = load_data(shapes_data, seed=0)
-    logits = predict_photos(model, decode_all(data, model.preprocess, workers=2)[1][2][0], amp=None)
+    data, file = store.prepare(data, model.preprocess, workers=2, cap_gib=1)
+    logits = predict_photos(model, store.open_splits(data, file, model.preprocess, workers=2)[2][0], batch=4)
     with torch.no_grad():
         one = model(model.preprocess(open_photo(data.test.paths[5]))[None])
     torch.testing.assert_close(one[0], logits[5], rtol=0, atol=1e-5)

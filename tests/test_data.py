@@ -9,7 +9,6 @@ import socket
 import tarfile
 import threading
 import time
-import warnings
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,8 +17,8 @@ import torch
 from conftest import draw_photo
 from torch.testing import assert_close
 
-from minivit import Preprocess, open_photo
-from minivit.data import augment, decode_all, draw_augmentation, load_data
+from minivit import Preprocess
+from minivit.data import augment, draw_augmentation, load_data
 from minivit.errors import UserError
 
 BREEDS = ["Zorro_cat", "alpha_dog", "Beta_cat"]  # in label order, which is not the alphabet's
@@ -128,85 +127,6 @@ def test_a_class_that_is_only_in_the_test_is_refused(tmp_path):
 
 
 PREPROCESS = Preprocess((16, 16))
-
-
-def assert_aligned(data, decoded):
-    for (pixels, labels), split in zip(decoded, (data.train, data.val, data.test)):
-        assert labels.tolist() == split.labels
-        assert len(pixels) == len(split.paths) == len(split)
-        for i, path in enumerate(split.paths):
-            assert torch.equal(pixels[i], PREPROCESS.pixels(open_photo(path)))
-
-
-def test_decoding_gives_inference_pixels(pets):
-    data = load_data(pets, seed=0)
-    decoded = decode_all(data, PREPROCESS, workers=2)
-    assert decoded[0] == data
-    assert_aligned(*decoded)
-
-
-@pytest.mark.parametrize("num_bad", [1, 3, 4])
-def test_all_unreadable_photos_are_counted_and_the_first_named(pets, num_bad):
-    data = load_data(pets, seed=0)
-    bad = [data.train.paths[7], data.train.paths[3], data.val.paths[0], data.test.paths[-1]][:num_bad]
-    for path in bad:
-        path.write_text("no photo")
-    with pytest.raises(UserError, match=f"{num_bad} of 69 photos cannot be read") as raised:
-        decode_all(data, PREPROCESS, workers=2)
-    message = str(raised.value)
-    assert [path.name in message for path in bad] == [True, True, True, False][:num_bad]
-    assert ("; ...;" in message) == (num_bad > 3)
-    assert "--skip-bad" in message
-    assert "python -m minivit doctor --data DIR" in message
-
-
-def test_unreadable_photos_can_be_left_out_of_data_pixels_and_labels_alike(pets, capsys):
-    data = load_data(pets, seed=0)
-    for path in (data.train.paths[0], data.train.paths[20], data.val.paths[-1], data.test.paths[4]):
-        path.write_text("no photo")
-    kept, decoded = decode_all(data, PREPROCESS, workers=3, skip_bad=True)
-    assert [len(split) for split in (kept.train, kept.val, kept.test)] == [52, 5, 8]
-    assert kept.train.paths == [p for i, p in enumerate(data.train.paths) if i not in (0, 20)]
-    assert kept.test.paths == data.test.paths[:4] + data.test.paths[5:]
-    assert_aligned(kept, decoded)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
-    assert [line.split(": ")[1] for line in lines] == [
-        str(path) for path in (data.train.paths[0], data.train.paths[20], data.val.paths[-1], data.test.paths[4])
-    ]
-
-
-LOST = {
-    "class": (lambda data: [p for p, label in zip(data.train.paths, data.train.labels) if label == 1], "of Alpha Dog"),
-    "validation": (lambda data: data.val.paths, "for validation"),
-    "test": (lambda data: data.test.paths, "for the test"),
-}
-
-
-@pytest.mark.parametrize("which, message", LOST.values(), ids=LOST)
-def test_too_many_unreadable_photos_cannot_be_left_out(pets, which, message):
-    data = load_data(pets, seed=0)
-    for path in which(data):
-        path.write_text("no photo")
-    with pytest.raises(UserError, match=f"no photos are left {message}"):
-        decode_all(data, PREPROCESS, workers=2, skip_bad=True)
-
-
-def test_odd_metadata_gives_no_warning_and_leaves_the_warning_filters_alone(pets, monkeypatch):
-    """Pillow warns of such a palette; many threads at once must neither let that through nor change what others see."""
-    data = load_data(pets, seed=0)
-    image = draw_photo(40, 30).quantize(200)
-    for path in data.train.paths:
-        image.save(path, "PNG", transparency=bytes(range(200)))
-    before = list(warnings.filters)
-    decode_all(data, PREPROCESS, workers=8)
-    assert warnings.filters == before
-
-    def open_loudly(path):  # as when another thread has put the filters back in the meantime
-        warnings.warn("Pillow finds this odd", stacklevel=1)
-        return open_photo(path)
-
-    monkeypatch.setattr("minivit.data.open_photo", open_loudly)
-    decode_all(data, PREPROCESS, workers=2)
 
 
 def test_a_class_folder_of_any_name_becomes_a_label(tmp_path):

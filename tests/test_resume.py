@@ -23,7 +23,7 @@ from minivit import loop, state, tensors, weights
 from minivit.errors import UserError
 
 EPOCHS = ("--epochs", "4")
-TIMES = {"images_per_s", "seconds", "peak_gib"}
+TIMES = {"images_per_s", "mfu", "seconds", "peak_gib"}
 
 
 def rows_of(out):

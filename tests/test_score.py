@@ -406,7 +406,7 @@ def test_maps_that_differ_under_equal_weights_are_a_loud_failure(pets, folders, 
 def test_maps_are_those_of_the_functions_that_are_tested_by_themselves(tiny):
     images, blocks = torch.randn(2, 3, 32, 32), [2, 5]
     with torch.inference_mode():
-        logits, maps = measure.model_maps(tiny, images, blocks, score.METHODS, None)
+        logits, maps = measure.model_maps(tiny, images, blocks, score.METHODS)
     keys = measure.map_keys(blocks, 3, score.METHODS)
     assert maps.shape == (2, len(keys), 16) and len(keys) == 2 * 4 + 2 + 2
     assert_close(logits, tiny(images))
@@ -426,9 +426,9 @@ def test_photos_are_read_a_little_ahead_and_scored_alike_in_batches_of_any_size(
     paths = sorted((pets / "images").iterdir())
     opened, honest = [], measure.open_photo
     monkeypatch.setattr(measure, "open_photo", lambda path: opened.append(path) or honest(path))
-    whole = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), amp=None, workers=2)
+    whole = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
     monkeypatch.setattr(measure, "BATCH", 3)
-    parts = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), amp=None, workers=2)
+    parts = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
     np.testing.assert_allclose(parts.rows["model"], whole.rows["model"], atol=1e-6)
     assert parts.photos == whole.photos == list(range(20))
     opened.clear()
@@ -453,7 +453,7 @@ def test_nothing_of_a_batch_is_kept_but_its_scores_and_one_map(pets, monkeypatch
     monkeypatch.setattr(measure, "model_maps", made)
     monkeypatch.setattr(measure, "BATCH", 2)
     paths = sorted((pets / "images").iterdir())
-    whole = measure.measure({"model": looking_model(1)}, paths, blocks=[1], methods=("attention",), amp=None, workers=2)
+    whole = measure.measure({"model": looking_model(1)}, paths, blocks=[1], methods=("attention",), workers=2)
     assert len(most) == 10 and max(most) <= 2
     mean = np.random.default_rng(0).random((2, 3, 16), np.float32)[:, 2]  # after the block's two heads
     np.testing.assert_array_equal(whole.maps["model"].numpy(), np.tile(mean.reshape(2, 4, 4), (10, 1, 1)))

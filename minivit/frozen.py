@@ -1,0 +1,131 @@
+"""What is frozen: held in the precision that it computes in, run without a graph, and computed once where it can be kept.
+
+Shapes: n photos, B of a batch, N tokens, D embed_dim, C classes, K views, h, w pixels of the model's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .data import augment
+from .model import ViT
+from .photos import read_ahead
+from .store import Pixels
+
+Job, Source = TypeVar("Job"), Pixels | Tensor  # pixels, uint8 (n, 3, h, w), by index
+
+
+class Tail(nn.Module):
+    """What trains: logits (B, C) from the tokens (B, N, D) that enter block `cut`."""
+
+    def __init__(self, model: ViT, cut: int) -> None:
+        super().__init__()
+        self.model, self.cut = model, cut
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model.logits(tokens, start=self.cut)
+
+
+@torch.no_grad()
+def working_copy(model: ViT, device: torch.device, dtype: torch.dtype | None, *, train: bool) -> ViT:
+    """Return the model on a device, in the precision `dtype` (None: float32), its positions resampled once and for all.
+
+    To `train` it, what trains stays in float32, for autocast. Memory is shared wherever nothing changes.
+    """
+    with torch.device("meta"):
+        copy = ViT(replace(model.config, pos_grid=None))
+    tensors = dict(model.named_parameters()) | {"pos_embed": model.positions()}
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad and train}
+    there = {n: t.detach().to(device, torch.float32 if n in trains else dtype or torch.float32) for n, t in tensors.items()}
+    copy.load_state_dict(there, assign=True)
+    for name, parameter in copy.named_parameters():
+        parameter.requires_grad_(name in trains)
+    copy.labels, copy.preprocess, copy.origin = model.labels, model.preprocess, model.origin
+    return copy
+
+
+@torch.no_grad()
+def follow(copy: ViT, model: ViT) -> None:
+    """Bring what trains of a model over into a working copy of it."""
+    for ours, theirs in zip(copy.parameters(), model.parameters()):
+        if theirs.requires_grad:
+            ours.copy_(theirs)  # which does nothing where they share memory
+
+
+@torch.no_grad()
+def tokens_at(model: ViT, pixels: Tensor, *, cut: int, draws: Tensor | None = None) -> Tensor:
+    """Return the tokens (B, N, D) that enter block `cut`, of pixels, uint8 (B, 3, h, w), augmented by draws (B, 5) if any."""
+    images = model.preprocess.normalize(pixels)
+    return model.tokens(images if draws is None else augment(images, draws), stop=cut)
+
+
+def on_device(
+    read: Callable[[Job], Sequence[Tensor]], jobs: Iterable[Job], device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield read(job) for each job, on the device: read ahead in a thread, and copied there while the device computes."""
+    if device.type != "cuda":
+        for tensors in read_ahead(read, jobs, workers=1, ahead=0):
+            yield tuple(tensor.to(device) for tensor in tensors)
+        return
+    side = torch.cuda.Stream(device)
+    for tensors in read_ahead(lambda job: [tensor.pin_memory() for tensor in read(job)], jobs, workers=1, ahead=0):
+        with torch.cuda.stream(side):
+            there = tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+        torch.cuda.current_stream(device).wait_stream(side)
+        for tensor in there:
+            tensor.record_stream(torch.cuda.current_stream(device))
+        yield there
+
+
+class Frozen:
+    """The blocks before the cut at work: a model's tokens that enter block `cut`, up to `batch` photos at a time."""
+
+    def __init__(self, model: ViT, cut: int, *, batch: int, compile: bool = False) -> None:
+        self.model, self.cut, self.batch = model, cut, batch
+        self.run = torch.compile(tokens_at) if compile else tokens_at
+
+    def __call__(self, pixels: Tensor, draws: Tensor | None = None) -> Tensor:
+        return self.run(self.model, pixels, cut=self.cut, draws=draws)
+
+    def keep(
+        self, pixels: Source, own: Tensor, draws: Tensor | None = None, stopped: Callable[[], bool] = bool
+    ) -> Tensor | None:
+        """Compute the tokens of photos, those of the indices `own` (n,), augmented by draws (n, 5) if any: (n, N, D).
+
+        They lie in host memory, which a CUDA device reads without a detour. None if `stopped` says so in the meantime.
+        """
+        weight, jobs, start = self.model.cls_token, own.split(self.batch), 0
+        shape = (len(own), self.model.config.num_tokens, self.model.config.embed_dim)
+        kept = torch.empty(shape, dtype=weight.dtype, pin_memory=weight.device.type == "cuda")
+        read = lambda index: [pixels[index]] if draws is None else [pixels[index], draws[index]]  # noqa: E731
+        moved = on_device(read, jobs, weight.device)
+        for found in tqdm(moved, "frozen blocks", len(jobs), unit="batch", leave=False):
+            tokens = self(*found)
+            kept[start : start + len(tokens)].copy_(tokens, non_blocking=True)
+            start += len(tokens)
+            if stopped():
+                return None
+        if kept.is_pinned():
+            torch.cuda.synchronize(weight.device)
+        return kept
+
+    def evaluation(self, pixels: Source, own: Tensor, *, keep: bool) -> Callable[[], Iterator[Tensor]]:
+        """Return a function that gives the tokens of photos as they are, in batches: computed once, or anew if not `keep`."""
+        parts = self.keep(pixels, own).split(self.batch) if keep else own.split(self.batch)
+
+        def tokens() -> Iterator[Tensor]:
+            for (found,) in on_device(lambda part: [part if keep else pixels[part]], parts, self.model.cls_token.device):
+                yield found if keep else self(found)
+
+        return tokens
+
+
+def token_gib(model: ViT, n: int) -> float:
+    """Return what n photos' tokens take of host memory."""
+    return n * model.config.num_tokens * model.config.embed_dim * model.cls_token.dtype.itemsize / 2**30
