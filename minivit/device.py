@@ -56,7 +56,7 @@ def product_flops(device: torch.device, amp: torch.dtype | None) -> float:
     """Return how many floating-point operations a second the device does in a large matrix product: the best of five."""
     side, best = (8192 if device.type == "cuda" else 1024), math.inf
     with torch.inference_mode():
-        a = torch.ones(side, side, device=device, dtype=amp or torch.float32)
+        a = torch.randn(side, side, device=device, dtype=amp or torch.float32)  # zeros would be faster
         for _ in range(6):  # the first warms up
             started = time.perf_counter()
             (a @ a)[0, 0].item()  # waits for the device
