@@ -51,8 +51,8 @@ def make_parser() -> cli.Parser:
     add("--epochs", type=cli.at_least(1), default=5, help="more for few photos")
     add("--batch-size", type=cli.at_least(1), default=64, help="photos per optimiser step")
     add("--micro-batch", type=cli.at_least(1), help="photos per forward pass, to save memory; none: the batch size")
-    add("--lr", type=cli.positive, default=1e-4, help="peak learning rate")
-    add("--weight-decay", type=cli.between(0, 1), default=0.05, help="of matrices, as AdamW does it")
+    add("--lr", type=cli.positive, default=cli.LR, help="peak learning rate")
+    add("--weight-decay", type=cli.between(0, 1), default=cli.WEIGHT_DECAY, help="of matrices, as AdamW does it")
     add("--layer-decay", type=cli.between(0, 1), default=1.0, help="learning rate from one block to the one below it")
     add("--label-smoothing", type=cli.between(0, 1), default=0.0, help="share of the target spread over all classes")
     views = "augment each photo in K ways only, one an epoch: later epochs skip the frozen blocks; 0: anew each epoch"
@@ -159,7 +159,11 @@ def learn(
     out, first = Path(args.out), parallel.rank() == 0
     blocks = [i for i, block in enumerate(model.blocks) if block.norm1.weight.requires_grad]
     settings = {f"--{name.replace('_', '-')}": vars(args)[name] for name in MATHEMATICS}
-    settings |= {"precision": str(amp), "--blocks": blocks, "the checksum of the photos": store.checksum(train, val)}
+    settings |= {
+        "precision": str(amp),
+        "--blocks": blocks,
+        "the checksum of the photos": store.checksum(*((pixels.paths, y.tolist()) for pixels, y in (train, val))),
+    }
     settings["the checksum of the base model"] = state.checksum(*(p for p in model.parameters() if not p.requires_grad))
     run = state.begin(net, amp=amp, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
     earlier = parallel.from_first(lambda: begin_folder(out, args.resume, settings))
@@ -167,7 +171,8 @@ def learn(
         run.load(*earlier)
     started -= run.spent
     how = {name: vars(args)[name] for name in ("epochs", "batch_size", "lr", "seed", "label_smoothing", "patience")}
-    how |= {name: vars(args)[name] for name in ("cache_views", "cache_gib", "compile")}
+    views = args.cache_views if args.cache_views < args.epochs else 0  # of more, none would come again
+    how |= {"cache_views": views, "cache_gib": args.cache_gib, "compile": args.compile}
     for row in loop.fit(run, train, val, cut=cut, amp=amp, micro_batch=micro_batch, **how):
         if metrics.best_row(run.rows) is row:
             run.best = run.tail()

@@ -14,6 +14,7 @@ COMMANDS = {
     "describe": "what a model and a data set are, and where each fact comes from",
     "doctor": "check a folder of photos before hours are spent on it",
     "export": "write a run under the names that timm reads",
+    "study": "how many photos, how many blocks? accuracy over a grid of both",
     "score": "does it look at the pet? its attention against masks, in numbers, before and after fine-tuning",
 }
 

@@ -16,6 +16,7 @@ from .files import unfinished
 
 BASE_MODEL = "google/vit-base-patch16-224"
 RUN_DIR = "runs/pets"
+LR, WEIGHT_DECAY = 1e-4, 0.05  # of train.py and study
 
 
 class Parser(argparse.ArgumentParser):

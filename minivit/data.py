@@ -53,6 +53,10 @@ class Data:
     test: Split
     root: Path  # of all photos
 
+    def paths(self) -> list[Path]:
+        """Return the photos of all splits, each once, in order."""
+        return sorted({*self.train.paths, *self.val.paths, *self.test.paths})
+
 
 def load_data(root: str | os.PathLike[str], *, seed: int) -> Data:
     """List the photos of Oxford-IIIT Pet under `root` (downloaded there if absent), or of a folder of class folders.

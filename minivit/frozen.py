@@ -1,19 +1,20 @@
 """What is frozen: held in the precision that it computes in, run without a graph, and computed once where it can be kept.
 
-Shapes: n photos, B of a batch, N tokens, D embed_dim, C classes, K views, h, w pixels of the model's input.
+Shapes: A all photos, n of a split, B of a batch, N tokens, D embed_dim, C classes, K views, h, w pixels of the model's input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import augment
+from .data import augment, draw_augmentation
 from .model import ViT
 from .photos import read_ahead
 from .store import Pixels
@@ -93,6 +94,10 @@ class Frozen:
     def __call__(self, pixels: Tensor, draws: Tensor | None = None) -> Tensor:
         return self.run(self.model, pixels, cut=self.cut, draws=draws)
 
+    def view(self, _: int, pixels: Source, draws: Tensor, stopped: Callable[[], bool]) -> Tensor | None:
+        """Return the tokens (n, N, D) of one view of all photos, augmented by its draws (n, 5)."""
+        return self.keep(pixels, torch.arange(len(draws)), draws, stopped)
+
     def keep(
         self, pixels: Source, own: Tensor, draws: Tensor | None = None, stopped: Callable[[], bool] = bool
     ) -> Tensor | None:
@@ -103,8 +108,9 @@ class Frozen:
         weight, jobs, start = self.model.cls_token, own.split(self.batch), 0
         shape = (len(own), self.model.config.num_tokens, self.model.config.embed_dim)
         kept = torch.empty(shape, dtype=weight.dtype, pin_memory=weight.device.type == "cuda")
-        read = lambda index: [pixels[index]] if draws is None else [pixels[index], draws[index]]  # noqa: E731
-        moved = on_device(read, jobs, weight.device)
+        places = torch.arange(len(own)).split(self.batch)
+        read = lambda i: [pixels[jobs[i]]] if draws is None else [pixels[jobs[i]], draws[places[i]]]  # noqa: E731
+        moved = on_device(read, range(len(jobs)), weight.device)
         for found in tqdm(moved, "frozen blocks", len(jobs), unit="batch", leave=False):
             tokens = self(*found)
             kept[start : start + len(tokens)].copy_(tokens, non_blocking=True)
@@ -124,6 +130,38 @@ class Frozen:
                 yield found if keep else self(found)
 
         return tokens
+
+
+class KnownTokens:
+    """All photos' tokens (A, N, D) at the cut that stands, and K views' of those to learn from: a Frozen that computes nothing.
+
+    Photos are given by their paths in place of pixels.
+    """
+
+    def __init__(self, model: ViT, pixels: Pixels, learn: Sequence[Path], num_views: int, *, batch: int) -> None:
+        self.model, self.cut, self.batch = model, 0, batch
+        compute, generator = Frozen(model, 0, batch=batch), torch.Generator().manual_seed(0)
+        self.row_of, self.learn_row_of = ({path: i for i, path in enumerate(paths)} for paths in (pixels.paths, learn))
+        own = torch.tensor([self.row_of[path] for path in learn])
+        self.clean = compute.keep(pixels, torch.arange(len(pixels)))
+        self.views = [compute.keep(pixels, own, draw_augmentation(len(own), generator)) for _ in range(num_views)]
+
+    @torch.no_grad()
+    def advance(self, cut: int) -> None:
+        """Run the blocks up to another cut."""
+        for part in (part for table in (self.clean, *self.views) for part in table.split(self.batch)):
+            x = part.to(self.model.cls_token.device)
+            for block in self.model.blocks[self.cut : cut]:
+                x = block(x)
+            part.copy_(x)
+        self.cut = cut
+
+    def view(self, k: int, photos: Sequence[Path], *_: object) -> Tensor:
+        return self.views[k][[self.learn_row_of[path] for path in photos]]
+
+    def evaluation(self, photos: Sequence[Path], own: Tensor, **_: object) -> Callable[[], Iterator[Tensor]]:
+        rows = torch.tensor([self.row_of[photos[i]] for i in own.tolist()]).split(self.batch)
+        return lambda: (self.clean[part].to(self.model.cls_token.device) for part in rows)
 
 
 def token_gib(model: ViT, n: int) -> float:

@@ -145,6 +145,7 @@ def fit(
     cache_views: int = 0,
     cache_gib: float = CACHE_GIB,
     compile: bool = False,
+    frozen: Frozen | None = None,
 ) -> Iterator[dict[str, float]]:
     """Go on with a run from where it stands, and yield a row of metrics.jsonl after each epoch, the model being that epoch's.
 
@@ -152,15 +153,16 @@ def fit(
     whatever the sizes of batches and the number of processes; of `cache_views` epochs the tokens at the cut are kept, and
     the epochs after them have their augmentation again. Ends early after `patience` epochs without a better one, and, with
     state.stopped set, at the end of the step during which SIGINT or SIGTERM came. Raises UserError as soon as an epoch's loss
-    is not finite, and if the views' tokens take more than `cache_gib` of memory.
+    is not finite, and if the views' tokens take more than `cache_gib` of memory. `frozen` may know the tokens already.
     """
     model, device, n = state.model, state.model.cls_token.device, len(train[1])
-    num_views = cache_views if cache_views < epochs else 0  # of the rest, none would come again
-    need = token_gib(model, n * num_views)
+    need = token_gib(model, n * cache_views)
     if need > cache_gib:
-        raise UserError(f"the tokens of {num_views} views take {need:.1f} GiB; raise --cache-gib {cache_gib:g}, or keep fewer")
+        raise UserError(
+            f"the tokens of {cache_views} views take {need:.1f} GiB; raise --cache-gib {cache_gib:g}, or keep fewer"
+        )
     keep = need + token_gib(model, n + len(val[1])) <= cache_gib
-    frozen = Frozen(model, cut, batch=eval_batch(device, batch_size, micro_batch), compile=compile)
+    frozen = frozen or Frozen(model, cut, batch=eval_batch(device, batch_size, micro_batch), compile=compile)
     tail, evaluated = Tail(model, cut), working_copy(model, device, model.cls_token.dtype, train=False)
     if compile:
         tail.compile()
@@ -171,10 +173,10 @@ def fit(
     with parallel.stop_requests() as stop_requested:
         while state.epoch <= epochs and not _patience_ends(state, patience):
             started = time.perf_counter() - state.seconds
-            (order, draws), view = _draw(n, seed, state.epoch), (state.epoch - 1) % num_views if num_views else None
+            (order, draws), view = _draw(n, seed, state.epoch), (state.epoch - 1) % cache_views if cache_views else None
             new = view not in views
             if new and view is not None:
-                views[view] = frozen.keep(train[0], torch.arange(n), _draw(n, seed, view + 1)[1], stop_requested)
+                views[view] = frozen.view(view, train[0], _draw(n, seed, view + 1)[1], stop_requested)
             source = train[0] if view is None else views[view]
             state.stopped = source is None
             if state.stopped:

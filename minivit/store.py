@@ -62,8 +62,7 @@ def prepare(
     needed, if it would take more than `cap_gib` or than is free. Photos that cannot be read are left out of the data that is
     returned, and named on stderr, if `skip_bad`. Raises UserError, naming them, if not, or if too few are left.
     """
-    splits, (h, w) = (data.train, data.val, data.test), preprocess.size
-    paths = sorted({path for split in splits for path in split.paths})
+    paths, (h, w) = data.paths(), preprocess.size
     kind = f"{h}x{w}-{_digest([preprocess.resize, preprocess.crop, preprocess.resample, preprocess.round_margins])[:8]}"
     found = [(os.path.relpath(path, data.root), stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.stat()]]
     name = f"{kind}-{_digest(found)[:16]}.npy"
@@ -88,24 +87,25 @@ def prepare(
 
 
 def open_splits(data: Data, file: Path | None, preprocess: Preprocess, workers: int) -> list[tuple[Pixels, Tensor]]:
-    """Return for train, val and test the pixels, in what `prepare` has made, and labels (n,)."""
-    splits, stored, rows = (data.train, data.val, data.test), None, {}
-    if file is not None:
-        stored = torch.from_numpy(np.load(file, mmap_mode="c"))
-        names = sorted({path for split in splits for path in split.paths})
-        rows = {path: i for i, path in enumerate(names)}
-    return [
-        (
-            Pixels(split.paths, preprocess, workers, stored, torch.tensor([rows[p] for p in split.paths]) if rows else None),
-            torch.tensor(split.labels),
-        )
-        for split in splits
-    ]
+    """Return for train, val and test the pixels, in what `prepare` has made of the data, and labels (n,)."""
+    splits = (data.train, data.val, data.test)
+    pixels = [open_pixels(split.paths, data, file, preprocess, workers) for split in splits]
+    return [(found, torch.tensor(split.labels)) for found, split in zip(pixels, splits)]
 
 
-def checksum(*splits: tuple[Pixels, Tensor]) -> str:
-    """Return a short name for photos, by their names and sizes, and their labels."""
-    return _digest([[(p.parent.name, p.name, p.stat().st_size) for p in pixels.paths] + y.tolist() for pixels, y in splits])[:8]
+def open_pixels(paths: Sequence[Path], data: Data, file: Path | None, preprocess: Preprocess, workers: int) -> Pixels:
+    """Return the pixels of some of the photos of the data that `prepare` returned, in the file that it made."""
+    if file is None:
+        return Pixels(paths, preprocess, workers)
+    row_of = {path: i for i, path in enumerate(data.paths())}
+    return Pixels(
+        paths, preprocess, workers, torch.from_numpy(np.load(file, mmap_mode="c")), torch.tensor([row_of[p] for p in paths])
+    )
+
+
+def checksum(*splits: tuple[Sequence[Path], Sequence[int]]) -> str:
+    """Return a short name for splits, each its photos and their labels: by the photos' names and sizes."""
+    return _digest([[(p.parent.name, p.name, p.stat().st_size) for p in paths] + list(labels) for paths, labels in splits])[:8]
 
 
 def _write(file: Path, paths: Sequence[Path], preprocess: Preprocess, workers: int) -> None:
