@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the Hub; those of the Hub run processes of their own
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children would
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))  # train.py and infer.py
