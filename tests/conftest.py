@@ -127,13 +127,17 @@ def photos(tmp_path_factory) -> list[Path]:
 TINY = ViTConfig(img_size=(32, 32), patch_size=8, embed_dim=24, depth=12, num_heads=3, mlp_dim=48, num_classes=5)
 
 
-@pytest.fixture
-def tiny() -> ViT:
-    """A ViT of 12 blocks small enough to train in a test."""
+def make_tiny() -> ViT:
+    """Return a ViT of 12 blocks small enough to train in a test."""
     model = randomize(ViT(TINY))
     model.labels = tuple(f"thing {i}" for i in range(5))
     model.preprocess = Preprocess((32, 32))
     return model
+
+
+@pytest.fixture
+def tiny() -> ViT:
+    return make_tiny()
 
 
 @pytest.fixture
@@ -142,6 +146,15 @@ def tiny_folder(tiny, tmp_path) -> Path:
     folder.mkdir()
     save_pretrained(tiny, folder)
     return folder
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Leave the figures of a run or a photo empty: of a tiny model's time they take three quarters."""
+    from minivit import plots
+
+    for name in ("draw_attention", "draw_confusion", "draw_curves", "draw_predictions"):
+        monkeypatch.setattr(plots, name, lambda path, *_, **__: path.touch())
 
 
 @pytest.fixture(scope="session")

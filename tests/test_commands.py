@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, draw_photo
+from conftest import ROOT, draw_photo, make_tiny
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -36,10 +37,15 @@ def run_train(tiny_folder, data, out, *flags):
     return train.main([*known, "--batch-size", "8", "--lr", "0.003", *flags])
 
 
-@pytest.fixture
-def run(tiny_folder, shapes_data, tmp_path, capsys):
-    assert run_train(tiny_folder, shapes_data, tmp_path / "run", "--epochs", "6") == 0
-    return tmp_path / "run", capsys.readouterr()
+@pytest.fixture(scope="module")
+def run(shapes_data, tmp_path_factory):
+    """A finished run of tiny_folder's model, and what it printed; not to be written to."""
+    folder, printed = tmp_path_factory.mktemp("finished"), io.StringIO()
+    (folder / "tiny").mkdir()
+    save_pretrained(make_tiny(), folder / "tiny")
+    with contextlib.redirect_stdout(printed):
+        assert run_train(folder / "tiny", shapes_data, folder / "run", "--epochs", "6") == 0
+    return folder / "run", printed.getvalue()
 
 
 def test_a_run_learns_and_writes_all_it_promises(run, tiny_folder):
@@ -59,7 +65,7 @@ def test_a_run_learns_and_writes_all_it_promises(run, tiny_folder):
     assert summary.keys() >= wanted
     right = round(summary["test_accuracy"] * 12)
     last = f"test accuracy {summary['test_accuracy']:.4f} ({right}/12) · macro F1 {summary['test_macro_f1']:.4f}"
-    assert printed.out.splitlines()[-1] == f"{last} · best epoch {summary['best_epoch']} · {out}"
+    assert printed.splitlines()[-1] == f"{last} · best epoch {summary['best_epoch']} · {out}"
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert max(row["val_accuracy"] for row in rows) == rows[summary["best_epoch"] - 1]["val_accuracy"]
@@ -98,6 +104,7 @@ def test_the_model_card_says_what_it_is_and_names_are_no_markup(run):
     assert "Classes: `'](x)\\n# <b>`.\n" in hostile
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_written_weights_are_the_best_epochs_not_the_last(tiny_folder, shapes_data, tmp_path, monkeypatch):
     from minivit import loop
 
@@ -115,8 +122,9 @@ def test_the_written_weights_are_the_best_epochs_not_the_last(tiny_folder, shape
     assert not torch.equal(kept[0], kept[2])
 
 
-def test_the_same_command_twice_gives_the_same_metrics_and_keeps_the_earlier_run(run, tiny_folder, shapes_data):
-    out, _ = run
+@pytest.mark.usefixtures("no_figures")
+def test_the_same_command_twice_gives_the_same_metrics_and_keeps_the_earlier_run(run, tiny_folder, shapes_data, tmp_path):
+    out = shutil.copytree(run[0], tmp_path / "run")
     assert run_train(tiny_folder, shapes_data, out, "--epochs", "6") == 0
     timing = {"images_per_s", "seconds", "peak_gib"}
     now, then = (
@@ -130,6 +138,7 @@ def test_the_same_command_twice_gives_the_same_metrics_and_keeps_the_earlier_run
     assert (out / "model.safetensors").read_bytes() == (out / "earlier-1" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_learns_too(tiny_folder, shapes_data, tmp_path, amp):
     assert run_train(tiny_folder, shapes_data, tmp_path / "run", "--epochs", "6", "--amp", amp) == 0
@@ -183,6 +192,7 @@ def test_a_bad_photo_is_reported_and_the_rest_goes_on(tiny_folder, tmp_path, cap
     assert printed.out.startswith(paths[2])
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_training_says_what_the_doctor_sees_at_a_glance(tiny_folder, shapes_data, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(shapes_data, data)
@@ -380,6 +390,7 @@ def test_training_works_with_class_folders_of_any_name(tiny_folder, tmp_path, ca
         assert open_size(out / f"{name}.png")[0] < 3_000
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_unreadable_photos_stop_training_before_its_first_step_or_are_left_out(tiny_folder, tmp_path, capsys):
     data = class_folders(tmp_path / "data", [b"cat", b"dog"])
     bad = data / "dog" / "\x1b[31m.jpg"
