@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import infer
 import train
-from minivit import Preprocess, load_pretrained, save_pretrained
+from minivit import load_pretrained, save_pretrained
 
 
 def open_size(path):
@@ -352,15 +352,6 @@ def test_hostile_labels_reach_neither_terminal_nor_paths(tiny, photos, tmp_path,
     assert sorted(path.name for path in out.iterdir()) == [f"photo {i}.png" for i in range(3)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hostile", "in"]
     assert max(open_size(path)[0] for path in out.iterdir()) < 3_000
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 8000), (65_535, 1)], ids=str)
-def test_the_smallest_and_the_thinnest_are_drawn(tiny, tmp_path, size):
-    tiny.preprocess = Preprocess(40, (32, 32))
-    save_pretrained(tiny, tmp_path)
-    Image.new("RGB", size, "red").save(tmp_path / "photo.png")
-    assert infer.main([str(tmp_path / "photo.png"), "--model", str(tmp_path), "--out", str(tmp_path), "--device", "cpu"]) == 0
-    open_size(tmp_path / "photo-2.png")
 
 
 def class_folders(root, names):
