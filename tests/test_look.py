@@ -495,11 +495,13 @@ def test_an_interrupt_leaves_no_process_and_no_half_figure(tiny_folder, many, tm
 
 def test_torchrun_shares_the_photos_out_and_waits_for_all(tiny_folder, many, tmp_path):
     """The first of two processes has only photos that cannot be read, and ends when the other has drawn none yet."""
+    (tmp_path / "sitecustomize.py").write_text("import os, time\nif os.environ.get('RANK') == '1': time.sleep(3)")
     paths = [many / f"{i}.png" for i in (5, 0, 5, 1, 5, 2)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    flags = ["--model", tiny_folder, "--layers", "11", "--workers", "1", "--out", tmp_path / "out", "--json", *CPU]
+    flags = ["--model", tiny_folder, "--layers", "11", "--out", tmp_path / "out", "--json", *CPU]
     command = list(map(str, [*torchrun, ROOT / "infer.py", *paths, *flags]))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    late = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=late)
     photos = [Path(json.loads(line)["photo"]).name for line in done.stdout.splitlines()]
     assert photos == ["0.png", "1.png", "2.png"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == photos
