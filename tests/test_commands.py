@@ -74,9 +74,9 @@ def test_a_run_learns_and_writes_all_it_promises(run, tiny_folder):
     assert moved == {
         n for n in before if n.startswith(("vit.encoder.layer.10.", "vit.encoder.layer.11.", "vit.layernorm", "class"))
     }
-    assert load_pretrained(out).labels == ("blue", "green", "red")
-    tail = load_file(out / "tail.safetensors")
-    assert all(torch.equal(tensor, load_pretrained(out).state_dict()[name]) for name, tensor in tail.items())
+    model, tail = load_pretrained(out), load_file(out / "tail.safetensors")
+    assert model.labels == ("blue", "green", "red")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in tail.items())
 
 
 def test_a_dry_run_says_what_would_train_and_writes_nothing(tiny_folder, shapes_data, tmp_path, capsys):
@@ -298,7 +298,8 @@ def assert_harmless(text):
 def test_photos_of_any_name_are_printed_and_drawn(tiny_folder, odd_photos, tmp_path, capsys):
     absent = "n" * 300 + ".jpg"
     out = tmp_path / "out"
-    code = infer.main([str(odd_photos), "/dev/zero", absent, "--model", str(tiny_folder), "--out", str(out), "--device", "cpu"])
+    flags = ["--model", str(tiny_folder), "--layers", "11", "--workers", "1", "--out", str(out), "--device", "cpu"]
+    code = infer.main([str(odd_photos), "/dev/zero", absent, *flags])
     printed = capsys.readouterr()
     assert code == 2
     assert_harmless(printed.out + printed.err)
@@ -411,7 +412,7 @@ import json, os, runpy, signal, sys
 os.environ["OMP_NUM_THREADS"] = "1"
 script, moments, flags, children = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:], []
 for i, (event, what) in enumerate(moments):
-    if event != "import": import torch  # once for all children
+    if event != "import": import torch, minivit.plots  # once for all children
     children.append(os.fork())
     if children[-1] == 0:
         sys.stdout, sys.stderr = open(os.devnull, "w"), open(f"{i}.err", "w", 1)
