@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the Hub; those of the Hub run processes of their own
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children would
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))  # train.py and infer.py
@@ -126,13 +128,17 @@ def photos(tmp_path_factory) -> list[Path]:
 TINY = ViTConfig(img_size=(32, 32), patch_size=8, embed_dim=24, depth=12, num_heads=3, mlp_dim=48, num_classes=5)
 
 
-@pytest.fixture
-def tiny() -> ViT:
-    """A ViT of 12 blocks small enough to train in a test."""
+def make_tiny() -> ViT:
+    """Return a ViT of 12 blocks small enough to train in a test."""
     model = randomize(ViT(TINY))
     model.labels = tuple(f"thing {i}" for i in range(5))
     model.preprocess = Preprocess((32, 32))
     return model
+
+
+@pytest.fixture
+def tiny() -> ViT:
+    return make_tiny()
 
 
 @pytest.fixture
@@ -141,6 +147,15 @@ def tiny_folder(tiny, tmp_path) -> Path:
     folder.mkdir()
     save_pretrained(tiny, folder)
     return folder
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Leave the figures of a run or a photo empty: of a tiny model's time they take three quarters."""
+    from minivit import plots
+
+    for name in ("draw_attention", "draw_confusion", "draw_curves", "draw_predictions"):
+        monkeypatch.setattr(plots, name, lambda path, *_, **__: path.touch())
 
 
 @pytest.fixture(scope="session")

@@ -164,7 +164,7 @@ class State:
 def serve(folder: Path) -> Iterator[State]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.hub = State(folder, f"http://127.0.0.1:{server.server_port}")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # seconds that shutdown() waits
     yield server.hub
     server.shutdown()
     server.server_close()

@@ -16,6 +16,7 @@ from conftest import ROOT, TINY, randomize
 from safetensors.torch import load_file, save_file
 from test_families import google_npz
 
+import infer
 from minivit import Preprocess, ViT, load_pretrained, save_pretrained
 from minivit.errors import UserError, printable
 
@@ -230,16 +231,16 @@ def test_no_corruption_gives_a_model_or_a_traceback(seed, valid, tmp_path):
     assert "model" in str(error.value)  # which file or folder
 
 
-def test_a_hostile_label_is_a_name_like_another(valid, tmp_path, photos):
+def test_a_hostile_label_is_a_name_like_another(valid, tmp_path, photos, capsys):
     folder = shutil.copytree(valid / "safetensors", tmp_path / "model")
     edit_config(folder / "config.json", lambda c: c["id2label"].update({str(i): label for i, label in enumerate(HOSTILE)}))
     edit_tensors(folder / "model.safetensors", lambda t: t.update(head_of(len(HOSTILE))))
     assert load_pretrained(folder).labels == tuple(HOSTILE)
-    command = ["infer.py", str(photos[0]), "--model", str(folder), "--layers", "1", "--out", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, *command, "--top-k", "9"], capture_output=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1 + len(HOSTILE) + 1
-    assert b"\x1b" not in done.stdout + done.stderr
+    flags = ["--model", str(folder), "--layers", "1", "--top-k", "9", "--out", str(tmp_path / "out")]
+    assert infer.main([str(photos[0]), *flags]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1 + len(HOSTILE) + 1
+    assert "\x1b" not in out + err
 
 
 def head_of(n: int) -> dict[str, torch.Tensor]:
@@ -262,7 +263,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_a_broken_file_takes_less_than_twice_its_size_in_memory(tmp_path):
-    config = TINY.__class__(**{**vars(TINY), "depth": 4, "embed_dim": 768, "mlp_dim": 3072})
+    config = TINY.__class__(**{**vars(TINY), "depth": 2, "embed_dim": 768, "mlp_dim": 3072})
     model = randomize(ViT(config))
     model.labels, model.preprocess = tuple("abcde"), Preprocess((32, 32))
     folders = []
@@ -276,5 +277,5 @@ def test_a_broken_file_takes_less_than_twice_its_size_in_memory(tmp_path):
         [sys.executable, "-c", PEAK, *map(str, folders)], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
     assert done.stderr.count("\n") == len(folders), done.stderr
-    assert size > 100e6
+    assert size > 50e6
     assert int(done.stdout) < 2 * size

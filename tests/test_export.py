@@ -25,9 +25,9 @@ needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason
 
 
 def fine_tune(base, folder, **options):
-    """Leave in a folder what a run leaves: other weights in blocks 10 and 11, norm and head, as a whole and as a tail."""
+    """Leave in a folder what a run leaves: other weights in the last two blocks, norm and head, as a whole and as a tail."""
     model = load_pretrained(base, labels=LABELS, **options).eval()
-    freeze_except(model, [10, 11])
+    freeze_except(model, [model.config.depth - 2, model.config.depth - 1])
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -58,6 +58,7 @@ def test_a_tail_finds_its_base_and_gives_the_same_logits_bit_for_bit(img_size, t
     assert not any(name.startswith(("cls", "pos", "patch")) for name in names)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_tail_is_found_from_another_folder_and_by_the_commands(run, tmp_path, monkeypatch, capsys, photos):
     import infer
 
@@ -181,13 +182,13 @@ def test_timm_reads_what_was_exported_with_the_same_logits(options, tmp_path, ca
 def test_timm_reads_exported_dinov2_backbones(kind, tmp_path, capsys):
     import timm
 
-    sizes = SMALL | {"patch_size": 14, "image_size": 518, "mlp_ratio": 4, "num_hidden_layers": 2}
+    sizes = SMALL | {"patch_size": 14, "image_size": 518, "mlp_ratio": 4}
     write_by_transformers(tmp_path, kind, sizes, DINOV2_PREPROCESSOR)
     model = load_pretrained(tmp_path).eval()
     theirs = eval(exported(tmp_path, capsys).out, {"timm": timm}).eval()
     images = model.preprocess(draw_photo(300, 200))[None]
     with torch.no_grad():
-        assert_close(theirs.forward_features(images), model.norm(model.tokens(images, 2)), rtol=0, atol=1e-4)
+        assert_close(theirs.forward_features(images), model.norm(model.tokens(images, model.config.depth)), rtol=0, atol=1e-4)
     again = load_pretrained(tmp_path / "timm").eval()
     with torch.no_grad():
         assert_close(again(images), model(images), rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Every family of checkpoints at its true sizes against its own library, stage by stage in float32."""
+"""Every family of checkpoints at its true width, of one to three blocks, against its own library, stage by stage in float32."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ DEIT = {  # facebook's own, of the days when size was an int
     "resample": 3,
     "size": 256,
 }
-BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
-LARGE = {"hidden_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 16, "intermediate_size": 4096}  # of 24 blocks
-HUGE = {"hidden_size": 1280, "num_hidden_layers": 2, "num_attention_heads": 16, "intermediate_size": 5120}  # of 32
+SMALL = {"hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 1536}
+BASE = {"hidden_size": 768, "num_hidden_layers": 3, "num_attention_heads": 12, "intermediate_size": 3072}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 16, "intermediate_size": 4096}
+HUGE = {"hidden_size": 1280, "num_hidden_layers": 1, "num_attention_heads": 16, "intermediate_size": 5120}
 DINOV2 = {"image_size": 518, "patch_size": 14, "mlp_ratio": 4}
 # id: class, its sizes, preprocessing
 CHECKPOINTS = {
@@ -53,13 +53,13 @@ CHECKPOINTS = {
     "google/vit-large-patch16-224": ("ViTForImageClassification", LARGE | {"patch_size": 16}, SQUASH),
     "google/vit-huge-patch14-224-in21k": ("ViTModel", HUGE | {"patch_size": 14}, SQUASH),
     "facebook/deit-small-patch16-224": ("ViTForImageClassification", SMALL | {"patch_size": 16}, DEIT),
-    "facebook/dino-vits8": ("ViTModel", SMALL | {"patch_size": 8, "num_hidden_layers": 3}, SQUASH),
-    "facebook/dinov2-base": ("Dinov2Model", BASE | DINOV2 | {"num_hidden_layers": 4}, DINOV2_PREPROCESSOR),
+    "facebook/dino-vits8": ("ViTModel", SMALL | {"patch_size": 8}, SQUASH),
+    "facebook/dinov2-base": ("Dinov2Model", BASE | DINOV2, DINOV2_PREPROCESSOR),
     "facebook/dinov2-large": ("Dinov2ForImageClassification", LARGE | DINOV2, DINOV2_PREPROCESSOR),
     "facebook/dinov2-with-registers-small": ("Dinov2WithRegistersModel", SMALL | DINOV2, DINOV2_PREPROCESSOR),
     "a dinov2-with-registers that was fine-tuned": (
         "Dinov2WithRegistersForImageClassification",
-        SMALL | DINOV2 | {"num_hidden_layers": 2},
+        SMALL | DINOV2,
         DINOV2_PREPROCESSOR,
     ),
 }
@@ -228,9 +228,9 @@ def hooked(modules, run):
 
 @pytest.fixture(scope="module")
 def torchvision_vit():
-    from torchvision.models import vit_b_16
+    from torchvision.models import VisionTransformer
 
-    return randomize(vit_b_16())
+    return randomize(VisionTransformer(224, 16, 3, 12, 768, 3072))
 
 
 def test_torchvisions_vit_b_16_agrees_stage_by_stage(torchvision_vit, tmp_path, capsys):
@@ -324,10 +324,17 @@ def google_npz(hub: dict[str, torch.Tensor], num_heads: int) -> dict[str, np.nda
     return {name: tensor.contiguous().numpy() for name, tensor in flax.items()}
 
 
-def test_googles_npz_agrees_with_the_same_weights_in_transformers(vit_b16, tmp_path, capsys):
-    arrays = google_npz(load_file(vit_b16 / "model.safetensors"), num_heads=12)
+@pytest.fixture(scope="module")
+def vit_base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vit-base")
+    write_by_transformers(folder, "ViTForImageClassification", BASE, SQUASH)
+    return folder
+
+
+def test_googles_npz_agrees_with_the_same_weights_in_transformers(vit_base, tmp_path, capsys):
+    arrays = google_npz(load_file(vit_base / "model.safetensors"), num_heads=12)
     np.savez(tmp_path / "ViT-B_16.npz", **arrays)
-    ours, expected = load_pretrained(tmp_path / "ViT-B_16.npz"), load_pretrained(vit_b16)
+    ours, expected = load_pretrained(tmp_path / "ViT-B_16.npz"), load_pretrained(vit_base)
     assert "taken: Google's, 224 pixels" in capsys.readouterr().err
     assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in ours.state_dict().items())
     assert ours.preprocess == expected.preprocess
@@ -370,9 +377,10 @@ def write_timm(folder: Path, state: dict, **config):
     (folder / "config.json").write_text(json.dumps(TIMM_CONFIG | config))
 
 
-def test_timms_layout_agrees_with_the_same_weights_in_transformers(vit_b16, tmp_path):
-    expected = load_pretrained(vit_b16)
-    write_timm(tmp_path / "timm", expected.state_dict(), label_names=[f"n{i}" for i in range(1000)])  # our names are timm's
+def test_timms_layout_agrees_with_the_same_weights_in_transformers(vit_base, tmp_path):
+    expected = load_pretrained(vit_base)
+    labels = [f"n{i}" for i in range(1000)]
+    write_timm(tmp_path / "timm", expected.state_dict(), label_names=labels, model_args={"depth": 3})  # our names are timm's
     ours = load_pretrained(tmp_path / "timm")
     assert ours.config.eps == 1e-6
     assert ours.labels[7] == "n7"
@@ -384,8 +392,8 @@ def test_timms_layout_agrees_with_the_same_weights_in_transformers(vit_b16, tmp_
 
 
 TIMM_MODELS = {
-    "vit_base_patch16_224": {},
-    "vit_small_patch32_384": {},
+    "vit_base_patch16_224": {"depth": 3},
+    "vit_small_patch32_384": {"depth": 3},
     "deit_tiny_patch16_224": {},
     "vit_small_patch14_dinov2": {"depth": 2, "img_size": 224},
     "vit_small_patch14_reg4_dinov2": {"depth": 2, "img_size": 224},

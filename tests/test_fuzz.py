@@ -112,13 +112,13 @@ def mutate(data: bytes, others: list[bytes], rng: np.random.Generator) -> bytes:
 def open_case(path: Path, data: bytes) -> tuple[str, float]:
     """Open a file of these bytes: what came of it, and the seconds it took."""
     path.write_bytes(data)
-    started = time.perf_counter()
+    started = time.process_time()  # which other processes do not make longer
     try:
         photo = open_photo(path)
         outcome = "photo"
     except PhotoError as error:
         photo, outcome, message = None, "refused", str(error)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     if photo:
         assert photo.mode == "RGB"
         assert photo.width * photo.height <= MAX_PIXELS
@@ -158,8 +158,8 @@ def fuzz(folder: Path, *, cases: int, seed: int, minutes: float = 60) -> tuple[C
 
 
 def test_any_bytes_give_a_photo_or_one_line_that_names_the_file(tmp_path, capfd):
-    counts, (seconds, case) = fuzz(tmp_path, cases=2_000, seed=0)
-    assert sum(counts.values()) >= 4_000
+    counts, (seconds, case) = fuzz(tmp_path, cases=1_000, seed=0)
+    assert sum(counts.values()) >= 3_000
     for form in ("JPEG", "PNG", "GIF", "WebP", "TIFF", "BMP", "PPM"):
         assert counts[form, "photo"] >= 5, counts  # else the mutations would test nothing but the first check
         assert counts[form, "refused"] >= 50, counts

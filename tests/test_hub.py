@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from minivit import Preprocess, ViT, load_pretrained, save_pretrained
 
 FETCH = """
-import hashlib, sys
+import hashlib, sys, time
+time.sleep = lambda seconds: None  # between huggingface-hub's attempts
 from minivit.errors import UserError
 from minivit.hub import fetch
 try:
@@ -198,3 +200,17 @@ def test_a_full_disk_is_one_line_that_says_what_to_do(hub, tmp_path):
 
 def test_a_hub_id_that_is_none_is_one_line(hub, tmp_path):
     assert_one_line(get(hub, tmp_path / "cache", "a/b/c/d"), "neither a folder or file here nor a Hub id")
+    assert_one_line(get(hub, tmp_path / "cache", "owner/other"), "no such folder here", "has no such model for you")
+
+
+@pytest.mark.parametrize("how", ["refused", "silent"])
+def test_a_hub_that_does_not_answer_is_asked_once_for_a_few_seconds(how, tmp_path):
+    code = f"import minivit.hub; assert minivit.hub.TIMEOUT_S < 10; minivit.hub.TIMEOUT_S = 0.3\n{FETCH}"
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        if how == "silent":
+            silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        timeouts = {"HF_HUB_ETAG_TIMEOUT": "9999", "HF_HUB_DOWNLOAD_TIMEOUT": "9999"}  # huggingface-hub's own
+        done = run_python(["-c", code, "owner/tiny"], url, tmp_path, **timeouts)
+    assert_one_line(done, f"cannot fetch config.json from {url}", "--model FOLDER")

@@ -7,12 +7,13 @@ import json
 import pytest
 import yaml
 from hub_server import COMMIT, TOKEN, serve
-from test_hub import run_python
+from test_commands import run_train
+from test_hub import assert_one_line, run_python
 
 import train
 from minivit import card, describe, load_pretrained
+from minivit.errors import UserError
 
-TRAIN = ["train.py", "--epochs", "1", "--device", "cpu", "--amp", "off", "--workers", "1"]
 SUMMARY = {
     "base": "google/vit-base-patch16-224",
     "base_commit": COMMIT,
@@ -78,8 +79,22 @@ def hub(tiny_folder):
         yield state
 
 
+TRAIN = """
+import shutil, sys, torch, train
+from minivit import load_pretrained
+cache, out, *flags = sys.argv[1:]
+code = train.main([*flags, "--epochs", "1", "--device", "cpu", "--amp", "off", "--workers", "1", "--out", out])
+if code: sys.exit(code)
+shutil.rmtree(cache)  # so the tail's base is fetched again
+tail, whole = load_pretrained(out + "/tail.safetensors"), load_pretrained(out)
+assert tail.origin.commit
+images = torch.randn(2, 3, 32, 32)
+assert torch.equal(tail(images), whole(images))
+"""
+
+
 def test_a_run_is_pushed_with_its_card_and_what_was_recorded(hub, shapes_data, tmp_path):
-    args = [*TRAIN, "--model", "owner/tiny", "--data", str(shapes_data), "--out", str(tmp_path / "run")]
+    args = ["-c", TRAIN, tmp_path / "cache", tmp_path / "run", "--model", "owner/tiny", "--data", shapes_data]
     done = run_python([*args, "--push-to-hub", "owner/new"], hub, tmp_path / "cache", HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
     assert f"pushed: {hub.url}/owner/new/commit/{COMMIT}" in done.stderr
@@ -90,37 +105,49 @@ def test_a_run_is_pushed_with_its_card_and_what_was_recorded(hub, shapes_data, t
     summary = json.loads(hub.uploaded["summary.json"])
     assert (summary["base"], summary["base_commit"]) == ("owner/tiny", COMMIT)
     assert front_matter(hub.card)["base_model"] == "owner/tiny"
-    tail = run_python(["-c", FROM_TAIL, str(tmp_path / "run")], hub, tmp_path / "elsewhere")  # the base is fetched again
-    assert tail.stdout == "True\n", tail.stderr
 
 
-FROM_TAIL = """
-import sys, torch
-from minivit import load_pretrained
-tail, whole = load_pretrained(sys.argv[1] + "/tail.safetensors"), load_pretrained(sys.argv[1])
-assert tail.origin.commit
-images = torch.randn(2, 3, 32, 32)
-print(torch.equal(tail(images), whole(images)))
+PUSH = """
+import sys
+from pathlib import Path
+from minivit.errors import UserError
+from minivit.hub import prepare_push, push
+repo, folder = sys.argv[1:]
+try:
+    prepare_push(repo)
+    print("may", flush=True)
+    push(Path(folder), repo, ["config.json"])
+except UserError as error:
+    sys.exit(str(error))
 """
 
 
-def test_who_may_not_push_learns_it_before_training(hub, shapes_data, tmp_path):
-    args = [*TRAIN, "--model", "owner/tiny", "--data", str(shapes_data), "--out", str(tmp_path / "run")]
-    for repo, environment in (("owner/new", {}), ("a/b/c", {"HF_TOKEN": TOKEN})):
-        done = run_python([*args, "--push-to-hub", repo], hub, tmp_path / "cache", **environment)
-        assert done.returncode == 2
-        assert f"{repo}: cannot push to {hub.url}" in done.stderr.splitlines()[-1]
-        assert ("hf auth login" if repo == "owner/new" else "owner/name") in done.stderr.splitlines()[-1]
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+def test_who_may_not_push_learns_why_and_how_to_go_on(hub, tiny_folder, tmp_path):
+    refused = {
+        "owner/new": ({}, "hf auth login", ""),
+        "a/b/c": ({"HF_TOKEN": TOKEN}, "owner/name", ""),
+        "owner/full": ({"HF_TOKEN": TOKEN}, "try again, or later with `hf upload owner/full", "may\n"),
+    }
+    hub.fault = "commit 500"
+    for repo, (environment, advice, may) in refused.items():
+        done = run_python(["-c", PUSH, repo, tiny_folder], hub, tmp_path / "cache", **environment)
+        assert_one_line(done, f"{repo}: cannot push to {hub.url}", advice)
+        assert done.stdout == may
 
 
-def test_a_push_that_fails_leaves_the_run_and_says_how_to_go_on(hub, shapes_data, tmp_path):
-    hub.fault = "commit 500"
-    args = [*TRAIN, "--model", "owner/tiny", "--data", str(shapes_data), "--out", str(tmp_path / "run")]
-    hub.fault = "commit 500"
-    done = run_python([*args, "--push-to-hub", "owner/new"], hub, tmp_path / "cache", HF_TOKEN=TOKEN)
-    assert done.returncode == 2
-    assert "hf upload owner/new" in done.stderr.splitlines()[-1]
+@pytest.mark.usefixtures("no_figures")
+def test_training_asks_first_whether_it_may_push_and_a_failed_push_leaves_the_run(
+    tiny_folder, shapes_data, tmp_path, monkeypatch, capsys
+):
+    def refuse(*_):
+        raise UserError("refused")
+
+    for done, (first, last) in enumerate([(refuse, None), (lambda repo: None, refuse)]):
+        monkeypatch.setattr("minivit.hub.prepare_push", first)
+        monkeypatch.setattr("minivit.hub.push", last)
+        assert run_train(tiny_folder, shapes_data, tmp_path / "run", "--epochs", "1", "--push-to-hub", "owner/new") == 2
+        assert capsys.readouterr().err.splitlines()[-1] == "train.py: refused"
+        assert (tmp_path / "run" / "summary.json").exists() == done
     assert load_pretrained(tmp_path / "run").labels == ("blue", "green", "red")
 
 

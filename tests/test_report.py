@@ -573,6 +573,7 @@ def test_a_browser_that_cannot_draw_the_page_is_told_so(look):
     assert "needs a browser of 2023 or newer" in find(browser, "#problem").text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_pointing_at_a_patch_of_infers_own_page_shows_the_row_that_its_arrays_hold(look, tiny_folder, tmp_path, capsys):
     import infer
 
