@@ -149,13 +149,17 @@ def tiny_folder(tiny, tmp_path) -> Path:
     return folder
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    """Leave the figures of a run or a photo empty: of a tiny model's time they take three quarters."""
+def leave_figures_empty(patch):
+    """Of a tiny model's time, the figures of a run or a photo take three quarters."""
     from minivit import plots
 
     for name in ("draw_attention", "draw_confusion", "draw_curves", "draw_predictions"):
-        monkeypatch.setattr(plots, name, lambda path, *_, **__: path.touch())
+        patch.setattr(plots, name, lambda path, *_, **__: path.touch())
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    leave_figures_empty(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_tiny
 from test_commands import run_train
 from test_resume import assert_same_end, rows_of
 
 import train
-from minivit import parallel
+from minivit import parallel, save_pretrained
 
 TORCHRUN = [
     sys.executable,
@@ -30,6 +30,9 @@ TORCHRUN = [
 TORCHRUN += ["--rdzv-endpoint", "localhost:0"]
 
 
+EPOCHS = ("--epochs", "6", "--micro-batch", "3")
+
+
 def torchrun(tiny_folder, data, out, *flags, more=()):
     known = ["--model", tiny_folder, "--data", data, "--out", out, "--amp", "off", "--device", "cpu", "--lr", "0.003"]
     command = [*TORCHRUN, *more, ROOT / "train.py", *known, "--batch-size", "8", *flags]
@@ -37,41 +40,52 @@ def torchrun(tiny_folder, data, out, *flags, more=()):
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def test_two_processes_follow_the_curve_of_one(tiny_folder, shapes_data, tmp_path):
-    """33 photos to train and 3 to validate divide neither by 2 nor by 8: the last batch leaves the second without a photo."""
-    with torchrun(tiny_folder, shapes_data, tmp_path / "two", "--epochs", "4", "--micro-batch", "3") as process:
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    save_pretrained(make_tiny(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_folder, shapes_data, tmp_path_factory):
+    """A run of two processes that nothing disturbed, and what it printed."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    with torchrun(tiny_folder, shapes_data, folder, *EPOCHS) as process:
         out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
-    assert run_train(tiny_folder, shapes_data, tmp_path / "one", "--epochs", "4") == 0
-    two, one = rows_of(tmp_path / "two"), rows_of(tmp_path / "one")
-    assert len(two) == 4
+    return folder, out
+
+
+def test_two_processes_follow_the_curve_of_one(tiny_folder, shapes_data, straight, tmp_path, no_figures):
+    """33 photos to train and 3 to validate divide neither by 2 nor by 8: the last batch leaves the second without a photo."""
+    folder, out = straight
+    assert run_train(tiny_folder, shapes_data, tmp_path / "one", "--epochs", "6") == 0
+    two, one = rows_of(folder), rows_of(tmp_path / "one")
+    assert len(two) == 6
     for a, b in zip(two, one):
         assert a == pytest.approx(b, rel=1e-4)
-    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("two", "one")]
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (folder, tmp_path / "one")]
     assert summaries[0]["test_accuracy"] == summaries[1]["test_accuracy"]
     assert [summary["processes"] for summary in summaries] == [2, 1]
-    assert out.count("12 blocks, 3 heads") == out.count("epoch 4/4") == out.count("test accuracy") == 1  # only one speaks
+    assert out.count("12 blocks, 3 heads") == out.count("epoch 6/6") == out.count("test accuracy") == 1  # only one speaks
 
 
-def test_sigterm_to_torchrun_saves_and_resume_ends_in_the_same_bytes(tiny_folder, shapes_data, tmp_path):
-    epochs = ("--epochs", "16")
-    with torchrun(tiny_folder, shapes_data, tmp_path / "straight", *epochs) as process:
-        _, err = process.communicate(timeout=500)
-        assert process.returncode == 0, err
+def test_sigterm_to_torchrun_saves_and_resume_ends_in_the_same_bytes(tiny_folder, shapes_data, straight, tmp_path):
     out = tmp_path / "run"
-    with torchrun(tiny_folder, shapes_data, out, *epochs) as process:
+    with torchrun(tiny_folder, shapes_data, out, *EPOCHS) as process:
         for line in process.stdout:
-            if line.startswith("epoch 2/16"):
+            if line.startswith("epoch 1/6"):
                 break
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=500)
     assert err.count(f"all is saved in {out}") == 1
     assert (out / train.STATE).exists()
-    with torchrun(tiny_folder, shapes_data, out, *epochs, "--resume") as process:
+    with torchrun(tiny_folder, shapes_data, out, *EPOCHS, "--resume") as process:
         _, err = process.communicate(timeout=500)
         assert process.returncode == 0, err
     assert f"{out}: going on in epoch" in err
-    assert_same_end(out, tmp_path / "straight")
+    assert_same_end(out, straight[0])
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_folder, shapes_data, tmp_path):
@@ -89,9 +103,9 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_folder, shap
 
 def test_torchrun_restarts_after_a_killed_rank_and_the_run_ends(tiny_folder, shapes_data, tmp_path):
     out = tmp_path / "run"
-    with torchrun(tiny_folder, shapes_data, out, "--epochs", "16", "--resume", more=["--max-restarts", "1"]) as process:
+    with torchrun(tiny_folder, shapes_data, out, *EPOCHS, "--resume", more=["--max-restarts", "1"]) as process:
         for line in process.stdout:
-            if line.startswith("epoch 2/16"):
+            if line.startswith("epoch 1/6"):
                 break
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
         os.kill(int(children[-1]), signal.SIGKILL)
@@ -99,13 +113,13 @@ def test_torchrun_restarts_after_a_killed_rank_and_the_run_ends(tiny_folder, sha
     assert process.returncode == 0, err
     assert f"{out}: going on in epoch" in err
     assert output.splitlines()[-1].startswith("test accuracy ")
-    assert [row["epoch"] for row in rows_of(out)] == list(range(1, 17))
+    assert [row["epoch"] for row in rows_of(out)] == list(range(1, 7))
 
 
 def test_a_mistake_is_said_once_by_all_processes_together(tiny_folder, tmp_path):
-    with torchrun(tiny_folder, tmp_path / "absent" / "x", tmp_path / "run", "--resume", "--epochs", "1") as process:
-        (tmp_path / "absent" / "x").mkdir(parents=True)
-        (tmp_path / "absent" / "x" / "file").touch()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "file").touch()
+    with torchrun(tiny_folder, tmp_path / "data", tmp_path / "run", "--resume", "--epochs", "1") as process:
         _, err = process.communicate(timeout=500)
     assert process.returncode != 0
     assert err.count("expected oxford-iiit-pet/") == 1

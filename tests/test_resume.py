@@ -12,14 +12,14 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, leave_figures_empty, make_tiny
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from test_commands import run_train
 from test_loop import fresh, pixels  # noqa: F401 - a fixture
 
 import train
-from minivit import loop, state, tensors, weights
+from minivit import loop, save_pretrained, state, tensors
 from minivit.errors import UserError
 
 EPOCHS = ("--epochs", "4")
@@ -43,10 +43,25 @@ def assert_same_end(out, straight):
     assert not (out / train.STATE).exists()
 
 
-@pytest.fixture
-def straight(tiny_folder, shapes_data, tmp_path):
-    assert run_train(tiny_folder, shapes_data, tmp_path / "straight", *EPOCHS) == 0
-    return tmp_path / "straight"
+@pytest.fixture(scope="module", autouse=True)
+def no_figures_here():
+    with pytest.MonkeyPatch.context() as patch:
+        leave_figures_empty(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    save_pretrained(make_tiny(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_folder, shapes_data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 0
+    return out
 
 
 def stop_in_step(monkeypatch, number, then=lambda: os.kill(os.getpid(), signal.SIGTERM)):
@@ -62,8 +77,7 @@ def stop_in_step(monkeypatch, number, then=lambda: os.kill(os.getpid(), signal.S
     monkeypatch.setattr(loop, "train_step", step)
 
 
-@pytest.mark.parametrize("number", [1, 7, 10, 20], ids="of step {}".format)
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number, which", [(n, signal.SIGTERM) for n in (1, 7, 10, 20)] + [(8, signal.SIGINT)])
 def test_a_signal_ends_the_step_and_resume_ends_as_if_it_had_never_come(
     tiny_folder, shapes_data, straight, tmp_path, monkeypatch, capsys, number, which
 ):
@@ -150,11 +164,9 @@ def test_other_settings_that_change_the_mathematics_are_refused_by_name(
         assert run_train(tiny_folder, shapes_data, out, *EPOCHS, "--resume", *flags) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
     tiny.blocks[0].mlp.fc1.bias.data[0] += 1
-    weights.save_pretrained(tiny, tiny_folder)
-    assert run_train(tiny_folder, shapes_data, out, *EPOCHS, "--resume") == 2
+    save_pretrained(tiny, tmp_path)
+    assert run_train(tmp_path, shapes_data, out, *EPOCHS, "--resume") == 2
     assert "the checksum of the base model was" in capsys.readouterr().err.splitlines()[-1]
-    tiny.blocks[0].mlp.fc1.bias.data[0] -= 1
-    weights.save_pretrained(tiny, tiny_folder)
     fewer = tmp_path / "fewer"
     shutil.copytree(shapes_data, fewer)
     (fewer / "train" / "red" / "3.png").unlink()
@@ -266,9 +278,10 @@ def test_a_damaged_state_is_named(tmp_path):
 KILL = """
 import json, os, random, signal, sys, time
 os.environ["OMP_NUM_THREADS"] = "1"
-import torch, train
+import torch, torch._dynamo, train  # which optimizers would import in each child
 from minivit import data, doctor, files, loop, optim, parallel, photos, plots, results, state, weights
 torch.set_num_threads(1)
+plots.draw_confusion = plots.draw_predictions = lambda path, *_, **__: path.touch()
 seed, kills, flags = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 rng, died = random.Random(seed), []
 
