@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of children too: threads that wait for each other make tiny models slow
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the Hub; those of the Hub run processes of their own
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children would
 ROOT = Path(__file__).parent.parent
