@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import signal
@@ -134,4 +135,7 @@ def start(main: Callable[[], int]) -> NoReturn:
             signal.signal(number, stop)
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written
-    sys.exit(code)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError):  # nobody reads on
+            stream.flush()
+    os._exit(code)  # taking torch down takes time, and now and then aborts, which torchrun takes for a failure

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UserError
-from .photos import list_photos
+from .photos import is_photo, list_photos
 
 VAL_FRACTION = 0.1
 SERVER_TIMEOUT_S = 6  # for each answer of Oxford's server
@@ -55,7 +55,7 @@ class Data:
 
     def paths(self) -> list[Path]:
         """Return the photos of all splits, each once, in order."""
-        return sorted({*self.train.paths, *self.val.paths, *self.test.paths})
+        return sorted({*self.train.paths, *self.val.paths, *self.test.paths}, key=os.fspath)  # of a million, in seconds
 
 
 def load_data(root: str | os.PathLike[str], *, seed: int) -> Data:
@@ -146,7 +146,7 @@ def _has_class_folders(root: Path) -> bool:
 
 def _class_folders(base: Path) -> list[str]:
     """List the folders with photos, but for hidden ones, which editors leave."""
-    return sorted(p.name for p in base.iterdir() if p.is_dir() and not p.name.startswith(".") and list_photos(p))
+    return sorted(p.name for p in base.iterdir() if p.is_dir() and p.name[0] != "." and any(map(is_photo, os.listdir(p))))
 
 
 def _load_class_folders(root: Path, seed: int) -> Data:

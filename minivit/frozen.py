@@ -59,23 +59,16 @@ def follow(copy: ViT, model: ViT) -> None:
             ours.copy_(theirs)  # which does nothing where they share memory
 
 
-@torch.no_grad()
-def tokens_at(model: ViT, pixels: Tensor, *, cut: int, draws: Tensor | None = None) -> Tensor:
-    """Return the tokens (B, N, D) that enter block `cut`, of pixels, uint8 (B, 3, h, w), augmented by draws (B, 5) if any."""
-    images = model.preprocess.normalize(pixels)
-    return model.tokens(images if draws is None else augment(images, draws), stop=cut)
-
-
 def on_device(
     read: Callable[[Job], Sequence[Tensor]], jobs: Iterable[Job], device: torch.device
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield read(job) for each job, on the device: read ahead in a thread, and copied there while the device computes."""
     if device.type != "cuda":
-        for tensors in read_ahead(read, jobs, workers=1, ahead=0):
+        for tensors in read_ahead(read, jobs, workers=1, ahead=0, quiet=False):
             yield tuple(tensor.to(device) for tensor in tensors)
         return
     side = torch.cuda.Stream(device)
-    for tensors in read_ahead(lambda job: [tensor.pin_memory() for tensor in read(job)], jobs, workers=1, ahead=0):
+    for tensors in read_ahead(lambda job: [tensor.pin_memory() for tensor in read(job)], jobs, workers=1, ahead=0, quiet=False):
         with torch.cuda.stream(side):
             there = tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
         torch.cuda.current_stream(device).wait_stream(side)
@@ -89,10 +82,13 @@ class Frozen:
 
     def __init__(self, model: ViT, cut: int, *, batch: int, compile: bool = False) -> None:
         self.model, self.cut, self.batch = model, cut, batch
-        self.run = torch.compile(tokens_at) if compile else tokens_at
+        self.tokens = torch.compile(model.tokens) if compile else model.tokens
 
+    @torch.no_grad()
     def __call__(self, pixels: Tensor, draws: Tensor | None = None) -> Tensor:
-        return self.run(self.model, pixels, cut=self.cut, draws=draws)
+        """Return the tokens (B, N, D) of pixels, uint8 (B, 3, h, w), augmented by draws (B, 5) if any."""
+        images = self.model.preprocess.normalize(pixels)
+        return self.tokens(images if draws is None else augment(images, draws), stop=self.cut)
 
     def view(self, _: int, pixels: Source, draws: Tensor, stopped: Callable[[], bool]) -> Tensor | None:
         """Return the tokens (n, N, D) of one view of all photos, augmented by its draws (n, 5)."""

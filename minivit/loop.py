@@ -27,7 +27,7 @@ from . import parallel
 from .data import Data, draw_augmentation
 from .device import product_flops
 from .errors import UserError
-from .frozen import Frozen, Source, Tail, follow, on_device, token_gib, tokens_at, working_copy
+from .frozen import Frozen, Source, Tail, follow, on_device, token_gib, working_copy
 from .metrics import best_row, confusion_matrix, summarize
 from .model import ViT
 from .optim import lr_at
@@ -100,8 +100,9 @@ def rehearse(
     share = math.ceil(batch_size / parallel.world())
     grey, draws = torch.full((share, 3, *model.config.img_size), 128, dtype=torch.uint8), torch.full((share, 5), 0.5)
     pixels, labels = grey.to(device), torch.zeros(share, dtype=torch.long, device=device)
+    frozen = Frozen(model, cut, batch=share)
     for _ in range(2):  # from the second on, AdamW's moments are there all along
-        inputs = lambda part: tokens_at(model, pixels[part], cut=cut, draws=draws[part])  # noqa: E731
+        inputs = lambda part: frozen(pixels[part], draws[part])  # noqa: E731
         *_, micro_batch = train_step(
             Tail(model, cut), state.optimizer, state.scaler, inputs, labels, micro_batch=micro_batch, amp=amp
         )

@@ -118,10 +118,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return photo
 
 
-def read_ahead(read: Callable[[Job], Found], jobs: Iterable[Job], workers: int, ahead: int | None = None) -> Iterator[Found]:
+def read_ahead(
+    read: Callable[[Job], Found], jobs: Iterable[Job], workers: int, ahead: int | None = None, quiet: bool = True
+) -> Iterator[Found]:
     """Yield read(job) for each job in turn, read in threads, since Pillow lets go of the GIL, and never far ahead."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        warnings.simplefilter("ignore")  # around all threads, since each puts back the filters that it happened to find
+    with warnings.catch_warnings() if quiet else contextlib.nullcontext(), ThreadPoolExecutor(workers) as pool:
+        if quiet:
+            warnings.simplefilter("ignore")  # around all threads, since each puts back the filters that it happened to find
         reading: deque[Future[Found]] = deque()
         try:
             for job in jobs:
@@ -134,9 +137,14 @@ def read_ahead(read: Callable[[Job], Found], jobs: Iterable[Job], workers: int, 
             pool.shutdown(cancel_futures=True)
 
 
+def is_photo(name: str) -> bool:
+    """Say whether a file is one to open, by its name."""
+    return name.lower().endswith(SUFFIXES) and name[0] != "."
+
+
 def list_photos(folder: Path) -> list[Path]:
     """List the photos right inside a folder, by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    return [folder / name for name in sorted(os.listdir(folder)) if is_photo(name)]
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,8 @@ def test_evaluation_in_low_precision_gives_infers_logits_bit_for_bit(pixels):  #
 
 
 def test_tokens_are_kept_in_order_or_computed_anew_each_time(pixels, monkeypatch):  # noqa: F811
-    model, calls, real = fresh(), [], frozen.tokens_at
-    monkeypatch.setattr(frozen, "tokens_at", lambda *args, **how: calls.append(0) or real(*args, **how))
+    model, calls, real = fresh(), [], frozen.Frozen.__call__
+    monkeypatch.setattr(frozen.Frozen, "__call__", lambda *args: calls.append(0) or real(*args))
     own = torch.tensor([1, 3, 5, 7, 8])
     expected = model.tokens(model.preprocess.normalize(pixels[0][own]), stop=10).detach()
     for keep, computed in ((True, 3), (False, 6)):
@@ -92,13 +92,13 @@ def test_kept_views_change_no_epoch_in_which_they_are_new(pixels, views):  # noq
 
 
 def test_epochs_after_the_views_take_their_tokens_and_run_no_frozen_block(pixels, monkeypatch):  # noqa: F811
-    augmented, real = [], frozen.tokens_at
+    augmented, real = [], frozen.Frozen.__call__
 
-    def counted(model, images, *, cut, draws=None):
+    def counted(self, images, draws=None):
         augmented.extend([] if draws is None else draws.tolist())
-        return real(model, images, cut=cut, draws=draws)
+        return real(self, images, draws)
 
-    monkeypatch.setattr(frozen, "tokens_at", counted)
+    monkeypatch.setattr(frozen.Frozen, "__call__", counted)
     rows = fit(run_of(fresh()), pixels, cache_views=2, epochs=6)
     assert len(augmented) == 2 * 9
     assert len({tuple(draws) for draws in augmented}) == 18  # another view each

@@ -80,7 +80,7 @@ def test_tokens_at_each_cut_are_those_of_the_model(folder, shapes_data):
     tokens = frozen.KnownTokens(model, Photos(range(9)), Photos.paths[2:6], 2, batch=4)
     for cut in (0, 3, 12):
         tokens.advance(cut)
-        expected = frozen.tokens_at(model, pixels, cut=cut)
+        expected = frozen.Frozen(model, cut, batch=9)(pixels)
         torch.testing.assert_close(tokens.clean, expected, rtol=1e-4, atol=1e-5)
         own = torch.tensor([2, 0])
         torch.testing.assert_close(next(tokens.evaluation(Photos.paths[3:8], own)()), expected[[5, 3]], rtol=1e-4, atol=1e-5)
