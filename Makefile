@@ -4,7 +4,7 @@ IMAGE ?= cat.jpg
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo train infer test fuzz lint clean
+.PHONY: help setup demo train infer test fuzz bench lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -25,6 +25,10 @@ test: .venv/installed-dev ## hold every output against transformers', offline
 
 fuzz: .venv/installed-dev ## open 20,000 broken photos, for ten minutes at most (ARGS="--seed 1")
 	$(BIN)/python tests/test_fuzz.py --cases 20000 --minutes 10 $(ARGS)
+
+bench: .venv/installed-dev ## measure speed on this machine's CPU, against transformers (ARGS="--train 3680 --test 3669")
+	$(BIN)/python benchmarks/finetune.py --device cpu --train 60 --test 30 --epochs 1 --runs 1 --no-record \
+		--only transformers,transformers-even,minivit-cold,minivit $(ARGS)
 
 lint: .venv/installed-dev ## check format and style
 	$(BIN)/ruff format --check .
