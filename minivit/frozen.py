@@ -5,6 +5,7 @@ Shapes: A all photos, n of a split, B of a batch, N tokens, D embed_dim, C class
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +89,7 @@ class Frozen:
     def __call__(self, pixels: Tensor, draws: Tensor | None = None) -> Tensor:
         """Return the tokens (B, N, D) of pixels, uint8 (B, 3, h, w), augmented by draws (B, 5) if any."""
         images = self.model.preprocess.normalize(pixels)
-        return self.tokens(images if draws is None else augment(images, draws), stop=self.cut)
+        return self.tokens(images if draws is None else augment(images, draws), stop=self.cut, only_read=True)
 
     def view(self, _: int, pixels: Source, draws: Tensor, stopped: Callable[[], bool]) -> Tensor | None:
         """Return the tokens (n, N, D) of one view of all photos, augmented by its draws (n, 5)."""
@@ -102,7 +103,7 @@ class Frozen:
         They lie in host memory, which a CUDA device reads without a detour. None if `stopped` says so in the meantime.
         """
         weight, jobs, start = self.model.cls_token, own.split(self.batch), 0
-        shape = (len(own), self.model.config.num_tokens, self.model.config.embed_dim)
+        shape = (len(own), *tokens_shape(self.model, self.cut))
         kept = torch.empty(shape, dtype=weight.dtype, pin_memory=weight.device.type == "cuda")
         places = torch.arange(len(own)).split(self.batch)
         read = lambda i: [pixels[jobs[i]]] if draws is None else [pixels[jobs[i]], draws[places[i]]]  # noqa: E731
@@ -139,27 +140,35 @@ class KnownTokens:
         compute, generator = Frozen(model, 0, batch=batch), torch.Generator().manual_seed(0)
         self.row_of, self.learn_row_of = ({path: i for i, path in enumerate(paths)} for paths in (pixels.paths, learn))
         own = torch.tensor([self.row_of[path] for path in learn])
-        self.clean = compute.keep(pixels, torch.arange(len(pixels)))
-        self.views = [compute.keep(pixels, own, draw_augmentation(len(own), generator)) for _ in range(num_views)]
+        self.tables = [compute.keep(pixels, torch.arange(len(pixels)))]  # of photos as they are, then of each view
+        self.tables += [compute.keep(pixels, own, draw_augmentation(len(own), generator)) for _ in range(num_views)]
 
     @torch.no_grad()
     def advance(self, cut: int) -> None:
         """Run the blocks up to another cut."""
-        for part in (part for table in (self.clean, *self.views) for part in table.split(self.batch)):
-            x = part.to(self.model.cls_token.device)
-            for block in self.model.blocks[self.cut : cut]:
-                x = block(x)
-            part.copy_(x)
+        shape, device = tokens_shape(self.model, cut), self.model.cls_token.device
+        for i, table in enumerate(self.tables):
+            there = table if table.shape[1:] == shape else table.new_empty(len(table), *shape)
+            for start in range(0, len(table), self.batch):
+                x = self.model.run(table[start : start + self.batch].to(device), self.cut, cut, only_read=True)
+                there[start : start + self.batch].copy_(x)
+            self.tables[i] = there
         self.cut = cut
 
     def view(self, k: int, photos: Sequence[Path], *_: object) -> Tensor:
-        return self.views[k][[self.learn_row_of[path] for path in photos]]
+        return self.tables[1 + k][[self.learn_row_of[path] for path in photos]]
 
     def evaluation(self, photos: Sequence[Path], own: Tensor, **_: object) -> Callable[[], Iterator[Tensor]]:
         rows = torch.tensor([self.row_of[photos[i]] for i in own.tolist()]).split(self.batch)
-        return lambda: (self.clean[part].to(self.model.cls_token.device) for part in rows)
+        return lambda: (self.tables[0][part].to(self.model.cls_token.device) for part in rows)
 
 
-def token_gib(model: ViT, n: int) -> float:
+def tokens_shape(model: ViT, cut: int) -> tuple[int, int]:
+    """Return the shape (N, D) of a photo's tokens at the cut: behind all blocks, those that the head reads."""
+    c = model.config
+    return (1 if cut == c.depth and c.pool == "cls" else c.num_tokens), c.embed_dim
+
+
+def token_gib(model: ViT, n: int, cut: int = 0) -> float:
     """Return what n photos' tokens take of host memory."""
-    return n * model.config.num_tokens * model.config.embed_dim * model.cls_token.dtype.itemsize / 2**30
+    return n * math.prod(tokens_shape(model, cut)) * model.cls_token.dtype.itemsize / 2**30

@@ -112,7 +112,7 @@ def rehearse(
         torch.cuda.reset_peak_memory_stats(device)
     else:
         photos, scored = sum(map(len, (data.train, data.val, data.test))), len(data.train) + len(data.val)
-        tokens = token_gib(model, scored)
+        tokens = token_gib(model, scored, cut)
         peak += photos * grey[0].numel() / 2**30 + (tokens if tokens <= cache_gib else 0)
     return micro_batch, peak
 
@@ -157,12 +157,12 @@ def fit(
     is not finite, and if the views' tokens take more than `cache_gib` of memory. `frozen` may know the tokens already.
     """
     model, device, n = state.model, state.model.cls_token.device, len(train[1])
-    need = token_gib(model, n * cache_views)
+    need = token_gib(model, n * cache_views, cut)
     if need > cache_gib:
         raise UserError(
             f"the tokens of {cache_views} views take {need:.1f} GiB; raise --cache-gib {cache_gib:g}, or keep fewer"
         )
-    keep = need + token_gib(model, n + len(val[1])) <= cache_gib
+    keep = need + token_gib(model, n + len(val[1]), cut) <= cache_gib
     frozen = frozen or Frozen(model, cut, batch=eval_batch(device, batch_size, micro_batch), compile=compile)
     tail, evaluated = Tail(model, cut), working_copy(model, device, model.cls_token.dtype, train=False)
     if compile:

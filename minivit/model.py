@@ -86,22 +86,31 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(c.embed_dim, 3 * c.embed_dim, bias=c.qkv_bias)
         self.proj = nn.Linear(c.embed_dim, c.embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._mix(*self._qkv(x))
+    def forward(self, x: Tensor, only_cls: bool = False) -> Tensor:
+        """Return the output (B, N, D), or the class token's alone, (B, 1, D): all that is read of a last block's."""
+        return self._mix(*self._qkv(x, only_cls))
 
-    def forward_with_attention(self, x: Tensor, queries: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_with_attention(self, x: Tensor, queries: Tensor | None = None, only_cls: bool = False) -> tuple[Tensor, Tensor]:
         """Return forward's own output and the weights (B, H, Q, N) behind it, in float32; `queries` (Q,), None for all.
 
         Where there is a graph, the output's gradient passes through the weights, unless they are of chosen queries only.
         """
-        q, k, v = self._qkv(x)
-        attn = self._weights(q if queries is None else q[:, :, queries], k)
-        return self._mix(q, k, v, attn if queries is None and attn.requires_grad else None), attn
+        q, k, v = self._qkv(x, only_cls)
+        asking = self._project(x if queries is None else x[:, queries], 0, 1)[0] if only_cls else q
+        attn = self._weights(asking if queries is None or only_cls else q[:, :, queries], k)
+        return self._mix(q, k, v, attn[:, :, : q.shape[2]] if queries is None and attn.requires_grad else None), attn
 
-    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, x: Tensor, only_cls: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return self._project(x[:, :1], 0, 1) + self._project(x, 1, 3) if only_cls else self._project(x, 0, 3)
+
+    def _project(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Return some of q, k and v, those from `start` to `stop`, each (B, H, N, K)."""
         B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # three of (B, H, N, K)
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if stop - start < 3:
+            weight, bias = weight[start * D : stop * D], None if bias is None else bias[start * D : stop * D]
+        parts = F.linear(x, weight, bias).view(B, N, stop - start, self.num_heads, D // self.num_heads)
+        return parts.permute(2, 0, 3, 1, 4).unbind(0)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, attn: Tensor | None = None) -> Tensor:
         x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, K)
@@ -152,14 +161,16 @@ class Block(nn.Module):
         self.mlp = MLP(c)
         self.ls2 = LayerScale(c) if c.layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, only_cls: bool = False) -> Tensor:
+        return self._add(x, self.attn(self.norm1(x), only_cls))
 
-    def forward_with_attention(self, x: Tensor, queries: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        mixed, attn = self.attn.forward_with_attention(self.norm1(x), queries)
-        x = x + self.ls1(mixed)
-        return x + self.ls2(self.mlp(self.norm2(x))), attn
+    def forward_with_attention(self, x: Tensor, queries: Tensor | None = None, only_cls: bool = False) -> tuple[Tensor, Tensor]:
+        mixed, attn = self.attn.forward_with_attention(self.norm1(x), queries, only_cls)
+        return self._add(x, mixed), attn
+
+    def _add(self, x: Tensor, mixed: Tensor) -> Tensor:
+        x = x[:, : mixed.shape[1]] + self.ls1(mixed)
+        return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class ViT(nn.Module):
@@ -208,20 +219,23 @@ class ViT(nn.Module):
         index = None if queries is None else torch.tensor(list(queries), dtype=torch.long, device=images.device)
         x, start, attn = self.embed(images), 0, {}
         for i in blocks:
-            x = self._run(x, start, i)
-            x, attn[i] = self.blocks[i].forward_with_attention(x, index)
+            x = self.run(x, start, i)
+            x, attn[i] = self.blocks[i].forward_with_attention(x, index, only_cls=self._is_last(i))
             start = i + 1
         return self.logits(x, start), attn
 
-    def tokens(self, images: Tensor, stop: int = 0) -> Tensor:
-        """Return the tokens (B, N, D) that enter block `stop`: 0 gives the embeddings, `depth` all blocks' output."""
+    def tokens(self, images: Tensor, stop: int = 0, *, only_read: bool = False) -> Tensor:
+        """Return the tokens (B, N, D) that enter block `stop`: 0 gives the embeddings, `depth` all blocks' output.
+
+        With `only_read`, those of all blocks' output that the head reads: (B, 1, D) where that is the class token.
+        """
         self._check_index("stop", [stop], self.config.depth + 1)
-        return self._run(self.embed(images), 0, stop)
+        return self.run(self.embed(images), 0, stop, only_read)
 
     def logits(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Return the logits (B, num_classes) from the tokens (B, N, D) that enter block `start`."""
         self._check_index("start", [start], self.config.depth + 1)
-        x = self._run(tokens, start, self.config.depth)
+        x = self.run(tokens, start, self.config.depth, only_read=True)
         if self.config.pool == "cls":
             return self.head(self.norm(x[:, 0]))
         x = self.norm(x)
@@ -239,11 +253,16 @@ class ViT(nn.Module):
             return x
         return torch.cat([x[:, :1], self.reg_token.expand(len(images), -1, -1), x[:, 1:]], dim=1)  # (B, N, D)
 
+    def _is_last(self, i: int) -> bool:
+        """Say whether of block i's output only the class token is read."""
+        return i == self.config.depth - 1 and self.config.pool == "cls"
+
     def flops(self, start: int = 0) -> int:
         """Return the floating-point operations of an image's matrix products, from block `start` on; from 0, embeddings too."""
         c, N, D = self.config, self.config.num_tokens, self.config.embed_dim
-        block = 2 * N * (4 * D * D + 2 * D * c.mlp_dim) + 4 * N * N * D
-        return (c.depth - start) * block + (2 * (N - 1) * 3 * c.patch_size**2 * D if start == 0 else 0)
+        asking = [1 if self._is_last(i) else N for i in range(start, c.depth)]
+        blocks = sum(4 * N * D * D + 2 * Q * (2 * D * D + 2 * D * c.mlp_dim) + 4 * Q * N * D for Q in asking)
+        return blocks + (2 * (N - 1) * 3 * c.patch_size**2 * D if start == 0 else 0)
 
     def positions(self) -> Tensor:
         """Return pos_embed (1, N - R, D), resampled to the grid of img_size as the reference does: bicubic, in float32."""
@@ -268,9 +287,10 @@ class ViT(nn.Module):
         width = self.config.embed_dim * (2 if self.config.pool == "cls+mean" else 1)
         return nn.Linear(width, self.config.num_classes) if self.config.num_classes else nn.Identity()
 
-    def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
-        for block in self.blocks[start:stop]:
-            x = block(x)
+    def run(self, x: Tensor, start: int, stop: int, only_read: bool = False) -> Tensor:
+        """Run the blocks from `start` to before `stop`; see tokens."""
+        for i in range(start, stop):
+            x = self.blocks[i](x, only_cls=only_read and self._is_last(i))
         return x
 
     @staticmethod

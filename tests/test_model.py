@@ -41,7 +41,7 @@ def test_attention_has_its_stated_shape_and_its_rows_sum_to_1(tiny):
 def test_attention_is_what_mixes_the_values(tiny):
     block = tiny.blocks[4]
     x = block.norm1(torch.randn(2, 17, 24))
-    _, _, v = block.attn._qkv(x)
+    _, _, v = block.attn._qkv(x, False)
     mixed, attn = block.attn.forward_with_attention(x)
     # float32 sums of 17 terms in another order than the fused kernel's
     assert_close(mixed, block.attn.proj((attn @ v).transpose(1, 2).flatten(2)), rtol=1e-5, atol=1e-5)
@@ -53,7 +53,10 @@ def test_logits_from_any_cut_are_the_whole_forward(tiny):
     for cut in (0, 5, 12):
         tokens = tiny.tokens(images, stop=cut)
         assert tokens.shape == (2, 17, 24)
-        assert torch.equal(tiny.logits(tokens, start=cut), tiny(images))
+        assert_close(tiny.logits(tokens, start=cut), tiny(images), rtol=1e-5, atol=1e-5)
+        read = tiny.tokens(images, stop=cut, only_read=True)
+        assert read.shape == (2, 1 if cut == 12 else 17, 24)  # the head reads the class token alone
+        assert torch.equal(tiny.logits(read, start=cut), tiny(images))
 
 
 def test_a_model_without_classes_gives_features():
@@ -98,3 +101,18 @@ def test_positions_of_the_own_grid_are_left_alone_and_others_resampled():
 def test_what_cannot_be_is_refused(tiny, call, message):
     with pytest.raises(UserError, match=message):
         call(tiny)
+
+
+@torch.no_grad()
+def test_the_last_block_works_for_the_class_token_alone_where_that_alone_is_read(tiny):
+    images, seen = torch.randn(2, 3, 32, 32), []
+    hook = tiny.blocks[11].mlp.register_forward_hook(lambda *io: seen.append(io[1][0].shape[1]))
+    tiny(images)
+    tiny.forward_with_attention(images, [11])
+    assert seen == [1, 1]
+    assert tiny.tokens(images, stop=12).shape[1] == seen[-1] == 17
+    hook.remove()
+    both = ViT(ViTConfig(**vars(tiny.config) | {"pool": "cls+mean"}))
+    hook = both.blocks[11].mlp.register_forward_hook(lambda *io: seen.append(io[1][0].shape[1]))
+    both(images)
+    assert seen[-1] == 17
