@@ -35,6 +35,7 @@ from .state import State, begin
 
 MAX_GRAD_NORM = 1.0
 CACHE_GIB = 4.0  # of host memory for tokens at the cut
+CPU_BATCH = 8  # photos at once: more of them, and what they make of a block leaves the caches
 
 
 def train_step(
@@ -267,9 +268,14 @@ def predict_photos(model: ViT, pixels: Source, *, batch: int) -> Tensor:
     return torch.cat([model(model.preprocess.normalize(found)).float() for (found,) in bar]).cpu()
 
 
+def pick_micro_batch(asked: int | None, batch_size: int, device: torch.device) -> int:
+    """Return how many photos go through at once in training: as asked, else all of a batch, on a CPU what is fastest there."""
+    return min(asked or (CPU_BATCH if device.type == "cpu" else batch_size), batch_size)
+
+
 def eval_batch(device: torch.device, batch_size: int, micro_batch: int) -> int:
     """Return how many photos go through at once where no graph takes memory: many, unless micro-batches are asked for."""
-    return micro_batch if micro_batch < batch_size else 256 if device.type == "cuda" else 64
+    return CPU_BATCH if device.type == "cpu" else micro_batch if micro_batch < batch_size else 256
 
 
 def peak_gib(device: torch.device) -> float:

@@ -177,7 +177,7 @@ def run(
     how = {
         "epochs": cell.epochs,
         "batch_size": args.batch_size,
-        "micro_batch": args.batch_size,
+        "micro_batch": loop.pick_micro_batch(None, args.batch_size, on),
         "lr": args.lr,
         "seed": cell.seed,
     }
