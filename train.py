@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
-import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,19 +23,8 @@ if TYPE_CHECKING:
     from minivit.state import State
     from minivit.store import Pixels
 
-RUN_FILES = ("model.safetensors", "config.json", "preprocessor_config.json", "tail.safetensors", "metrics.jsonl")
-RUN_FILES += ("summary.json", "curves.png", "confusion.png", "predictions.png", "classes.csv", "README.md")
-MATHEMATICS = (
-    "epochs",
-    "batch_size",
-    "lr",
-    "weight_decay",
-    "layer_decay",
-    "label_smoothing",
-    "cache_views",
-    "seed",
-)  # --resume keeps them
-STATE = "state.safetensors"  # there until the run is finished
+# What --resume keeps to.
+MATHEMATICS = ("epochs", "batch_size", "lr", "weight_decay", "layer_decay", "label_smoothing", "cache_views", "seed")
 
 
 def make_parser() -> cli.Parser:
@@ -86,7 +73,7 @@ def train(args: argparse.Namespace) -> int:
     """The whole job: data and model in, epochs with the state on disk after each, and what the best one achieves."""
     import torch
 
-    from minivit import data, describe, device, doctor, frozen, hub, loop, optim, parallel, store, weights
+    from minivit import data, describe, device, doctor, frozen, hub, loop, optim, parallel, runs, store, weights
     from minivit.errors import UserError
 
     started, out, on = time.perf_counter(), Path(args.out), device.pick_device(parallel.own_device(args.device))
@@ -103,7 +90,7 @@ def train(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as held:
         with parallel.joined(on):
             first = parallel.rank() == 0  # of the processes under torchrun; the only one that writes
-            if not args.dry_run and parallel.from_first(lambda: claim(out, held, args.resume)):
+            if not args.dry_run and parallel.from_first(lambda: runs.claim(out, held, args.resume)):
                 return 0
             photos = parallel.from_first(lambda: data.load_data(args.data, seed=args.seed))
             for finding in doctor.quick_check(args.data) if first else ():
@@ -132,19 +119,6 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def claim(out: Path, held: contextlib.ExitStack, resume: bool) -> bool:
-    """Take hold of the folder, and say whether it holds a finished run that there is nothing to go on with."""
-    from minivit import files
-
-    out.mkdir(parents=True, exist_ok=True)
-    held.enter_context(files.locked(out))
-    finished = resume and (out / "summary.json").exists() and not (out / STATE).exists()
-    if finished:
-        print(f"{out} holds a finished run", file=sys.stderr)
-        print(result(files.read_json(out / "summary.json"), out))
-    return finished
-
-
 def learn(
     args: argparse.Namespace,
     model: ViT,
@@ -158,19 +132,16 @@ def learn(
     started: float,
 ) -> State:
     """Train from the first epoch, or from where the run in --out stands; leave the state after each epoch on disk."""
-    from minivit import loop, metrics, parallel, state, store
+    from minivit import loop, metrics, parallel, runs, state, store
 
     out, first = Path(args.out), parallel.rank() == 0
     blocks = [i for i, block in enumerate(model.blocks) if block.norm1.weight.requires_grad]
     settings = {f"--{name.replace('_', '-')}": vars(args)[name] for name in MATHEMATICS}
-    settings |= {
-        "precision": str(amp),
-        "--blocks": blocks,
-        "the checksum of the photos": store.checksum(*((pixels.paths, y.tolist()) for pixels, y in (train, val))),
-    }
+    settings |= {"precision": str(amp), "--blocks": blocks}
+    settings["the checksum of the photos"] = store.checksum(*((pixels.paths, y.tolist()) for pixels, y in (train, val)))
     settings["the checksum of the base model"] = state.checksum(*(p for p in model.parameters() if not p.requires_grad))
     run = state.begin(net, amp=amp, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
-    earlier = parallel.from_first(lambda: begin_folder(out, args.resume, settings))
+    earlier = parallel.from_first(lambda: runs.begin(out, args.resume, settings))
     if earlier:
         run.load(*earlier)
     started -= run.spent
@@ -182,29 +153,13 @@ def learn(
             run.best = run.tail()
         run.spent = time.perf_counter() - started
         if first:
-            run.save(out / STATE, settings)
-            report_epoch(run.rows, args.epochs, out)
+            run.save(out / runs.STATE, settings)
+            runs.report_epoch(run.rows, args.epochs, out)
     run.spent = time.perf_counter() - started
     if run.stopped and first:
         with parallel.stop_requests():  # torchrun repeats a signal
-            run.save(out / STATE, settings)
+            run.save(out / runs.STATE, settings)
     return run
-
-
-def begin_folder(out: Path, resume: bool, settings: dict) -> tuple | None:
-    """Read the state to go on from, and let metrics.jsonl say what it says; else move what is there out of the way."""
-    from minivit import files, state
-
-    if resume and (out / STATE).exists():
-        tensors, about = state.read(out / STATE, settings)
-        with files.whole_file(out / "metrics.jsonl") as partial:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in about["rows"]), encoding="utf-8")
-        print(f"{out}: going on in epoch {about['epoch']}, after {len(about['losses'])} of its steps", file=sys.stderr)
-        return tensors, about
-    if resume:
-        print(f"{out}: no run to go on with, so it begins", file=sys.stderr)
-    keep_earlier_run(out)
-    return None
 
 
 def finish(
@@ -221,14 +176,11 @@ def finish(
     """Write the best epoch's weights, test what was written, and leave everything there is to look at."""
     import torch
 
-    from minivit import files, hub, loop, metrics, optim, results, state, weights
+    from minivit import files, hub, loop, metrics, optim, results, runs, state, weights
 
     started, out, device = time.perf_counter(), Path(args.out), run.model.cls_token.device
-    peak_gib, best, batch = (
-        loop.peak_gib(device),
-        metrics.best_row(run.rows),
-        loop.eval_batch(device, args.batch_size, micro_batch),
-    )
+    peak_gib, best = loop.peak_gib(device), metrics.best_row(run.rows)
+    batch = loop.eval_batch(device, args.batch_size, micro_batch)
     state.set_tail(model, run.best)
     run.free()
     weights.save_tail(model, out / "tail.safetensors")
@@ -261,49 +213,10 @@ def finish(
     pets = any(photos.train.paths[0].parent.parent.glob("annotations/trainval.txt"))
     results.write_results(out, run.rows, photos, logits, summary, name=args.push_to_hub or out.resolve().name, pets=pets)
     files.write_json(out / "summary.json", summary)
-    (out / STATE).unlink()
+    (out / runs.STATE).unlink()
     if args.push_to_hub:
-        print(f"pushed: {hub.push(out, args.push_to_hub, RUN_FILES)}", file=sys.stderr)
-    print(summary["verdict"], result(summary, out), sep="\n")
-
-
-def result(summary: Mapping, out: Path) -> str:
-    """Return the last line of a run."""
-    photos, accuracy = summary["test_photos"], summary["test_accuracy"]
-    return (
-        f"test accuracy {accuracy:.4f} ({round(accuracy * photos)}/{photos}) · macro F1 {summary['test_macro_f1']:.4f} · "
-        f"best epoch {summary['best_epoch']} · {out}"
-    )
-
-
-def keep_earlier_run(out: Path) -> None:
-    """Move what an earlier run wrote into out/earlier-N, so that nothing is lost when a new run begins."""
-    if not (out / "metrics.jsonl").exists() and not (out / STATE).exists():
-        return
-    earlier = next(path for i in itertools.count(1) if not (path := out / f"earlier-{i}").exists())
-    earlier.mkdir()
-    for name in (*RUN_FILES, STATE):
-        if (out / name).exists():
-            (out / name).rename(earlier / name)
-    print(f"{out} holds an earlier run: moved to {earlier}", file=sys.stderr)
-
-
-def report_epoch(rows: Sequence[Mapping[str, float]], epochs: int, out: Path) -> None:
-    """Add the last row to metrics.jsonl, and say it in a line."""
-    from minivit.metrics import overfits_from
-
-    row, first = rows[-1], overfits_from(rows)
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    print(
-        f"epoch {row['epoch']}/{epochs} · loss {row['loss']:.4f} · "
-        f"training {row['train_accuracy']:.4f} (loss {row['train_loss']:.4f}) · "
-        f"validation {row['val_accuracy']:.4f} (loss {row['val_loss']:.4f}) · "
-        f"gap {100 * (row['train_accuracy'] - row['val_accuracy']):.1f} points"
-        f"{f', overfitting since epoch {first}' if first else ''} · "
-        f"{row['images_per_s']:.0f} images/s (MFU {row['mfu']:.0%}) · {row['seconds']:.1f} s",
-        flush=True,
-    )
+        print(f"pushed: {hub.push(out, args.push_to_hub, runs.RUN_FILES)}", file=sys.stderr)
+    print(summary["verdict"], runs.result(summary, out), sep="\n")
 
 
 if __name__ == "__main__":

@@ -138,4 +138,4 @@ def start(main: Callable[[], int]) -> NoReturn:
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError):  # nobody reads on
             stream.flush()
-    os._exit(code)  # taking torch down takes time, and now and then aborts, which torchrun takes for a failure
+    os._exit(code or 0)  # taking torch down takes time, and now and then aborts, which torchrun takes for a failure

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import infer
 import train
-from minivit import load_pretrained, save_pretrained
+from minivit import load_pretrained, runs, save_pretrained
 
 
 def open_size(path):
@@ -48,7 +48,7 @@ def run(shapes_data, tmp_path_factory):
 
 def test_a_run_learns_and_writes_all_it_promises(run, tiny_folder):
     out, printed = run
-    assert sorted(path.name for path in out.iterdir()) == sorted([".lock", *train.RUN_FILES])
+    assert sorted(path.name for path in out.iterdir()) == sorted([".lock", *runs.RUN_FILES])
     summary = json.loads((out / "summary.json").read_text())
     assert summary["test_accuracy"] >= 0.9
     wanted = {

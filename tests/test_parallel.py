@@ -13,8 +13,7 @@ from conftest import ROOT, make_tiny
 from test_commands import run_train
 from test_resume import assert_same_end, rows_of
 
-import train
-from minivit import parallel, save_pretrained
+from minivit import parallel, runs, save_pretrained
 
 TORCHRUN = [
     sys.executable,
@@ -80,7 +79,7 @@ def test_sigterm_to_torchrun_saves_and_resume_ends_in_the_same_bytes(tiny_folder
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=500)
     assert err.count(f"all is saved in {out}") == 1
-    assert (out / train.STATE).exists()
+    assert (out / runs.STATE).exists()
     with torchrun(tiny_folder, shapes_data, out, *EPOCHS, "--resume") as process:
         _, err = process.communicate(timeout=500)
         assert process.returncode == 0, err

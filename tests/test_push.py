@@ -10,8 +10,7 @@ from hub_server import COMMIT, TOKEN, serve
 from test_commands import run_train
 from test_hub import assert_one_line, run_python
 
-import train
-from minivit import card, describe, load_pretrained
+from minivit import card, describe, load_pretrained, runs
 from minivit.errors import UserError
 
 SUMMARY = {
@@ -99,7 +98,7 @@ def test_a_run_is_pushed_with_its_card_and_what_was_recorded(hub, shapes_data, t
     assert done.returncode == 0, done.stderr
     assert f"pushed: {hub.url}/owner/new/commit/{COMMIT}" in done.stderr
     assert done.stdout.splitlines()[-1].startswith("test accuracy")
-    assert sorted(hub.uploaded) == sorted(train.RUN_FILES)
+    assert sorted(hub.uploaded) == sorted(runs.RUN_FILES)
     for name, data in hub.uploaded.items():
         assert data == (tmp_path / "run" / name).read_bytes(), name
     summary = json.loads(hub.uploaded["summary.json"])

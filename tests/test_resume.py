@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from test_commands import run_train
 from test_loop import fresh, pixels  # noqa: F401 - a fixture
 
-import train
-from minivit import loop, save_pretrained, state, tensors
+from minivit import loop, runs, save_pretrained, state, tensors
 from minivit.errors import UserError
 
 EPOCHS = ("--epochs", "4")
@@ -40,7 +39,7 @@ def assert_same_end(out, straight):
     assert all(torch.equal(now[name], then[name]) for name in then)
     assert rows_of(out) == rows_of(straight)
     assert not list(out.glob(".*.partial"))
-    assert not (out / train.STATE).exists()
+    assert not (out / runs.STATE).exists()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +86,7 @@ def test_a_signal_ends_the_step_and_resume_ends_as_if_it_had_never_come(
         assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 130
     assert f"all is saved in {out}: the same command with --resume goes on" in capsys.readouterr().err.splitlines()[-1]
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
-    with safe_open(out / train.STATE, "pt") as file:
+    with safe_open(out / runs.STATE, "pt") as file:
         about = json.loads(file.metadata()["state"])
     assert (about["step"], len(about["losses"])) == (number, (number - 1) % 5 + 1)  # 5 steps an epoch
     assert run_train(tiny_folder, shapes_data, out, *EPOCHS, "--resume") == 0
@@ -102,7 +101,7 @@ def test_a_row_that_was_cut_short_is_mended(tiny_folder, shapes_data, straight, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "report_epoch", half)
+        patch.setattr(runs, "report_epoch", half)
         assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 130
     assert run_train(tiny_folder, shapes_data, out, *EPOCHS, "--resume") == 0
     assert_same_end(out, straight)
@@ -116,7 +115,7 @@ def test_a_second_interrupt_ends_at_once(tiny_folder, shapes_data, tmp_path, mon
     stop_in_step(monkeypatch, 2, twice)
     assert run_train(tiny_folder, shapes_data, tmp_path / "run", *EPOCHS) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "train.py: interrupted"
-    assert not (tmp_path / "run" / train.STATE).exists()
+    assert not (tmp_path / "run" / runs.STATE).exists()
 
 
 def test_fp16_goes_on_with_its_scaler(pixels, tmp_path):  # noqa: F811
@@ -159,7 +158,7 @@ def test_other_settings_that_change_the_mathematics_are_refused_by_name(
     with monkeypatch.context() as patch:
         stop_in_step(patch, 7)
         assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 130
-    before = (out / train.STATE).read_bytes()
+    before = (out / runs.STATE).read_bytes()
     for flags, message in CHANGED.values():
         assert run_train(tiny_folder, shapes_data, out, *EPOCHS, "--resume", *flags) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
@@ -172,7 +171,7 @@ def test_other_settings_that_change_the_mathematics_are_refused_by_name(
     (fewer / "train" / "red" / "3.png").unlink()
     assert run_train(tiny_folder, fewer, out, *EPOCHS, "--resume") == 2
     assert "the checksum of the photos was" in capsys.readouterr().err.splitlines()[-1]
-    assert (out / train.STATE).read_bytes() == before
+    assert (out / runs.STATE).read_bytes() == before
 
 
 def test_what_changes_only_speed_may_change(tiny_folder, shapes_data, straight, tmp_path, monkeypatch):
@@ -206,7 +205,7 @@ def test_without_resume_an_interrupted_run_is_kept_aside_and_can_go_on_there(
         assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 130
     assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 0
     assert_same_end(out, straight)
-    assert state.read(out / "earlier-1" / train.STATE, {})[1]["step"] == 2
+    assert state.read(out / "earlier-1" / runs.STATE, {})[1]["step"] == 2
     assert run_train(tiny_folder, shapes_data, out / "earlier-1", *EPOCHS, "--resume") == 0
     assert_same_end(out / "earlier-1", straight)
 
@@ -246,8 +245,8 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_stays(
         patch.setattr(tensors, "save_file", full)
         assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"train.py: {out / train.STATE}: cannot be written (No space left on device)"
-    assert sorted(path.name for path in out.iterdir()) == [".lock", "metrics.jsonl", train.STATE]
+    assert last == f"train.py: {out / runs.STATE}: cannot be written (No space left on device)"
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "metrics.jsonl", runs.STATE]
     assert run_train(tiny_folder, shapes_data, out, *EPOCHS, "--resume") == 0
     assert_same_end(out, straight)
 
@@ -264,7 +263,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_state(tiny_folder, shape
     stop_in_step(monkeypatch, 12, lambda: models[0].head.weight.data.fill_(torch.nan))
     assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("train.py: the loss of epoch 3 is nan; try a lower --lr")
-    tensors, about = state.read(out / train.STATE, {})
+    tensors, about = state.read(out / runs.STATE, {})
     assert about["epoch"] == 3
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
