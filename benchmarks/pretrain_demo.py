@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from minivit import Preprocess, ViT, ViTConfig, save_pretrained, scenes
 from minivit.data import augment, draw_augmentation
 from minivit.device import pick_amp, pick_device
-from minivit.loop import autocast
 from minivit.optim import lr_at, parameter_groups
 
 CONFIG = ViTConfig(embed_dim=96, depth=12, num_heads=3, mlp_dim=384, num_classes=len(scenes.OBJECTS), eps=1e-6)
@@ -86,7 +85,7 @@ def main() -> None:
             drawn, draws = pixels[index], draw_augmentation(len(index), generator)
             drawn = augment(torch.cat([PREPROCESS.normalize(drawn[:, :3]), drawn[:, 3:] / 255], 1), draws)
             images, animal = drawn[:, :3], F.avg_pool2d(drawn[:, 3:], CONFIG.patch_size).flatten(2).mT  # (B, patches, 2)
-            with autocast(device, amp):
+            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 tokens = model.tokens(images, stop=CUT)
                 logits, read = model.logits(tokens, start=CUT).float(), reader(tokens[:, 1:]).float()
             parts = (
@@ -100,7 +99,7 @@ def main() -> None:
             optimizer.step()
             step += 1
             losses.append(torch.stack(parts).detach())
-        with torch.inference_mode(), autocast(device, amp):
+        with torch.inference_mode(), torch.autocast(device.type, dtype=amp, enabled=amp is not None):
             val = pixels[args.photos :, :3].split(BATCH)
             predicted = torch.cat([model(PREPROCESS.normalize(part)).argmax(1) for part in val])
         accuracy = (predicted == labels[args.photos :]).float().mean().item()
