@@ -68,8 +68,13 @@ def on_device(
         for tensors in read_ahead(read, jobs, workers=1, ahead=0, quiet=False):
             yield tuple(tensor.to(device) for tensor in tensors)
         return
+
+    def pinned(job: Job) -> list[Tensor]:
+        with torch.cuda.device(device):  # a thread of its own is on the first one
+            return [tensor.pin_memory() for tensor in read(job)]
+
     side = torch.cuda.Stream(device)
-    for tensors in read_ahead(lambda job: [tensor.pin_memory() for tensor in read(job)], jobs, workers=1, ahead=0, quiet=False):
+    for tensors in read_ahead(pinned, jobs, workers=1, ahead=0, quiet=False):
         with torch.cuda.stream(side):
             there = tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
         torch.cuda.current_stream(device).wait_stream(side)

@@ -275,7 +275,7 @@ def pick_micro_batch(asked: int | None, batch_size: int, device: torch.device) -
 
 def eval_batch(device: torch.device, batch_size: int, micro_batch: int) -> int:
     """Return how many photos go through at once where no graph takes memory: many, unless micro-batches are asked for."""
-    return CPU_BATCH if device.type == "cpu" else micro_batch if micro_batch < batch_size else 256
+    return CPU_BATCH if device.type == "cpu" else micro_batch if micro_batch < batch_size else 128
 
 
 def peak_gib(device: torch.device) -> float:
