@@ -66,23 +66,19 @@ def write_gallery(
     """
     about = f"each: the photo with the pet's outline, then where block {block} looks, mean of heads, bright where most"
     about += ": before and after" * ("base" in found.maps) + ("; pale: not seen" if preprocess.crop else "")
-    sections = {}
+    sections, page = {}, f"{PAGE}<h1>Photos worth a look</h1>\n<p>{html.escape(about)}</p>\n"
     for kind, chosen in kinds.items():
         sections[kind] = [(strip(paths[i], found, i, preprocess), caption(paths[i], found, i, truth[i], names)) for i in chosen]
-    score_plots.draw_gallery(out / "gallery.png", sections, about)
-    parts = [PAGE, f"<h1>Photos worth a look</h1>\n<p>{html.escape(about)}</p>\n"]
-    for kind, shown in sections.items():
-        parts.append(
-            f"<h2>{html.escape(kind)}</h2>\n<section>\n" if shown else f"<h2>{html.escape(kind)}: none</h2>\n<section>\n"
-        )
-        for picture, text in shown:
+        page += f"<h2>{html.escape(kind)}{'' if chosen else ': none'}</h2>\n<section>\n"
+        for picture, text in sections[kind]:
             picture.save(file := io.BytesIO(), "JPEG", quality=85)
-            source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-            said = html.escape(text)
-            parts.append(f'<figure><img src="{source}" alt="{said}"><figcaption>{said}</figcaption></figure>\n')
-        parts.append("</section>\n")
+            source, said = base64.b64encode(file.getvalue()).decode(), html.escape(text)
+            page += f'<figure><img src="data:image/jpeg;base64,{source}" alt="{said}">'
+            page += f"<figcaption>{said}</figcaption></figure>\n"
+        page += "</section>\n"
+    score_plots.draw_gallery(out / "gallery.png", sections, about)
     with whole_file(out / "gallery.html") as partial:
-        partial.write_text("".join(parts), encoding="utf-8")
+        partial.write_text(page, encoding="utf-8")
 
 
 def strip(path: Path, found: Measured, i: int, preprocess: Preprocess) -> Image.Image:
@@ -101,10 +97,9 @@ def strip(path: Path, found: Measured, i: int, preprocess: Preprocess) -> Image.
 
 def caption(path: Path, found: Measured, i: int, truth: str, names: Sequence[str]) -> str:
     """Say in three lines which photo it is, what it was taken for, and how much of the attention is on the pet."""
-    said = printable(truth)
-    if names:
-        answer = names[found.predicted[i]]
-        said = f"{printable(answer)} {found.probability[i]:.2f}" + ("" if answer == truth else f", in truth {said}")
+    answer = names[found.predicted[i]] if names else truth
+    said = printable(answer) + (f" {found.probability[i]:.2f}" if names else "")
+    said += "" if answer == truth else f", in truth {printable(truth)}"
     times = f"{found.times['model'][i]:.2f} times chance on the pet"
     if "base" in found.times:
         times = f"{found.times['base'][i]:.2f} → {times}"
