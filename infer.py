@@ -92,17 +92,15 @@ def infer(args: argparse.Namespace) -> int:
     with progress_bar(len(jobs)) as progress, plots.drawing(len(jobs), args.workers) as draw:
         found, drawn = photos.read_ahead(read, jobs, args.workers), deque()
         while batch := list(itertools.islice(found, size)):
-            sound = [job for job in batch if isinstance(job[-1], look.Photo)]
             for path, _, error in batch:
                 if isinstance(error, UserError):
                     say(error if isinstance(error, photos.PhotoError) else f"{path}: {error}", sys.stderr)
                     unreadable += 1
                     progress.update()
+            if not (sound := [job for job in batch if isinstance(job[-1], look.Photo)]):
+                continue
             decoded, asked = [photo for *_, photo in sound], {"methods": methods, "all_rows": args.html}
-            looks = [
-                look.look_at(model, decoded, i, blocks, target=targets[i], **asked) if sound else []
-                for i, model in enumerate(models)
-            ]
+            looks = [look.look_at(model, decoded, i, blocks, target=targets[i], **asked) for i, model in enumerate(models)]
             for job, *of_models in zip(sound, *looks):
                 drawn.append(write(args, job, of_models, blocks, draw))
                 while len(drawn) > 2 * args.workers:
@@ -136,15 +134,14 @@ def check_flags(args: argparse.Namespace, models: Sequence[ViT], blocks: Sequenc
 
     bare = [model.origin.source for model in models if not model.labels]
     ways = [(model.config.grid, model.preprocess.resize, model.preprocess.crop) for model in models]
+    relevance, unlike, seen = args.method == "relevance", len(set(ways)) > 1, " and ".join(map(str, ways))
     refused = {
         f"--layers {args.layers}: no block to draw; expected a range as 8-11": not blocks,
         f"--method {args.method} has no heads to draw; leave --heads away": args.heads and args.method != "attention",
-        "--method relevance is for the class token; leave --query away": args.query and args.method == "relevance",
-        "--target is for --method relevance or --html": args.target and not (args.method == "relevance" or args.html),
-        f"{' and '.join(bare)} has no classifier, so nothing speaks for a class; use --method rollout": bare
-        and args.method == "relevance",
-        "--compare: expected two models that see a photo in the same patches, found (grid, resize, crop) "
-        + " and ".join(map(str, ways)): len(set(ways)) > 1,
+        "--method relevance is for the class token; leave --query away": args.query and relevance,
+        "--target is for --method relevance or --html": args.target and not (relevance or args.html),
+        f"{' and '.join(bare)} has no classifier, so nothing speaks for a class; use --method rollout": bare and relevance,
+        f"--compare: expected two models that see a photo in the same patches, found (grid, resize, crop) {seen}": unlike,
     }
     for message, wrong in refused.items():
         if wrong:
@@ -184,8 +181,10 @@ def write(
 
     path, figure, photo = job
     layout = look.figure_rows(photo, looks, args.method, blocks, heads=args.heads)
-    of = [f" of {row.label.partition(chr(10))[0]}" if len(looks) > 1 else "" for row in layout]
-    dominated = [f"{panel.title}{model} ({panel.note})" for row, model in zip(layout, of) for panel in row.panels if panel.warn]
+    dominated = []
+    for row in layout:
+        model = f" of {row.label.splitlines()[0]}" if len(looks) > 1 else ""
+        dominated += [f"{panel.title}{model} ({panel.note})" for panel in row.panels if panel.warn]
     if dominated:
         say(f"{path}: one token dominates {', '.join(dominated)}", sys.stderr)
     said = f": {looks[0].says(args.method)}" if len(looks) == 1 and looks[0].model.labels else ""

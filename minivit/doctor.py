@@ -196,6 +196,7 @@ def _list_class_folders(root: Path, found: dict) -> list[Photo]:
 
 
 def _examine(photo: Photo, found: dict) -> Photo:
+    from .measure import annotation, read_mask
     from .photos import FORMATS, PhotoError, open_photo
 
     name, path, _, split = photo[:4]
@@ -219,15 +220,13 @@ def _examine(photo: Photo, found: dict) -> Photo:
     }
     for kind in filter(odd.get, odd):
         found[kind][name] = odd[kind]
-    mask = path.parents[1] / "annotations" / "trimaps" / f"{path.stem}.png"
+    mask = annotation(path, "trimaps", ".png")
     if mask.is_file():
         try:
-            with Image.open(mask, formats=("PNG",)) as image:
-                kind = "bad-mask" if image.size != pixels.size else "" if (np.asarray(image) == 1).any() else "empty-mask"
-        except Exception:  # decoders of broken files raise anything
-            kind = "bad-mask"
-        if kind:
-            found[kind][mask.name] = ""
+            if not (read_mask(path, pixels.size) == 1).any():
+                found["empty-mask"][mask.name] = ""
+        except UserError:
+            found["bad-mask"][mask.name] = ""
     clues = {"file format": form, "size": size, "colour mode": mode, "camera": str(camera).strip()}
     md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
     thumb = pixels.resize((12, 12), Image.Resampling.BOX)

@@ -8,18 +8,22 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from matplotlib.figure import Figure
+from PIL import Image, ImageFilter
 
-from . import score_plots
 from .errors import printable
 from .files import whole_file
-from .measure import Measured, annotation
+from .measure import Measured, read_mask
 from .photos import Preprocess, open_photo
+from .plots import HEAT, overlay, save, show, value_range
 
+SIDE = 240  # pixels of a photo's longer side
+COLUMNS = 3  # of the picture
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
@@ -76,22 +80,26 @@ def write_gallery(
             page += f'<figure><img src="data:image/jpeg;base64,{source}" alt="{said}">'
             page += f"<figcaption>{said}</figcaption></figure>\n"
         page += "</section>\n"
-    score_plots.draw_gallery(out / "gallery.png", sections, about)
+    draw_gallery(out / "gallery.png", sections, about)
     with whole_file(out / "gallery.html") as partial:
         partial.write_text(page, encoding="utf-8")
 
 
 def strip(path: Path, found: Measured, i: int, preprocess: Preprocess) -> Image.Image:
-    """Return a photo and, side by side with it, where each model looks, the pet's outline in white over all."""
+    """Return a small photo and, side by side with it, where each model looks, the pet's outline over all."""
     photo = open_photo(path)
-    with Image.open(annotation(path, "trimaps", ".png")) as image:
-        pet = Image.fromarray((np.asarray(image) == 1).astype(np.uint8) * 255)
+    W, H = (max(1, round(length * SIDE / max(photo.size))) for length in photo.size)
+    small = np.asarray(photo.resize((W, H)))
     looks = [found.maps[which][i] for which in ("base", "model") if which in found.maps]
-    panels = [score_plots.outline(photo, values, preprocess, pet) for values in (None, *looks)]
-    W, H = panels[0].size
+    heats = [preprocess.to_photo(values, photo.size, (H, W)) for values in looks]
+    panels = [small, *(overlay(small, heat, *value_range([heat]), HEAT) for heat in heats)]
+    mask = Image.fromarray((read_mask(path, photo.size) == 1).astype(np.uint8)).resize((W, H), Image.Resampling.NEAREST)
+    edge = np.asarray(mask) != np.asarray(mask.filter(ImageFilter.MinFilter(3)))
+    rim = np.asarray(mask) != np.asarray(mask.filter(ImageFilter.MaxFilter(3)))
     joined = Image.new("RGB", (len(panels) * (W + 4) - 4, H), "white")
     for k, panel in enumerate(panels):
-        joined.paste(panel, (k * (W + 4), 0))
+        panel = np.where(edge[..., None], 255, np.where(rim[..., None], 0, panel))  # white in black, to be seen on anything
+        joined.paste(Image.fromarray(panel.astype(np.uint8)), (k * (W + 4), 0))
     return joined
 
 
@@ -104,3 +112,20 @@ def caption(path: Path, found: Measured, i: int, truth: str, names: Sequence[str
     if "base" in found.times:
         times = f"{found.times['base'][i]:.2f} → {times}"
     return f"{printable(path.name)}\n{said}\n{times}"
+
+
+def draw_gallery(path: Path, sections: Mapping[str, Sequence[tuple[Image.Image, str]]], title: str) -> None:
+    """Draw pictures with captions, section by section."""
+    lines = [math.ceil(len(shown) / COLUMNS) for shown in sections.values()]
+    heights = [2.3 * n + 0.5 for n in lines]
+    figure = Figure((COLUMNS * 4.4, sum(heights) + 0.5), layout="constrained", dpi=100)
+    parts = figure.subfigures(len(lines), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, count, (kind, shown) in zip(parts, lines, sections.items()):
+        part.suptitle(kind + "\n" if shown else f"{kind}: none", x=0.01, ha="left", weight="bold", fontsize=11)
+        axes = part.subplots(count, COLUMNS, squeeze=False).ravel() if shown else []
+        for ax in axes:
+            ax.axis("off")
+        for ax, (picture, text) in zip(axes, shown):
+            show(ax, np.asarray(picture), text, size=8)
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    save(figure, path)

@@ -168,21 +168,27 @@ def read_species(pets: Path) -> dict[str, str]:
     return found
 
 
+def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """Return the mask (H, W) of a photo of `size` (W, H): 1 is the pet, 2 around it. Raises UserError, saying why, if none."""
+    try:
+        with Image.open(annotation(path, "trimaps", ".png"), formats=("PNG",)) as image:
+            mask = np.asarray(image)
+    except FileNotFoundError:
+        raise UserError("mask missing") from None
+    except Exception:  # decoders of broken files raise anything
+        raise UserError("mask cannot be read") from None
+    if mask.shape != size[::-1]:
+        raise UserError("mask not of the photo's size")
+    return mask
+
+
 def read_regions(path: Path, size: tuple[int, int], preprocess: Preprocess, grid: tuple[int, int]) -> Tensor:
     """Return what share of each patch's area lies in and around the pet, and in and around its head: float32 (2, 2, P).
 
     `size` is the photo's (W, H). The mask's border counts as neither; without a head box its shares are 0. Raises
     UserError, saying why, where there is no pet to look at in what the model sees of the photo.
     """
-    try:
-        with Image.open(annotation(path, "trimaps", ".png"), formats=("PNG",)) as image:
-            mask = np.asarray(image) if image.size == size else None
-    except FileNotFoundError:
-        raise UserError("mask missing") from None
-    except Exception:  # decoders of broken files raise anything
-        raise UserError("mask cannot be read") from None
-    if mask is None or mask.ndim != 2:
-        raise UserError("mask not of the photo's size")
+    mask = read_mask(path, size)
     (gh, gw), (left, top, right, bottom) = grid, preprocess.box(size)
     ys, xs = np.linspace(top, bottom, gh + 1), np.linspace(left, right, gw + 1)
     pet, around = (mean_by_area(mask == value, ys, xs) for value in (1, 2))

@@ -1,26 +1,16 @@
-"""The figures of score: heads and blocks against chance, and the photos most worth a look."""
+"""The figure of score: heads and blocks against chance."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from PIL import Image, ImageFilter
 
-from .photos import Preprocess
-from .plots import HEAT, overlay, save, shorten, show, value_range
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-SIDE = 240  # pixels of a photo in the gallery
-COLUMNS = 3  # of its figure
+from .plots import HEAT, save, shorten
 
 
 def draw_scores(path: Path, scores: Mapping[tuple, Mapping[str, float]], names: Mapping[str, str], title: str) -> None:
@@ -64,35 +54,4 @@ def draw_scores(path: Path, scores: Mapping[tuple, Mapping[str, float]], names: 
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     figure.suptitle(title, fontsize=10, wrap=True, parse_math=False)
-    save(figure, path)
-
-
-def outline(photo: Image.Image, values: Tensor | None, preprocess: Preprocess, pet: Image.Image) -> Image.Image:
-    """Return a photo, its longer side SIDE pixels, with the outline of a mask of it, and over it a map (gh, gw) if given."""
-    size = [max(1, round(length * SIDE / max(photo.size))) for length in photo.size]
-    shown = np.asarray(photo.resize(size))
-    if values is not None:
-        heat = preprocess.to_photo(values, photo.size, size[::-1])
-        shown = overlay(shown, heat, *value_range([heat]), HEAT)
-    mask = pet.resize(size, Image.Resampling.NEAREST)
-    edge = np.asarray(mask) != np.asarray(mask.filter(ImageFilter.MinFilter(3)))
-    rim = np.asarray(mask.filter(ImageFilter.MaxFilter(3))) != np.asarray(mask)
-    shown = np.where(edge[..., None], 255, np.where(rim[..., None], 0, shown))  # white in black, to be seen on anything
-    return Image.fromarray(shown.astype(np.uint8))
-
-
-def draw_gallery(path: Path, sections: Mapping[str, Sequence[tuple[Image.Image, str]]], title: str) -> None:
-    """Draw pictures with captions, section by section."""
-    lines = [math.ceil(len(shown) / COLUMNS) for shown in sections.values()]
-    heights = [2.3 * n + 0.5 for n in lines]
-    figure = Figure((COLUMNS * 4.4, sum(heights) + 0.5), layout="constrained", dpi=100)
-    parts = figure.subfigures(len(lines), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for part, count, (kind, shown) in zip(parts, lines, sections.items()):
-        part.suptitle(kind + "\n" if shown else f"{kind}: none", x=0.01, ha="left", weight="bold", fontsize=11)
-        axes = part.subplots(count, COLUMNS, squeeze=False).ravel() if shown else []
-        for ax in axes:
-            ax.axis("off")
-        for ax, (picture, text) in zip(axes, shown):
-            show(ax, np.asarray(picture), text, size=8)
-    figure.suptitle(title, fontsize=10, parse_math=False)
     save(figure, path)
