@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAX_ROWS_GIB = 0.5  # of attention in a batch, where all its rows are asked for
 
 
-def make_parser() -> cli.Parser:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="infer.py", description=__doc__)
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO|FOLDER", help="photos, or folders of photos")
@@ -51,7 +51,7 @@ def make_parser() -> cli.Parser:
     add("--json", action="store_true", help="print one JSON object a photo")
     add("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that decode, and processes that draw")
     parser.add_device_flags()
-    return parser
+    return cli.run(infer, parser, argv)
 
 
 def pixel(text: str) -> tuple[float, float]:
@@ -61,10 +61,6 @@ def pixel(text: str) -> tuple[float, float]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected X,Y as 250,130, found {text!r}") from None
     return x, y
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(infer, make_parser(), argv)
 
 
 def infer(args: argparse.Namespace) -> int:

@@ -154,32 +154,29 @@ def drawing(num_photos: int, workers: int) -> Iterator[Callable[..., Callable[[]
     if num_photos < POOL_FROM:
         yield lambda job, *args, **kwargs: job(*args, **kwargs) or (lambda: None)
         return
-    own, pipes, processes = multiprocessing.get_context("spawn"), [], []  # a fork would inherit the model's threads, held
-    for _ in range(min(workers, num_photos)):
-        ours, theirs = own.Pipe()
-        processes.append(own.Process(target=draw_for, args=(theirs,), daemon=True))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(ours)
-    turn = itertools.cycle(pipes)
+    own, pipes = multiprocessing.get_context("spawn"), []  # a fork would inherit the model's threads, held
+    with contextlib.ExitStack() as at_end:
+        for _ in range(min(workers, num_photos)):
+            ours, theirs = own.Pipe()
+            process = own.Process(target=draw_for, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            at_end.callback(process.join)
+            pipes.append(at_end.enter_context(ours))  # closed before it is waited for: so the process ends
+        turn = itertools.cycle(pipes)
 
-    def draw(job: Callable[..., None], *args, **kwargs) -> Callable[[], None]:
-        pipe = next(turn)
-        pipe.send((job, args, kwargs))
+        def draw(job: Callable[..., None], *args, **kwargs) -> Callable[[], None]:
+            pipe = next(turn)
+            pipe.send((job, args, kwargs))
 
-        def wait() -> None:
-            error = pipe.recv()  # the answers of one process come in the order of its jobs, which is that of the photos
-            if error is not None:
-                raise error
+            def wait() -> None:
+                error = pipe.recv()  # the answers of one process come in the order of its jobs, which is that of the photos
+                if error is not None:
+                    raise error
 
-        return wait
+            return wait
 
-    try:
         yield draw
-    finally:
-        for pipe, process in zip(pipes, processes):
-            pipe.close()
-            process.join()
 
 
 def draw_for(pipe: Connection) -> None:

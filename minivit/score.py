@@ -32,7 +32,7 @@ RESAMPLES = 1000  # of the photos, for the intervals
 MAX_GALLERY = 50
 
 
-def make_parser() -> cli.Parser:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="python -m minivit score", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--model", metavar="ID|DIR|demo", help=f"as in train.py; none: {cli.RUN_DIR} if it is there, else {cli.BASE_MODEL}")
@@ -45,7 +45,7 @@ def make_parser() -> cli.Parser:
     parser.add_device_flags()
     add("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that decode photos")
     add("--out", default="score", metavar="DIR", help="where score.csv, score.json, score.png and the gallery are written")
-    return parser
+    return cli.run(score, parser, argv)
 
 
 def methods(text: str) -> tuple[str, ...]:
@@ -54,10 +54,6 @@ def methods(text: str) -> tuple[str, ...]:
     if unknown := sorted(set(asked) - set(METHODS)):
         raise argparse.ArgumentTypeError(f"expected all, or some of {','.join(METHODS)}; found {unknown[0]!r}")
     return tuple(name for name in METHODS if name in asked or name == "attention")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(score, make_parser(), argv)
 
 
 def score(args: argparse.Namespace) -> int:
