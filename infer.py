@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAX_ROWS_GIB = 0.5  # of attention in a batch, where all its rows are asked for
 
 
-def make_parser() -> cli.Parser:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="infer.py", description=__doc__)
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO|FOLDER", help="photos, or folders of photos")
@@ -51,7 +51,7 @@ def make_parser() -> cli.Parser:
     add("--json", action="store_true", help="print one JSON object a photo")
     add("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that decode, and processes that draw")
     parser.add_device_flags()
-    return parser
+    return cli.run(infer, parser, argv)
 
 
 def pixel(text: str) -> tuple[float, float]:
@@ -61,10 +61,6 @@ def pixel(text: str) -> tuple[float, float]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected X,Y as 250,130, found {text!r}") from None
     return x, y
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(infer, make_parser(), argv)
 
 
 def infer(args: argparse.Namespace) -> int:
@@ -92,21 +88,17 @@ def infer(args: argparse.Namespace) -> int:
     with progress_bar(len(jobs)) as progress, plots.drawing(len(jobs), args.workers) as draw:
         found, drawn = photos.read_ahead(read, jobs, args.workers), deque()
         while batch := list(itertools.islice(found, size)):
-            sound = []
-            for path, figure, photo in batch:
-                if isinstance(photo, look.Photo):
-                    sound.append((path, figure, photo))
-                    continue
-                unreadable += 1
-                progress.update()
-                say(photo if isinstance(photo, photos.PhotoError) else f"{path}: {photo}", sys.stderr)
+            for path, _, error in batch:
+                if isinstance(error, UserError):
+                    say(error if isinstance(error, photos.PhotoError) else f"{path}: {error}", sys.stderr)
+                    unreadable += 1
+                    progress.update()
+            if not (sound := [job for job in batch if isinstance(job[-1], look.Photo)]):
+                continue
             decoded, asked = [photo for *_, photo in sound], {"methods": methods, "all_rows": args.html}
-            looks = [
-                look.look_at(model, decoded, i, blocks, target=targets[i], **asked) if sound else []
-                for i, model in enumerate(models)
-            ]
+            looks = [look.look_at(model, decoded, i, blocks, target=targets[i], **asked) for i, model in enumerate(models)]
             for job, *of_models in zip(sound, *looks):
-                drawn.append(write(args, *job, of_models, blocks, draw))
+                drawn.append(write(args, job, of_models, blocks, draw))
                 while len(drawn) > 2 * args.workers:
                     finish(*drawn.popleft(), args, progress)
         while drawn:
@@ -138,15 +130,14 @@ def check_flags(args: argparse.Namespace, models: Sequence[ViT], blocks: Sequenc
 
     bare = [model.origin.source for model in models if not model.labels]
     ways = [(model.config.grid, model.preprocess.resize, model.preprocess.crop) for model in models]
+    relevance, unlike, seen = args.method == "relevance", len(set(ways)) > 1, " and ".join(map(str, ways))
     refused = {
         f"--layers {args.layers}: no block to draw; expected a range as 8-11": not blocks,
         f"--method {args.method} has no heads to draw; leave --heads away": args.heads and args.method != "attention",
-        "--method relevance is for the class token; leave --query away": args.query and args.method == "relevance",
-        "--target is for --method relevance or --html": args.target and not (args.method == "relevance" or args.html),
-        f"{' and '.join(bare)} has no classifier, so nothing speaks for a class; use --method rollout": bare
-        and args.method == "relevance",
-        "--compare: expected two models that see a photo in the same patches, found (grid, resize, crop) "
-        + " and ".join(map(str, ways)): len(set(ways)) > 1,
+        "--method relevance is for the class token; leave --query away": args.query and relevance,
+        "--target is for --method relevance or --html": args.target and not (relevance or args.html),
+        f"{' and '.join(bare)} has no classifier, so nothing speaks for a class; use --method rollout": bare and relevance,
+        f"--compare: expected two models that see a photo in the same patches, found (grid, resize, crop) {seen}": unlike,
     }
     for message, wrong in refused.items():
         if wrong:
@@ -179,20 +170,17 @@ def batch_size(model: ViT, blocks: Sequence[int], args: argparse.Namespace, *, c
 
 
 def write(
-    args: argparse.Namespace,
-    path: Path,
-    figure: Path,
-    photo: Photo,
-    looks: Sequence[Look],
-    blocks: Sequence[int],
-    draw: Callable[..., Callable[[], None]],
+    args: argparse.Namespace, job: tuple[Path, Path, Photo], looks: Sequence[Look], blocks: Sequence[int], draw: Callable
 ) -> tuple[Callable[[], None], dict]:
     """Begin to draw a photo's figure and write what goes beside it; return what waits for the figure, and the answer."""
     from minivit import look, plots, report
 
+    path, figure, photo = job
     layout = look.figure_rows(photo, looks, args.method, blocks, heads=args.heads)
-    of = [f" of {row.label.partition(chr(10))[0]}" if len(looks) > 1 else "" for row in layout]
-    dominated = [f"{panel.title}{model} ({panel.note})" for row, model in zip(layout, of) for panel in row.panels if panel.warn]
+    dominated = []
+    for row in layout:
+        model = f" of {row.label.splitlines()[0]}" if len(looks) > 1 else ""
+        dominated += [f"{panel.title}{model} ({panel.note})" for panel in row.panels if panel.warn]
     if dominated:
         say(f"{path}: one token dominates {', '.join(dominated)}", sys.stderr)
     said = f": {looks[0].says(args.method)}" if len(looks) == 1 and looks[0].model.labels else ""
@@ -217,18 +205,13 @@ def finish(wait: Callable[[], None], answer: dict, args: argparse.Namespace, pro
     """Print a photo's answer once its figure is there."""
     wait()
     progress.update()
-    if args.json:
-        say(json.dumps(answer), sys.stdout)
-        return
-    say(answer["photo"], sys.stdout)
-    for summary in (answer["compare"], answer) if "compare" in answer else (answer,):
-        if "compare" in answer:
-            say(summary["model"], sys.stdout)
-        for named in summary["predictions"]:
-            say(f"{named['probability']:.3f}  {named['label']}", sys.stdout)
-    for kind in ("figure", "html", "npz"):
-        if kind in answer:
-            say(answer[kind], sys.stdout)
+    lines = [answer["photo"]]
+    for summary in (answer["compare"], answer) if args.compare else (answer,):
+        lines += [summary["model"]] if args.compare else []
+        lines += [f"{named['probability']:.3f}  {named['label']}" for named in summary["predictions"]]
+    lines += [answer[kind] for kind in ("figure", "html", "npz") if kind in answer]
+    for line in [json.dumps(answer)] if args.json else lines:
+        say(line, sys.stdout)
 
 
 def progress_bar(num_photos: int):
@@ -276,16 +259,16 @@ def place(photos: Iterable[Path], out: Path) -> Iterator[tuple[Path, Path]]:
     photos = list(photos)
     taken = {os.path.realpath(path) for path in photos}
     for path in photos:
-        yield path, unused(out, path.stem, taken)
-
-
-def unused(out: Path, stem: str, taken: set[str]) -> Path:
-    while len(os.fsencode(stem)) > 240:  # of the 255 bytes that a name can have
-        stem = stem[:-1]
-    names = (stem if i == 1 else f"{stem}-{i}" for i in itertools.count(1))
-    figure = next(path for name in names if os.path.realpath(path := out / f"{name}.png") not in taken)
-    taken.add(os.path.realpath(figure))
-    return figure
+        stem = path.stem
+        while len(os.fsencode(stem)) > 240:  # of the 255 bytes that a name can have
+            stem = stem[:-1]
+        figure = out / f"{stem}.png"
+        for i in itertools.count(2):
+            if os.path.realpath(figure) not in taken:
+                break
+            figure = out / f"{stem}-{i}.png"
+        taken.add(os.path.realpath(figure))
+        yield path, figure
 
 
 if __name__ == "__main__":

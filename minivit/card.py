@@ -38,11 +38,9 @@ def model_card(summary: Mapping, pairs: Sequence[tuple[str, str, int]] = (), *, 
         *(f"    - {{type: {kind}, name: {said(key)}, value: {summary[f'test_{key}']:.6f}}}" for key, kind in METRICS.items()),
         "---",
     ]
-    link = (
-        f"[{base}](https://huggingface.co/{base}) at commit `{summary['base_commit']}`"
-        if on_hub
-        else _code(base.split("/")[-1])
-    )
+    link = _code(base.split("/")[-1])
+    if on_hub:
+        link = f"[{base}](https://huggingface.co/{base}) at commit `{summary['base_commit']}`"
     shown = ", ".join([*map(_code, classes[:50]), *["..."][: len(classes) > 50]])
     confused = "".join(f"\n- {_code(true)} taken for {_code(predicted)}: {n}" for true, predicted, n in pairs)
     text = f"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 from torch import Tensor
@@ -16,11 +16,7 @@ from .model import ViT, ViTConfig
 from .photos import Preprocess
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-CLASSIFIERS = {
-    "vit": "ViTForImageClassification",
-    "dinov2": "Dinov2ForImageClassification",
-    "dinov2_with_registers": "Dinov2WithRegistersForImageClassification",
-}
+CLASSES = {"vit": "ViT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}  # of transformers, less their ends
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
 NUM_HEADS = {width: heads for width, _, heads in SIZES.values()}
 TIMM_NAME = rf"(?:vit|deit)_({'|'.join(SIZES)})_patch(\d+)_(?:(reg4)_)?(\d+|dinov2)"
@@ -35,15 +31,15 @@ def hub_sizes(config: dict, preprocessor: dict) -> Said:
     for key, value in fixed.items():
         if config.get(key, value) != value:
             raise UserError(f"config.json: {key} is {config[key]!r}; minivit's ViT has {value!r}")
-    classifier, architectures = CLASSIFIERS[kind], config["architectures"]
-    if architectures not in ([classifier], [_backbone(kind)]):
-        raise UserError(f"config.json: architectures is {architectures}; expected {classifier} or {_backbone(kind)}")
+    classifier, backbone = (CLASSES[kind] + end for end in ("ForImageClassification", "Model"))
+    architectures = config["architectures"]
+    if architectures not in ([classifier], [backbone]):
+        raise UserError(f"config.json: architectures is {architectures}; expected {classifier} or {backbone}")
     names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers' default
     labels = {int(i): str(label) for i, label in names.items()} if architectures == [classifier] else {}
     if sorted(labels) != list(range(len(labels))):
         raise UserError(f"config.json: id2label does not number its {len(labels)} classes from 0 to {len(labels) - 1}")
-    dinov2, width, patch, image = kind != "vit", config["hidden_size"], config["patch_size"], config["image_size"]
-    image = (image, image) if isinstance(image, int) else tuple(image)
+    dinov2, width, patch = kind != "vit", config["hidden_size"], config["patch_size"]
     sizes = ViTConfig(
         img_size=preprocess.size,
         patch_size=patch,
@@ -56,7 +52,7 @@ def hub_sizes(config: dict, preprocessor: dict) -> Said:
         qkv_bias=config.get("qkv_bias", True),
         layer_scale=dinov2,
         pool="cls+mean" if dinov2 else "cls",
-        pos_grid=(image[0] // patch, image[1] // patch),
+        pos_grid=_grid(config["image_size"], patch),
         pos_antialias=kind == REGISTERS.kind,
         num_registers=config["num_register_tokens"] if kind == REGISTERS.kind else 0,
     )
@@ -67,9 +63,9 @@ def timm_sizes(config: dict) -> Said:
     """Read config.json as timm writes it: sizes by the architecture's name, changed by model_args."""
     architecture, data, args = config["architecture"], config["pretrained_cfg"], config.get("model_args") or {}
     name = re.fullmatch(TIMM_NAME, architecture)
-    known = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes", "in_chans"}
+    known = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes", "in_chans", "global_pool"}
     pool = args.get("global_pool", config.get("global_pool", "token"))
-    if name is None or args.keys() - known - {"global_pool"} or pool != "token":
+    if name is None or args.keys() - known or pool != "token":
         raise UserError(
             f"config.json: architecture {architecture!r} with global_pool {pool!r} and model_args {args} is not a plain ViT; "
             "expected one as vit_base_patch16_224, deit_small_patch16_224 or vit_base_patch14_reg4_dinov2, and token"
@@ -84,23 +80,17 @@ def timm_sizes(config: dict) -> Said:
     side, crop = tuple(data["input_size"][1:]), float(data.get("crop_pct") or 0.875)
     scaled = tuple(math.floor(length / crop) for length in side)
     mode, filter = data.get("crop_mode") or "center", data.get("interpolation", "bicubic").upper()
-    if (
-        mode not in ("center", "squash")
-        or filter not in Image.Resampling.__members__
-        or (mode == "center" and side[0] != side[1])
-    ):
+    squash = mode == "squash"
+    if filter not in Image.Resampling.__members__ or not (squash or (mode == "center" and side[0] == side[1])):
         raise UserError(f"config.json: crop_mode {mode} with {filter} to {side} is none of minivit's ways to preprocess")
-    whole = mode == "squash" and scaled == side
     preprocess = Preprocess(
-        scaled if mode == "squash" else scaled[0],
-        None if whole else side,
+        scaled if squash else scaled[0],
+        None if squash and scaled == side else side,
         Image.Resampling[filter].value,
         tuple(map(float, data["mean"])),
         tuple(map(float, data["std"])),
         round_margins=True,
     )
-    image = args.get("img_size", side)
-    image = (image, image) if isinstance(image, int) else tuple(image)
     if dinov2 and num_classes:
         raise UserError("config.json: a DINOv2 with timm's head, which reads the class token only; minivit's reads patches too")
     sizes = ViTConfig(
@@ -114,7 +104,7 @@ def timm_sizes(config: dict) -> Said:
         eps=1e-6,
         layer_scale=dinov2,
         pool="cls+mean" if dinov2 else "cls",
-        pos_grid=(image[0] // patch, image[1] // patch),
+        pos_grid=_grid(args.get("img_size", side), patch),
         pos_antialias=True,
         num_registers=4 if name[3] else 0,
     )
@@ -126,23 +116,21 @@ def sizes_from_tensors(family: Family, tensors: Mapping[str, Tensor], where: str
 
     Their preprocessing is not in the file either; what is taken for it is said on stderr.
     """
-    kernel = tensors["embedding/kernel" if family is GOOGLE else "conv_proj.weight"]
-    width, _, patch, _ = kernel.shape
-    side = math.isqrt(tensors[family.names["pos_embed"]].shape[1] - 1)
-    head = tensors.get("head/kernel" if family is GOOGLE else "heads.head.weight")
-    num_classes = 0 if head is None else len(head)
+    google = family is GOOGLE
+    width, _, patch, _ = tensors["embedding/kernel" if google else "conv_proj.weight"].shape
+    side = patch * math.isqrt(tensors[family.names["pos_embed"]].shape[1] - 1)
+    num_classes = len(tensors.get("head/kernel" if google else "heads.head.weight", ()))
     if width not in NUM_HEADS:
         raise UserError(f"{where}: {width} wide, of which the number of heads is not known; expected one of {list(NUM_HEADS)}")
-    if family is GOOGLE:
-        preprocess, said = Preprocess((side * patch, side * patch)), "Google's"
-    elif side * patch == 224:
-        preprocess, said = Preprocess(256, (224, 224), 2, **IMAGENET, round_margins=True), "that of torchvision's IMAGENET1K_V1"
+    if google:
+        whose, preprocess = "Google's", Preprocess((side, side))
+    elif side == 224:
+        whose = "that of torchvision's IMAGENET1K_V1"
+        preprocess = Preprocess(256, (side, side), 2, **IMAGENET, round_margins=True)
     else:
-        preprocess, said = (
-            Preprocess((size := side * patch), (size, size), 3, **IMAGENET, round_margins=True),
-            "that of torchvision's SWAG_E2E_V1",
-        )
-    print(f"{where}: says nothing of preprocessing; taken: {said}, {side * patch} pixels", file=sys.stderr)
+        whose = "that of torchvision's SWAG_E2E_V1"
+        preprocess = Preprocess(side, (side, side), 3, **IMAGENET, round_margins=True)
+    print(f"{where}: says nothing of preprocessing; taken: {whose}, {side} pixels", file=sys.stderr)
     sizes = ViTConfig(
         img_size=preprocess.size,
         patch_size=patch,
@@ -172,7 +160,7 @@ def hub_config(model: ViT, *, use_mask_token: bool) -> dict:
     dinov2 = kind != "vit"
     height, width = (side * c.patch_size for side in (model.pos_grid if keeps_positions(c) else c.grid))
     return {
-        "architectures": [CLASSIFIERS[kind] if c.num_classes else _backbone(kind)],
+        "architectures": [CLASSES[kind] + ("ForImageClassification" if c.num_classes else "Model")],
         "model_type": kind,
         "image_size": height if height == width else [height, width],
         "patch_size": c.patch_size,
@@ -209,12 +197,10 @@ def timm_config(model: ViT) -> dict:
     changed = {"patch_size": (c.patch_size, patch), "img_size": (list(c.img_size), [side, side])}
     changed |= {"embed_dim": (c.embed_dim, width), "depth": (c.depth, depth), "num_heads": (c.num_heads, heads)}
     changed |= {"mlp_ratio": (c.mlp_dim / c.embed_dim, 4)}
-    if not c.qkv_bias or c.num_registers not in (0, 4) or (c.layer_scale and c.num_classes):
-        raise UserError(
-            "timm's ViT has no such head: it reads the class token, a DINOv2's here the patches' mean too"
-            if c.layer_scale and c.num_classes
-            else f"timm has no ViT with qkv_bias {c.qkv_bias} and {c.num_registers} registers"
-        )
+    if c.layer_scale and c.num_classes:
+        raise UserError("timm's ViT has no such head: it reads the class token, a DINOv2's here the patches' mean too")
+    if not c.qkv_bias or c.num_registers not in (0, 4):
+        raise UserError(f"timm has no ViT with qkv_bias {c.qkv_bias} and {c.num_registers} registers")
     if isinstance(p.resize, int) and p.size[0] != p.size[1]:
         raise UserError(f"timm has no preprocessing that crops {p.size} from a photo of shortest edge {p.resize}")
     resize = p.resize if isinstance(p.resize, tuple) else (p.resize, p.resize)
@@ -242,8 +228,9 @@ def timm_config(model: ViT) -> dict:
     }
 
 
-def _backbone(kind: str) -> str:
-    return CLASSIFIERS[kind].replace("ForImageClassification", "Model")
+def _grid(image: int | Sequence[int], patch: int) -> tuple[int, int]:
+    height, width = (image, image) if isinstance(image, int) else image
+    return height // patch, width // patch
 
 
 def _imagenet(labels: tuple[str, ...], num_classes: int, where: str) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,47 +42,41 @@ def draw_pets(root: Path, *, per_breed: tuple[int, int], seed: int, workers: int
     `per_breed` counts each breed's photos in trainval and in test. One seed gives one data set, whatever `workers`. It is
     drawn beside and then takes the place of what was drawn before, so an interrupt never leaves half of it there.
     """
-    folder, ids = root / ".partial", range(1, 1 + sum(per_breed))
+    folder, num_trainval = root / ".partial", per_breed[0]
     shutil.rmtree(folder, ignore_errors=True)
     for part in ("images", "annotations/trimaps", "annotations/xmls"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    stems = {breed: [f"{breed}_{i}" for i in ids] for breed in BREEDS}
+        (folder / part).mkdir(parents=True)
+    photos = [(breed, i) for breed in BREEDS for i in range(1, 1 + sum(per_breed))]
     with ThreadPoolExecutor(workers) as pool:  # Pillow lets go of the GIL while it resizes and blurs
-        everything = [stem for of_breed in stems.values() for stem in of_breed]
-        list(pool.map(partial(_draw_pet, folder, seed, per_breed[0]), everything))
-    for split, part in (("trainval", slice(per_breed[0])), ("test", slice(per_breed[0], None))):
-        lines = [
-            f"{stem} {label} {1 if BREEDS[breed].species == 'cat' else 2} {label}"
-            for label, breed in enumerate(BREEDS, 1)
-            for stem in stems[breed][part]
-        ]
-        (folder / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+        list(pool.map(lambda photo: _draw_pet(folder, *photo, seed, boxed=photo[1] <= num_trainval), photos))
+    for split in ("trainval", "test"):
+        lines = []
+        for breed, i in photos:
+            if (i <= num_trainval) == (split == "trainval"):
+                label, species = list(BREEDS).index(breed) + 1, 1 if BREEDS[breed].species == "cat" else 2
+                lines.append(f"{breed}_{i} {label} {species} {label}\n")
+        (folder / "annotations" / f"{split}.txt").write_text("".join(lines))
     shutil.rmtree(root / "oxford-iiit-pet", ignore_errors=True)
     folder.rename(root / "oxford-iiit-pet")
 
 
-def _draw_pet(folder: Path, seed: int, num_trainval: int, stem: str) -> None:
-    breed, i = stem.rsplit("_", 1)
-    rng = np.random.default_rng([seed, list(BREEDS).index(breed), int(i)])
+def _draw_pet(folder: Path, breed: str, i: int, seed: int, *, boxed: bool) -> None:
+    stem, rng = f"{breed}_{i}", np.random.default_rng([seed, list(BREEDS).index(breed), i])
     scene = scenes.draw_scene(rng, str(rng.choice(list(scenes.OBJECTS))), BREEDS[breed], animal=ANIMAL)
     scene.photo.save(folder / "images" / f"{stem}.jpg", quality=90)
     scene.mask.save(folder / "annotations" / "trimaps" / f"{stem}.png")
-    if int(i) <= num_trainval:  # as in the original, which has head boxes for trainval only
+    if boxed:  # as in the original, which has head boxes for trainval only
         W, H = scene.photo.size
         text = XML.format(*scene.head, stem=stem, W=W, H=H, species=BREEDS[breed].species)
         (folder / "annotations" / "xmls" / f"{stem}.xml").write_text(text)
 
 
-def make_parser() -> cli.Parser:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="python -m minivit demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything is written")
     parser.add_argument("--seed", type=cli.at_least(0), default=0, help="of the drawings and of training")
     parser.add_argument("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that draw")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(tell, make_parser(), argv)
+    return cli.run(tell, parser, argv)
 
 
 def tell(args: argparse.Namespace) -> int:
@@ -91,10 +84,8 @@ def tell(args: argparse.Namespace) -> int:
     started, out = time.perf_counter(), Path(args.out)
     data, photos, run = out / "drawings", out / "photos", out / "run"
     photos.mkdir(parents=True, exist_ok=True)
-    print(
-        f"drawing {len(BREEDS)} breeds, {PER_BREED[0]} photos each to learn from and {PER_BREED[1]} to test on: {data}",
-        flush=True,
-    )
+    learn, test = PER_BREED
+    print(f"drawing {len(BREEDS)} breeds, {learn} photos each to learn from and {test} to test on: {data}", flush=True)
     draw_pets(data, per_breed=PER_BREED, seed=args.seed, workers=args.workers)
     for thing, breed, seed in STORY:
         rng = np.random.default_rng(seed)

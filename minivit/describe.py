@@ -46,23 +46,22 @@ def describe_model(source: str, revision: str | None) -> list[tuple[str, str, st
     said = weights.read_configs(source, revision)
     if said is None:  # a file that says nothing but by its tensors
         model = weights.load_pretrained(source, revision=revision)
-        commit, sizes, preprocess, labels, where = model.origin.commit, model.config, model.preprocess, model.labels, "tensors"
+        c, p, labels, where, commit = model.config, model.preprocess, model.labels, "tensors", model.origin.commit
     else:
-        sizes, preprocess, labels, where, commit = said
+        c, p, labels, where, commit = said
         with torch.device("meta"):
-            model = ViT(sizes)
-    c, p = sizes, preprocess
+            model = ViT(c)
     trained = [i for i in (10, 11) if i < c.depth] or [c.depth - 1]
-    total = sum(parameter.numel() for parameter in model.parameters())
     optim.freeze_except(model, trained)
-    count = sum(parameter.numel() for parameter in optim.trainable(model).values())
-    extras = ["LayerScale"] * c.layer_scale + [f"{c.num_registers} registers"] * bool(c.num_registers)
+    total, count = (sum(p.numel() for p in some) for some in (model.parameters(), optim.trainable(model).values()))
+    extras = ", LayerScale" * c.layer_scale + f", {c.num_registers} registers" * bool(c.num_registers)
     how = f"squashed to {p.resize[0]} x {p.resize[1]}" if isinstance(p.resize, tuple) else f"shortest edge to {p.resize}"
     how += f", then the central {p.crop[0]} x {p.crop[1]}" if p.crop else ""
     by = "preprocessor_config.json" if where == "config.json" else where
+    named = f"{len(labels)}: {', '.join(labels[:3])}{', ...' * (len(labels) > 3)}" if labels else "none: a backbone"
     return [
         ("model", source, f"commit {commit}" if commit else ""),
-        ("technique", f"Vision Transformer, pre-norm{''.join(f', {layer}' for layer in extras)}, arXiv:2010.11929", where),
+        ("technique", f"Vision Transformer, pre-norm{extras}, arXiv:2010.11929", where),
         ("blocks", f"{c.depth} of {c.num_heads} heads, {c.embed_dim} wide, MLP {c.mlp_dim}", where),
         ("input", f"{c.img_size[0]} x {c.img_size[1]} pixels: {c.grid[0]} x {c.grid[1]} patches of {c.patch_size}", by),
         ("tokens", f"{c.num_tokens}; positions learned on {model.pos_grid[0]} x {model.pos_grid[1]} patches", where),
@@ -70,11 +69,7 @@ def describe_model(source: str, revision: str | None) -> list[tuple[str, str, st
         ("normalisation", f"mean {', '.join(f'{m:.4g}' for m in p.mean)}; std {', '.join(f'{s:.4g}' for s in p.std)}", by),
         ("parameters", f"{total:,}", "counted from the sizes"),
         ("trainable", f"{count:,} with blocks {trained[0]}-{trained[-1]}, norm and head", "counted from the sizes"),
-        (
-            "labels",
-            f"{len(labels)}: {', '.join(labels[:3])}{', ...' * (len(labels) > 3)}" if labels else "none: a backbone",
-            where,
-        ),
+        ("labels", named, where),
     ]
 
 
@@ -84,42 +79,36 @@ def describe_data(root: str) -> list[tuple[str, str, str]]:
 
     from .data import load_data
     from .errors import UserError
+    from .measure import read_species
 
     folder = Path(root).expanduser()
     if not folder.is_dir() or not any(folder.iterdir()):
         raise UserError(f"{root}: no data here to describe; train.py downloads Oxford-IIIT Pet into such a folder")
     data = load_data(folder, seed=0)
-    splits = {"training": data.train, "validation": data.val, "test": data.test}
-    paths = [path for split in splits.values() for path in split.paths]
-    sides, formats = [], Counter()
-    for path in paths:
+    sizes, formats, splits = [], Counter(), (data.train, data.val, data.test)
+    for path in itertools.chain.from_iterable(split.paths for split in splits):
         try:
             with Image.open(path) as image:  # only its header
-                sides.append(image.size)
+                sizes.append(image.size)
                 formats[image.format] += 1
         except Exception:  # whatever decoders of broken files raise; the doctor says what
             formats["unreadable"] += 1
-    annotations = data.root / "oxford-iiit-pet" / "annotations"
-    listings = [path for name in ("trainval", "test") if (path := annotations / f"{name}.txt").is_file()]
-    rows = [("data", root, "")]
-    rows.append(("photos", ", ".join(f"{len(split):,} {name}" for name, split in splits.items()), "seed 0"))
-    if listings:
-        lines = [line.split() for listing in listings for line in listing.read_text("utf-8", "replace").splitlines()]
-        kinds = Counter(line[2] for line in lines if len(line) == 4 and not line[0].startswith("#"))
-        rows.append(("cats and dogs", f"{kinds['1']:,} cats, {kinds['2']:,} dogs", "annotations/trainval.txt and test.txt"))
-    for axis, name in enumerate(("width", "height")):
-        values = sorted(size[axis] for size in sides) or [0]
-        rows.append(
-            (name, f"{values[0]} to {values[-1]} pixels, median {statistics.median(values):.0f}", "the photos' headers")
-        )
+    rows = [("data", root, ""), ("photos", _count(data), "seed 0")]
+    licence = ("not stated in class folders", "")
+    if (pets := data.root / "oxford-iiit-pet").is_dir():
+        kinds, licence = Counter(read_species(pets).values()), ("CC BY-SA 4.0", "www.robots.ox.ac.uk/~vgg/data/pets")
+        rows.append(("cats and dogs", f"{kinds['cat']:,} cats, {kinds['dog']:,} dogs", "annotations/trainval.txt and test.txt"))
+    for name, values in zip(("width", "height"), zip(*sizes)):
+        span = f"{min(values)} to {max(values)} pixels, median {statistics.median(values):.0f}"
+        rows.append((name, span, "the photos' headers"))
     rows.append(("formats", ", ".join(f"{n:,} {name}" for name, n in formats.most_common()), "the photos' headers"))
-    licence = ("CC BY-SA 4.0", "www.robots.ox.ac.uk/~vgg/data/pets") if listings else ("not stated in class folders", "")
-    rows.append(("licence", *licence))
-    rows.append(("", f"{'train':>7} {'val':>7} {'test':>7}", ""))
-    for label, name in enumerate(data.classes):
-        counts = (split.labels.count(label) for split in splits.values())
-        rows.append((name, " ".join(f"{n:7}" for n in counts), ""))
-    return rows
+    rows += [("licence", *licence), ("", f"{'train':>7} {'val':>7} {'test':>7}", "")]
+    counts = [Counter(split.labels) for split in splits]
+    return rows + [(name, " ".join(f"{n[label]:7}" for n in counts), "") for label, name in enumerate(data.classes)]
+
+
+def _count(data: Data) -> str:
+    return f"{len(data.train):,} training, {len(data.val):,} validation, {len(data.test):,} test"
 
 
 def describe_training(model: ViT, data: Data, device: torch.device, amp: torch.dtype | None) -> str:
@@ -134,10 +123,8 @@ def describe_training(model: ViT, data: Data, device: torch.device, amp: torch.d
     lines = [
         f"{model.origin.source}: {c.depth} blocks, {c.num_heads} heads, {c.embed_dim} wide, "
         f"{c.img_size[0]} x {c.img_size[1]} pixels in patches of {c.patch_size}",
-        f"{len(data.classes)} classes; photos: {len(data.train):,} training, {len(data.val):,} validation, "
-        f"{len(data.test):,} test",
-        f"on {device}, {'mixed precision with ' + str(amp).removeprefix('torch.') if amp else 'float32'}",
-        "",
+        f"{len(data.classes)} classes; photos: {_count(data)}",
+        f"on {device}, {'mixed precision with ' + str(amp).removeprefix('torch.') if amp else 'float32'}\n",
         f"{'':12} {'parameters':>12} {'trained':>12}",
     ]
     for name, parameters in parts.items():

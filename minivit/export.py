@@ -28,15 +28,13 @@ def export(args: argparse.Namespace) -> int:
     if not args.out and not Path(args.model).is_dir():
         raise UserError(f"{args.model}: not a folder to write into; say where with --out DIR")
     model, out = weights.load_pretrained(args.model), Path(args.out or Path(args.model, args.to))
-    config, c = timm_config(model), model.config
+    config, c, path = timm_config(model), model.config, out / "model.safetensors"
     out.mkdir(parents=True, exist_ok=True)
-    save_tensors(out / "model.safetensors", weights.tensors_as(model, timm_family(c), resample=True), {"format": "pt"})
+    save_tensors(path, weights.tensors_as(model, timm_family(c), resample=True), {"format": "pt"})
     write_json(out / "config.json", config)
     if c.eps != 1e-6:
-        print(
-            f"timm's norms have an eps of 1e-6, this model's {c.eps}: logits agree to about 1e-5 of their size", file=sys.stderr
-        )
+        agree = "logits agree to about 1e-5 of their size"
+        print(f"timm's norms have an eps of 1e-6, this model's {c.eps}: {agree}", file=sys.stderr)
     more = "".join(f", {key}={value!r}" for key, value in config["model_args"].items())
-    path = str(out / "model.safetensors")
-    print(f"timm.create_model({config['architecture']!r}, num_classes={c.num_classes}{more}, checkpoint_path={path!r})")
+    print(f"timm.create_model({config['architecture']!r}, num_classes={c.num_classes}{more}, checkpoint_path={str(path)!r})")
     return 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from .errors import UserError
 from .files import read_json
@@ -16,11 +16,7 @@ from .files import read_json
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # the first that is there is read
 DEMO = Path(__file__).with_name("demo_model")  # the checkpoint that comes with minivit
 TIMEOUT_S = 6  # for the Hub's first answer; without network a person waits no longer than this
-EXPECTED = "a ViT as transformers or timm lays it out"
 SUFFIXES = (".safetensors", ".npz", ".bin", ".pth", ".pt")
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,8 @@ def fetch(source: str, revision: str | None, *, weights: bool = True) -> Files:
     def need(*names: str) -> Path:
         found = next(filter(None, map(get, names)), None)
         if found is None:
-            where = f"on {hub.endpoint}" if hub else "in this folder"
-            raise UserError(f"{source}: no {names[0]} {where}{', nor '.join(['', *names[1:]])}; expected {EXPECTED}")
+            where, others = f"on {hub.endpoint}" if hub else "in this folder", "".join(f", nor {name}" for name in names[1:])
+            raise UserError(f"{source}: no {names[0]} {where}{others}; expected a ViT as transformers or timm lays it out")
         return found
 
     config = need("config.json")
@@ -76,7 +72,6 @@ class _Hub:
     """One repository of the Hub, at the commit that its first file came from."""
 
     def __init__(self, source: str, revision: str | None) -> None:
-        # takes 0.3 s, for those who need it
         from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
 
         self.source, self.revision, self.asked, self.endpoint = source, revision, revision, constants.ENDPOINT
@@ -84,9 +79,9 @@ class _Hub:
         try:  # once: hf_hub_download would try an unreachable Hub six times, each with a longer wait
             get_hf_file_metadata(hf_hub_url(source, "config.json", revision=revision), timeout=TIMEOUT_S)
         except errors.HfHubHTTPError as error:  # else it answers: hf_hub_download will say what is wrong
-            code = getattr(error.response, "status_code", 0)
-            if code == 429 or code >= 500:
-                self.silent = f"it answers {code}, {'too many requests' if code == 429 else 'an error of its own'}: try later"
+            if _status(error) == 429 or _status(error) >= 500:
+                why = "too many requests" if _status(error) == 429 else "an error of its own"
+                self.silent = f"it answers {_status(error)}, {why}: try later"
         except errors.HFValidationError as error:
             raise UserError(f"{source}: neither a folder or file here nor a Hub id (owner/name)") from error
         except errors.EntryNotFoundError:
@@ -102,7 +97,7 @@ class _Hub:
         try:
             path = Path(hf_hub_download(self.source, name, revision=self.revision, local_files_only=bool(self.silent)))
         except errors.LocalEntryNotFoundError as error:
-            if self.silent and name != "config.json" and name != WEIGHTS[-1]:
+            if self.silent and name not in ("config.json", WEIGHTS[-1]):
                 return None  # perhaps there is none
             raise UserError(
                 f"{self.source}: cannot fetch {name} from {self.endpoint} ({self.silent or _reason(error)}), and it is not in "
@@ -137,30 +132,32 @@ def prepare_push(repo: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
-    _pushed(repo, lambda: validate_repo_id(repo))
-    _pushed(repo, HfApi().whoami)  # create_repo asks nothing of who may only read what is there
-    _pushed(repo, lambda: HfApi().create_repo(repo, exist_ok=True))
+    with _pushing(repo):
+        validate_repo_id(repo)
+        HfApi().whoami()  # create_repo asks nothing of who may only read what is there
+        HfApi().create_repo(repo, exist_ok=True)
 
 
 def push(folder: Path, repo: str, names: Iterable[str]) -> str:
     """Upload files of a folder, in one commit, and return its address. Raises UserError; the files stay here."""
     from huggingface_hub import HfApi
 
-    info = _pushed(repo, lambda: HfApi().upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(names)))
-    return str(info.commit_url)
+    with _pushing(repo):
+        return str(HfApi().upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(names)).commit_url)
 
 
-def _pushed(repo: str, job: Callable[[], T]) -> T:
+@contextlib.contextmanager
+def _pushing(repo: str) -> Iterator[None]:
     from huggingface_hub import constants, errors
 
     try:
-        return job()
+        yield
     except Exception as error:  # whatever the HTTP library raises
-        code = getattr(getattr(error, "response", None), "status_code", None)
-        denied = code in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError)
+        denied = _status(error) in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError)
         advice = "log in with `hf auth login` or HF_TOKEN, with the right to write there" if denied else "try again"
-        bad_name = isinstance(error, errors.HFValidationError)
-        advice = "expected --push-to-hub owner/name" if bad_name else f"{advice}, or later with `hf upload {repo} DIR`"
+        advice += f", or later with `hf upload {repo} DIR`"
+        if isinstance(error, errors.HFValidationError):
+            advice = "expected --push-to-hub owner/name"
         raise UserError(f"{repo}: cannot push to {constants.ENDPOINT} ({_reason(error)}); {advice}") from error
 
 
@@ -177,6 +174,10 @@ def _verify(path: Path, what: str) -> None:
         path.unlink()
         blob.unlink(missing_ok=True)
         raise UserError(f"{what} is damaged: its SHA-256 is {digest.hexdigest()}, not {blob.name}; removed, try again")
+
+
+def _status(error: Exception) -> int:
+    return getattr(getattr(error, "response", None), "status_code", 0)  # 0 where nobody answered
 
 
 def _reason(error: Exception) -> str:

@@ -81,9 +81,15 @@ def read_photo(path: Path, models: Sequence[ViT], query: tuple[float, float] | N
 
 
 def look_at(
-    model: ViT, photos: Sequence[Photo], which: int, blocks: Sequence[int], *, methods: Sequence[str] = METHODS[:1],
-    all_rows: bool = False, target: int | None = None,
-) -> list[Look]:  # fmt: skip
+    model: ViT,
+    photos: Sequence[Photo],
+    which: int,
+    blocks: Sequence[int],
+    *,
+    methods: Sequence[str] = METHODS[:1],
+    all_rows: bool = False,
+    target: int | None = None,
+) -> list[Look]:
     """Return what a model, the one of inputs `which`, makes of each photo.
 
     Relevance is for the class `target`, None for each photo's first prediction. With `all_rows`, each token asks. Registers
@@ -104,14 +110,12 @@ def look_at(
             logits, found = method_rows(model, images, blocks, method=method, queries=queries, targets=targets)
             rows[method] = {block: drop(of_block.float().cpu()) for block, of_block in found.items()}
     probabilities = logits[:, : len(model.labels)].float().softmax(1).cpu()  # of a backbone, none: those are its features
-    spoke = [(p.argmax().item() if target is None else target) if model.labels else None for p in probabilities]
-    return [
-        Look(
-            model, probabilities[i], {m: {b: r[i] for b, r in of_method.items()} for m, of_method in rows.items()},
-            tokens, photo.query, model.labels[spoke[i]] if model.labels else "",
-        )
-        for i, photo in enumerate(photos)
-    ]  # fmt: skip
+    looks = []
+    for i, photo in enumerate(photos):
+        own = {method: {block: r[i] for block, r in of_method.items()} for method, of_method in rows.items()}
+        spoke = model.labels[probabilities[i].argmax() if target is None else target] if model.labels else ""
+        looks.append(Look(model, probabilities[i], own, tokens, photo.query, spoke))
+    return looks
 
 
 def figure_rows(photo: Photo, looks: Sequence[Look], method: str, blocks: Sequence[int], *, heads: bool) -> list[Row]:
@@ -123,11 +127,10 @@ def figure_rows(photo: Photo, looks: Sequence[Look], method: str, blocks: Sequen
             label = "photo" if len(looks) == 1 else f"{a.model.origin.source}\n{a.says(method)}"
             rows.append(Row(label, [_panel(photo, a, method, title, row) for title, row in cells]))
         if len(looks) == 2:
-            before, after = ([_map(a, method, row) for _, row in cells] for a, cells in zip(looks, shown))
-            panels = [
-                Panel(title, _percent(photo, looks[1], difference(new, old)))
-                for (title, _), old, new in zip(shown[1], before, after)
-            ]
+            panels = []
+            for (title, before), (_, after) in zip(*shown):
+                change = difference(_map(looks[1], method, after), _map(looks[0], method, before))
+                panels.append(Panel(title, _percent(photo, looks[1], change)))
             rows.append(Row("difference", panels, signed=True))
     return rows
 
@@ -135,8 +138,9 @@ def figure_rows(photo: Photo, looks: Sequence[Look], method: str, blocks: Sequen
 def _cells(a: Look, method: str, block: int, heads: bool) -> list[tuple[str, Tensor]]:
     """Return what is drawn of a block: a title and a row (N,) each."""
     row = a.row(method, block)
-    mean = [(f"block {block}" + (", mean" if heads else ""), row.mean(0))]
-    return mean + [(f"block {block}, head {i}", row[i]) for i in range(len(row) if heads else 0)]
+    if not heads:
+        return [(f"block {block}", row.mean(0))]
+    return [(f"block {block}, mean", row.mean(0)), *((f"block {block}, head {i}", head) for i, head in enumerate(row))]
 
 
 def _map(a: Look, method: str, row: Tensor) -> Tensor:
@@ -197,12 +201,9 @@ def pane(photo: Photo, a: Look, top_k: int) -> Pane:
     """Return one model's side of the page."""
     scale = [small / side for small, side in zip(photo.picture.size, photo.size)] * 2
     box = tuple(edge * factor for edge, factor in zip(a.model.preprocess.box(photo.size), scale))
-    methods = {}
-    for method, blocks in a.rows.items():
-        if method == "relevance":
-            methods[method] = {block: _map(a, method, rows[0, 0]) for block, rows in blocks.items()}
-        elif method != "attention":
-            methods[method] = {block: rows[0] for block, rows in blocks.items()}
+    methods = {method: {block: rows[0] for block, rows in a.rows[method].items()} for method in a.rows if method != "attention"}
+    if "relevance" in methods:
+        methods["relevance"] = {block: _map(a, "relevance", rows[0]) for block, rows in methods["relevance"].items()}
     name = f"{a.model.origin.source}: {a.says('relevance')}"
     return Pane(name, [(label, p) for label, _, p in a.names(top_k)], a.rows["attention"], a.model.config.grid, box, methods)
 

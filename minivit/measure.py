@@ -6,6 +6,7 @@ mean, L (H + 1), then L of rollout and L of relevance where asked for.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,12 +43,7 @@ class Measured:
 
 
 def measure(
-    models: Mapping[str, ViT],
-    paths: Sequence[Path],
-    *,
-    blocks: Sequence[int],
-    methods: Sequence[str],
-    workers: int,
+    models: Mapping[str, ViT], paths: Sequence[Path], *, blocks: Sequence[int], methods: Sequence[str], workers: int
 ) -> Measured:
     """Score models of one shape on photos, which threads decode meanwhile; blocks are sorted.
 
@@ -69,12 +65,13 @@ def measure(
             indices, pixels, regions = zip(*batch)
             images, regions = model.preprocess.normalize(torch.stack(pixels).to(device)), torch.stack(regions)
             absent, regions, found = not regions[:, 1].any(), regions.to(device), {}  # (B, 2, 2, P); no head box at all
+            here = slice(len(kept), len(kept) + len(batch))
             for which, each in models.items():
                 logits, found[which] = model_maps(each, images, blocks, methods)
                 pet = region_scores(found[which], *regions[:, 0].unbind(1))
                 head = torch.full_like(pet, torch.nan) if absent else region_scores(found[which], *regions[:, 1].unbind(1))
-                rows[which][len(kept) : len(kept) + len(batch)] = torch.stack([pet, head], 2)  # (B, M, 2, 4)
-                maps[which][len(kept) : len(kept) + len(batch)] = found[which][:, last].unflatten(1, model.config.grid)
+                rows[which][here] = torch.stack([pet, head], 2)  # (B, M, 2, 4)
+                maps[which][here] = found[which][:, last].unflatten(1, model.config.grid)
                 if each is model:
                     answers.append(logits.float().softmax(1).max(1))
                 else:
@@ -89,17 +86,9 @@ def measure(
         raise RuntimeError(f"block {block}: its maps differ, though it and all before it have equal weights")
     probability, predicted = (torch.cat(parts).cpu().numpy() for parts in zip(*answers))
     rows = {which: values[: len(kept)].cpu().numpy() for which, values in rows.items()}
-    return Measured(
-        kept,
-        left_out,
-        rows,
-        {which: values[: len(kept)].cpu() for which, values in maps.items()},
-        {which: values[:, last, 0, 1] for which, values in rows.items()},
-        torch.cat(areas).cpu().numpy(),
-        predicted,
-        probability,
-        equal,
-    )
+    maps = {which: values[: len(kept)].cpu() for which, values in maps.items()}
+    times = {which: values[:, last, 0, 1] for which, values in rows.items()}
+    return Measured(kept, left_out, rows, maps, times, torch.cat(areas).cpu().numpy(), predicted, probability, equal)
 
 
 def model_maps(model: ViT, images: Tensor, blocks: Sequence[int], methods: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -108,13 +97,12 @@ def model_maps(model: ViT, images: Tensor, blocks: Sequence[int], methods: Seque
     to_maps = partial(query_maps, grid=c.grid, num_registers=c.num_registers)
     logits, attn = model.forward_with_attention(images, blocks, queries=[CLASS_TOKEN])
     heads = torch.stack([to_maps(attn[b]).flatten(2) for b in blocks], 1)  # (B, L, H, P)
-    maps = [torch.cat([heads, heads.mean(2, keepdim=True)], 2).flatten(1, 2)]
+    maps, others = [torch.cat([heads, heads.mean(2, keepdim=True)], 2).flatten(1, 2)], {}
     if "rollout" in methods:
-        _, rolled = method_rows(model, images, blocks, method="rollout")  # (B, 1, 1, N)
-        maps.append(torch.stack([to_maps(rolled[b]).flatten(1) for b in blocks], 1))
+        _, others["rollout"] = method_rows(model, images, blocks, method="rollout")  # (B, 1, 1, N)
     if "relevance" in methods:
-        relevant = class_relevance(model, images, logits.argmax(1), blocks)
-        maps.append(torch.stack([to_maps(relevant[b]).flatten(1) for b in blocks], 1))
+        others["relevance"] = class_relevance(model, images, logits.argmax(1), blocks)  # (B, 1, N)
+    maps += [torch.stack([to_maps(rows[b]).flatten(1) for b in blocks], 1) for rows in others.values()]
     return logits, torch.cat(maps, 1)
 
 
@@ -153,21 +141,45 @@ def read_photos(
         except UserError as error:
             return i, str(error), None
 
-    batch = []
-    for item in read_ahead(read, range(len(paths)), workers):
-        if item[2] is None:
-            left_out.setdefault(item[1], []).append(paths[item[0]])
-        else:
-            batch.append(item)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
+    def scorable() -> Iterator[tuple[int, Tensor, Tensor]]:
+        for i, pixels, regions in read_ahead(read, range(len(paths)), workers):
+            if regions is None:
+                left_out.setdefault(pixels, []).append(paths[i])
+            else:
+                yield i, pixels, regions
+
+    found = scorable()
+    while batch := list(itertools.islice(found, BATCH)):
         yield batch
 
 
 def annotation(path: Path, folder: str, suffix: str) -> Path:
     return path.parents[1] / "annotations" / folder / f"{path.stem}{suffix}"
+
+
+def read_species(pets: Path) -> dict[str, str]:
+    """Return which photos, by their stems, are a "cat" or a "dog", as the listings in Oxford-IIIT Pet's folder say."""
+    found = {}
+    for name in ("trainval.txt", "test.txt"):
+        for line in (pets / "annotations" / name).read_text("utf-8", "backslashreplace").splitlines():
+            if line.strip() and line[0] != "#":
+                stem, _, species, _ = line.split()
+                found[stem] = "cat" if species == "1" else "dog"
+    return found
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """Return the mask (H, W) of a photo of `size` (W, H): 1 is the pet, 2 around it. Raises UserError, saying why, if none."""
+    try:
+        with Image.open(annotation(path, "trimaps", ".png"), formats=("PNG",)) as image:
+            mask = np.asarray(image)
+    except FileNotFoundError:
+        raise UserError("mask missing") from None
+    except Exception:  # decoders of broken files raise anything
+        raise UserError("mask cannot be read") from None
+    if mask.shape != size[::-1]:
+        raise UserError("mask not of the photo's size")
+    return mask
 
 
 def read_regions(path: Path, size: tuple[int, int], preprocess: Preprocess, grid: tuple[int, int]) -> Tensor:
@@ -176,15 +188,7 @@ def read_regions(path: Path, size: tuple[int, int], preprocess: Preprocess, grid
     `size` is the photo's (W, H). The mask's border counts as neither; without a head box its shares are 0. Raises
     UserError, saying why, where there is no pet to look at in what the model sees of the photo.
     """
-    try:
-        with Image.open(annotation(path, "trimaps", ".png"), formats=("PNG",)) as image:
-            mask = np.asarray(image) if image.size == size else None
-    except FileNotFoundError:
-        raise UserError("mask missing") from None
-    except Exception:  # decoders of broken files raise anything
-        raise UserError("mask cannot be read") from None
-    if mask is None or mask.ndim != 2:
-        raise UserError("mask not of the photo's size")
+    mask = read_mask(path, size)
     (gh, gw), (left, top, right, bottom) = grid, preprocess.box(size)
     ys, xs = np.linspace(top, bottom, gh + 1), np.linspace(left, right, gw + 1)
     pet, around = (mean_by_area(mask == value, ys, xs) for value in (1, 2))

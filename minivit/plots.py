@@ -122,14 +122,8 @@ def draw_attention(
             left, right = (f"{value:{'+' if row.signed else ''}.{digits}f}" for value in (low, high))
             text(x, top + h + 15, left, 7.5)
             text(x + w, top + h + 15, f"{right} {'points' if row.signed else '%'}", 7.5, ha="right")
-            text(
-                x,
-                top + h + 28,
-                panel.note,
-                7.5,
-                weight="bold" if panel.warn else "normal",
-                color=WRONG if panel.warn else "0.25",
-            )
+            style = {"weight": "bold", "color": WRONG} if panel.warn else {"color": "0.25"}
+            text(x, top + h + 28, panel.note, 7.5, **style)
     save(figure, path)
 
 
@@ -149,10 +143,9 @@ def overlay(photo: np.ndarray, values: np.ndarray, low: float, high: float, colo
 
 def _mark(figure: Figure, x: float, y: float, size: tuple[int, int], mark: tuple[float, float, float, float]) -> None:
     left, top, right, bottom = (edge * side for edge, side in zip(mark, size * 2))
-    for width, colour in ((4, "black"), (2, "white")):
-        figure.add_artist(
-            Rectangle((x + left, y - bottom), right - left, bottom - top, fill=False, lw=width, ec=colour, transform=None)
-        )
+    corner, width, height = (x + left, y - bottom), right - left, bottom - top
+    for line, colour in ((4, "black"), (2, "white")):
+        figure.add_artist(Rectangle(corner, width, height, fill=False, lw=line, ec=colour, transform=None))
 
 
 @contextlib.contextmanager
@@ -161,32 +154,29 @@ def drawing(num_photos: int, workers: int) -> Iterator[Callable[..., Callable[[]
     if num_photos < POOL_FROM:
         yield lambda job, *args, **kwargs: job(*args, **kwargs) or (lambda: None)
         return
-    own, pipes, processes = multiprocessing.get_context("spawn"), [], []  # a fork would inherit the model's threads, held
-    for _ in range(min(workers, num_photos)):
-        ours, theirs = own.Pipe()
-        processes.append(own.Process(target=draw_for, args=(theirs,), daemon=True))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(ours)
-    turn = itertools.cycle(pipes)
+    own, pipes = multiprocessing.get_context("spawn"), []  # a fork would inherit the model's threads, held
+    with contextlib.ExitStack() as at_end:
+        for _ in range(min(workers, num_photos)):
+            ours, theirs = own.Pipe()
+            process = own.Process(target=draw_for, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            at_end.callback(process.join)
+            pipes.append(at_end.enter_context(ours))  # closed before it is waited for: so the process ends
+        turn = itertools.cycle(pipes)
 
-    def draw(job: Callable[..., None], *args, **kwargs) -> Callable[[], None]:
-        pipe = next(turn)
-        pipe.send((job, args, kwargs))
+        def draw(job: Callable[..., None], *args, **kwargs) -> Callable[[], None]:
+            pipe = next(turn)
+            pipe.send((job, args, kwargs))
 
-        def wait() -> None:
-            error = pipe.recv()  # the answers of one process come in the order of its jobs, which is that of the photos
-            if error is not None:
-                raise error
+            def wait() -> None:
+                error = pipe.recv()  # the answers of one process come in the order of its jobs, which is that of the photos
+                if error is not None:
+                    raise error
 
-        return wait
+            return wait
 
-    try:
         yield draw
-    finally:
-        for pipe, process in zip(pipes, processes):
-            pipe.close()
-            process.join()
 
 
 def draw_for(pipe: Connection) -> None:
@@ -240,9 +230,8 @@ def draw_confusion(
     ax = figure.subplots()
     shaded = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     names = [shorten(name, 28) for name in classes]
-    ax.set_xticks(
-        range(C), names, rotation=60 if C > 3 else 20, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False
-    )
+    turned = {"rotation": 60 if C > 3 else 20, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(range(C), names, fontsize=8, parse_math=False, **turned)
     ax.set_yticks(range(C), names, fontsize=8, parse_math=False)
     ax.set(xlabel="predicted", ylabel="true")
     ax.set_title(title, parse_math=False)

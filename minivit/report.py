@@ -21,10 +21,12 @@ import torch
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from .errors import UserError, printable
+from .errors import UserError
 from .files import whole_file
+from .plots import shorten
 
 MAX_BYTES = 3_000_000  # of a page: small enough to mail, and to keep one for every photo
+MAX_NAME = 200  # characters of what is called something
 MAX_PHOTO_BYTES = 300_000  # leaves 1.9 MB to the attention: blocks 8-11 of ViT-B/16, however little they compress
 # Tried in turn until the page fits: steps that each row is stored in, and what is kept of maps (L, H, Q, P).
 _PLANS = (
@@ -74,7 +76,7 @@ def explorer(panes: Sequence[Pane], photo: Image.Image, title: str) -> Page:
     if len({(*sorted(pane.attn), *maps) for pane, maps in zip(panes, whole)}) != 1:
         raise UserError("expected one pane or more, all of the same blocks and methods")
     picture = "data:image/jpeg;base64," + base64.b64encode(_jpeg(photo)).decode()
-    data = {"title": _line(title), "size": photo.size, "photo": picture, "blocks": sorted(panes[0].attn)}
+    data = {"title": shorten(title, MAX_NAME), "size": photo.size, "photo": picture, "blocks": sorted(panes[0].attn)}
     for levels, stored, part in _PLANS:
         maps = [{method: part(a) for method, a in maps.items()} for maps in whole]
         if sum(a.size for pane in maps for a in pane.values()) > 5 * MAX_BYTES:
@@ -118,11 +120,13 @@ def _pane(pane: Pane, maps: dict[str, np.ndarray], levels: int, size: tuple[int,
     codes = [np.rint(a / np.maximum(step, 1e-30)).astype(np.uint8) for a, step in zip(maps.values(), steps)]
     packed = b"".join([*(a.astype("<f4").tobytes() for a in steps), *(a.tobytes() for a in codes)])
     return {
-        "name": _line(pane.name),
-        "predictions": [(_line(label), round(float(p), 6)) for label, p in pane.predictions],
+        "name": shorten(pane.name, MAX_NAME),
+        "predictions": [(shorten(label, MAX_NAME), round(float(p), 6)) for label, p in pane.predictions],
         "grid": pane.grid,
         "box": [edge / side for edge, side in zip(pane.box, size * 2)],  # in shares of the photo
-        "methods": [{"name": _line(method), "heads": a.shape[1], "queries": a.shape[2]} for method, a in maps.items()],
+        "methods": [
+            {"name": shorten(method, MAX_NAME), "heads": a.shape[1], "queries": a.shape[2]} for method, a in maps.items()
+        ],
         "maps": base64.b64encode(zlib.compress(packed, 3)).decode(),
     }
 
@@ -135,11 +139,6 @@ def _jpeg(photo: Image.Image) -> bytes:
         if file.tell() <= MAX_PHOTO_BYTES:
             break
     return file.getvalue()
-
-
-def _line(text: str) -> str:
-    text = printable(text)
-    return text if len(text) <= 200 else text[:199] + "…"
 
 
 def _fill(data: dict) -> str:

@@ -46,9 +46,8 @@ def write_results(
     pairs = [(data.classes[i], data.classes[j], n) for i, j, n in metrics.confused_pairs(confusion, NUM_PAIRS)]
 
     plots.draw_curves(out / "curves.png", rows, summary["best_epoch"], metrics.overfits_from(rows), summary["verdict"])
-    plots.draw_confusion(
-        out / "confusion.png", confusion, data.classes, f"{len(right)} of {len(labels)} test photos right", pairs
-    )
+    of_all = f"{len(right)} of {len(labels)} test photos right"
+    plots.draw_confusion(out / "confusion.png", confusion, data.classes, of_all, pairs)
     plots.draw_predictions(out / "predictions.png", [open_photo(data.test.paths[i]) for i in shown], captions, title)
     write_classes(out / "classes.csv", confusion, data.classes)
     with whole_file(out / "README.md") as partial:

@@ -13,11 +13,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
+T = TypeVar("T")
 Shape = list  # [kind, colour, numbers…]; a line's first number is its width
 PATTERNS = ("plain", "stripes", "spots", "patches", "saddle")  # of coats
 PET, BACKGROUND, BORDER = 1, 2, 3  # a mask's values, Oxford-IIIT Pet's
@@ -54,11 +55,11 @@ class Thing:
 
     def draw(self, rng: np.random.Generator, unit: float) -> Image.Image:
         """Draw it in one of its colours ("a", with "b" darker and "c" lighter), a room's height being `unit` pixels."""
-        a = _jitter(rng, self.colours[rng.integers(len(self.colours))])
-        tints = {"a": a, "b": tuple(int(0.76 * v) for v in a), "c": tuple(int(v + 0.35 * (255 - v)) for v in a)}
+        a = _jitter(rng, _pick(rng, self.colours), 9)
+        tints = {"a": a, "b": _times(0.76, a), "c": tuple(int(v + 0.35 * (255 - v)) for v in a)}
         w, h = (max(2, round(side)) for side in (self.height * unit * self.aspect, self.height * unit))
         sprite = Image.new("RGBA", (w * ZOOM, h * ZOOM))
-        _paint(ImageDraw.Draw(sprite), self.shapes, tints, (0, 0), sprite.size)
+        _paint(sprite, self.shapes, tints)
         return _round(sprite.resize((w, h), Image.Resampling.BOX), 0.04)
 
 
@@ -78,11 +79,10 @@ class Scene(NamedTuple):
 
 def random_breed(rng: np.random.Generator) -> Breed:
     """Return an animal of no breed: parts and colours at random, furs and fantasies alike."""
-    parts = [astuple(list(BREEDS.values())[i]) for i in rng.integers(0, len(BREEDS), 12)]
-    mixed = [part[i] for i, part in enumerate(parts)]
+    mixed = [astuple(_pick(rng, list(BREEDS.values())))[i] for i in range(12)]
     colours = ["#" + bytes(rng.integers(20, 250, 3).tolist()).hex() for _ in range(9)]
-    chosen = [str(rng.choice(PATTERNS))]
-    return Breed(*mixed[:2], *chosen, *(c if rng.random() < 0.3 else m for c, m in zip(colours, mixed[3:])))
+    pattern = _pick(rng, PATTERNS)
+    return Breed(*mixed[:2], pattern, *(c if rng.random() < 0.3 else m for c, m in zip(colours, mixed[3:])))
 
 
 def draw_scene(
@@ -98,7 +98,7 @@ def draw_scene(
 
     `animal` is the range of its height, as a share of the photo's shorter side.
     """
-    W, H = (round(side * scale) for side in size or SIZES[rng.integers(len(SIZES))])
+    W, H = (round(side * scale) for side in size or _pick(rng, SIZES))
     unit = min(W, H)
     floor = rng.uniform(0.58, 0.74) * H
     photo = _room(rng, W, H, floor)
@@ -114,7 +114,7 @@ def draw_scene(
         box = face.getbbox() or (0, 0, *body.size)
         head = tuple(int(min(max(v + at[i % 2], 0), (W, H)[i % 2])) for i, v in enumerate(box))
         if rng.random() < 0.3:  # something in front of the animal
-            sprite = CLUTTER[rng.integers(len(CLUTTER))].draw(rng, unit)
+            sprite = _pick(rng, CLUTTER).draw(rng, unit)
             at = _stand(photo, sprite, x + rng.uniform(-0.25, 0.25) * unit, min(y + 0.04 * H, H))
             mask.paste(0, at, sprite.getchannel("A").point(lambda a: 255 * (a > 127)))
     return Scene(_light(rng, photo), _trimap(mask, 2 * scale), head)
@@ -126,13 +126,21 @@ def _trimap(alpha: Image.Image, width: float) -> Image.Image:
     return edge.point(lambda v: {0: BACKGROUND, 255: PET}.get(v, BORDER))
 
 
-def _jitter(rng: np.random.Generator, colour: str, by: float = 9) -> tuple[int, ...]:
+def _pick(rng: np.random.Generator, some: Sequence[T]) -> T:
+    return some[rng.integers(len(some))]
+
+
+def _jitter(rng: np.random.Generator, colour: str, by: float) -> tuple[int, ...]:
     return tuple(int(np.clip(v + rng.normal(0, by), 0, 255)) for v in ImageColor.getrgb(colour))
 
 
-def _paint(
-    draw: ImageDraw.ImageDraw, shapes: Sequence[Shape], palette: dict, origin: Sequence[float], unit: Sequence[float]
-) -> None:
+def _times(factor: float, colour: Sequence[int]) -> tuple[int, ...]:
+    return tuple(int(factor * v) for v in colour)
+
+
+def _paint(image: Image.Image, shapes: Sequence[Shape], palette: dict, origin=(0, 0), unit=None) -> None:
+    """Paint shapes on an image, their coordinates in per cent of `unit`, the image's size, from `origin`."""
+    draw, unit = ImageDraw.Draw(image), unit or image.size
     for kind, colour, *numbers in shapes:
         fill = palette.get(colour, colour)
         width = numbers.pop(0) if kind == "line" else 0
@@ -163,21 +171,19 @@ def _round(sprite: Image.Image, depth: float) -> Image.Image:
 
 def _animal(rng: np.random.Generator, breed: Breed, height: float) -> tuple[Image.Image, Image.Image]:
     """Draw an animal in some pose: its sprite, and the alpha of its head alone."""
-    pose = _SHAPES["poses"][str(rng.choice(list(_SHAPES["poses"])))]
+    pose = _pick(rng, list(_SHAPES["poses"].values()))
     x, y, r = pose["head"]
     colours = {k: v for k, v in vars(breed).items() if str(v).startswith("#")}
     palette = {name: _jitter(rng, colour, 5) for name, colour in colours.items()}
-    palette |= {
-        "inner": (226, 160, 150),
-        "nose": (190, 96, 104),
-        "face": palette["face"] if breed.face != breed.fur else palette["fur"],
-    }
+    palette |= {"inner": (226, 160, 150), "nose": (190, 96, 104)}
+    if breed.face == breed.fur:
+        palette["face"] = palette["fur"]
     side = max(24, round(height)) * ZOOM
     body, head = Image.new("RGBA", (side, side)), Image.new("RGBA", (side, side))
-    _paint(ImageDraw.Draw(body), pose["shapes"], palette, (0, 0), body.size)
+    _paint(body, pose["shapes"], palette)
     ears, face, unit = _SHAPES["ears"][breed.ears], _SHAPES["faces"][breed.species], [r * side / 100] * 2
     for part in (ears, face) if breed.ears == "pointed" else (face[:1], ears, face[1:]):
-        _paint(ImageDraw.Draw(head), part, palette, (x * side / 100 + rng.normal(0, 0.01) * side, y * side / 100), unit)
+        _paint(head, part, palette, (x * side / 100 + rng.normal(0, 0.01) * side, y * side / 100), unit)
     tilt = rng.uniform(-14, 14)
     head = head.rotate(tilt, center=(x * side / 100, y * side / 100 + unit[1]))
     body.alpha_composite(head)
@@ -226,43 +232,34 @@ def _stand(photo: Image.Image, sprite: Image.Image, x: float, y: float) -> tuple
 
 
 def _room(rng: np.random.Generator, W: int, H: int, floor: float) -> Image.Image:
-    wall = _jitter(rng, str(rng.choice(["#d9cfc0", "#c3d0d6", "#d8c3b8", "#bfcdb8", "#e3dcc6", "#b9b3c6", "#cfd3d6"])), 10)
-    wood = _jitter(rng, str(rng.choice(["#a9825a", "#8a6f55", "#c4a57d", "#9a9c9f", "#b7a99a", "#77706b"])), 10)
-    dark, light = (tuple(int(f * v) for v in wood) for f in (0.84, 1.06))
-    photo = Image.new("RGB", (W * ZOOM, H * ZOOM), wall)
-    draw, unit, y = ImageDraw.Draw(photo), (W * ZOOM, H * ZOOM), 100 * floor / H
+    wall = _jitter(rng, _pick(rng, ["#d9cfc0", "#c3d0d6", "#d8c3b8", "#bfcdb8", "#e3dcc6", "#b9b3c6", "#cfd3d6"]), 10)
+    wood = _jitter(rng, _pick(rng, ["#a9825a", "#8a6f55", "#c4a57d", "#9a9c9f", "#b7a99a", "#77706b"]), 10)
+    dark, light, faint = _times(0.84, wood), _times(1.06, wood), tuple(v + 9 for v in wall)
+    photo, y = Image.new("RGB", (W * ZOOM, H * ZOOM), wall), 100 * floor / H
     shapes: list[Shape] = []
-    faint = tuple(int(v + 9) for v in wall)
-    paper, step = rng.choice(["plain", "stripes", "dots"]), rng.uniform(5, 12)
+    paper, step = _pick(rng, ("plain", "stripes", "dots")), rng.uniform(5, 12)
     if paper == "stripes":
         shapes += [("box", faint, x, -5, x + step / 2, y) for x in np.arange(0, 100, step)]
     elif paper == "dots":
         shapes += [("oval", faint, x, v, x + 2, v + 2 * W / H) for x in np.arange(2, 100, step) for v in np.arange(3, y, step)]
     if rng.random() < 0.6:  # a window or a picture
         x, w, t, h = rng.uniform(5, 70), rng.uniform(14, 28), rng.uniform(4, 14), rng.uniform(18, 30)
-        sky = _jitter(rng, str(rng.choice(["#bfe0f2", "#f2cfa8", "#34405c", "#a7bf9c", "#c98f8a"])), 8)
+        sky = _jitter(rng, _pick(rng, ["#bfe0f2", "#f2cfa8", "#34405c", "#a7bf9c", "#c98f8a"]), 8)
         shapes += [("box", "#efebe2", x - 1.5, t - 2, x + w + 1.5, t + h + 2), ("box", sky, x, t, x + w, t + h)]
         if rng.random() < 0.6:
-            shapes += [
-                ("line", "#efebe2", 1.2, x + w / 2, t, x + w / 2, t + h),
-                ("line", "#efebe2", 1.2, x, t + h / 2, x + w, t + h / 2),
-            ]
+            shapes.append(("line", "#efebe2", 1.2, x + w / 2, t, x + w / 2, t + h))
+            shapes.append(("line", "#efebe2", 1.2, x, t + h / 2, x + w, t + h / 2))
         else:
-            shapes += [
-                ("poly", dark, x, t + h, x + w / 3, t + h / 3, x + w, t + h),
-                ("oval", faint, x + w * 0.6, t + 2, x + w * 0.8, t + 7),
-            ]
+            shapes.append(("poly", dark, x, t + h, x + w / 3, t + h / 3, x + w, t + h))
+            shapes.append(("oval", faint, x + w * 0.6, t + 2, x + w * 0.8, t + 7))
     shapes += [("box", light, -5, y, 105, 110), ("poly", wood, 0, y, 100, y, 100, 100, 0, 100)]
     if rng.random() < 0.7:
         shapes += [("line", dark, 0.5, x, y, 50 + (x - 50) * 1.9, 100) for x in np.arange(-20, 121, rng.uniform(9, 16))]
     if rng.random() < 0.45:
-        rug, x = _jitter(rng, str(rng.choice(["#a3473f", "#4a6d8c", "#c9b487", "#6f7f5c", "#8a7aa0"])), 8), rng.uniform(15, 55)
-        shapes += [
-            ("oval", rug, x, y + 10, x + 55, y + 32),
-            ("oval", tuple(int(0.85 * v) for v in rug), x + 5, y + 12, x + 50, y + 30),
-        ]
+        rug, x = _jitter(rng, _pick(rng, ["#a3473f", "#4a6d8c", "#c9b487", "#6f7f5c", "#8a7aa0"]), 8), rng.uniform(15, 55)
+        shapes += [("oval", rug, x, y + 10, x + 55, y + 32), ("oval", _times(0.85, rug), x + 5, y + 12, x + 50, y + 30)]
     shapes += [("line", "#f1ede4", 2.2, -5, y, 105, y)]
-    _paint(draw, shapes, {}, (0, 0), unit)
+    _paint(photo, shapes, {})
     return photo.resize((W, H), Image.Resampling.BOX)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import os
 import sys
 import time
@@ -31,7 +32,7 @@ RESAMPLES = 1000  # of the photos, for the intervals
 MAX_GALLERY = 50
 
 
-def make_parser() -> cli.Parser:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="python -m minivit score", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--model", metavar="ID|DIR|demo", help=f"as in train.py; none: {cli.RUN_DIR} if it is there, else {cli.BASE_MODEL}")
@@ -44,7 +45,7 @@ def make_parser() -> cli.Parser:
     parser.add_device_flags()
     add("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that decode photos")
     add("--out", default="score", metavar="DIR", help="where score.csv, score.json, score.png and the gallery are written")
-    return parser
+    return cli.run(score, parser, argv)
 
 
 def methods(text: str) -> tuple[str, ...]:
@@ -53,10 +54,6 @@ def methods(text: str) -> tuple[str, ...]:
     if unknown := sorted(set(asked) - set(METHODS)):
         raise argparse.ArgumentTypeError(f"expected all, or some of {','.join(METHODS)}; found {unknown[0]!r}")
     return tuple(name for name in METHODS if name in asked or name == "attention")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(score, make_parser(), argv)
 
 
 def score(args: argparse.Namespace) -> int:
@@ -68,7 +65,7 @@ def score(args: argparse.Namespace) -> int:
     on, out, photos = device.pick_device(args.device), Path(args.out), data.load_data(args.data, seed=0)
     amp, train, val = device.pick_amp(args.amp, on), photos.train, photos.val
     trainval = data.Split(train.paths + val.paths, train.labels + val.labels)
-    split = {"test": photos.test, "train": train, "val": val, "trainval": trainval}[args.split]
+    split = trainval if args.split == "trainval" else getattr(photos, args.split)
     if not any(measure.annotation(path, "trimaps", ".png").is_file() for path in split.paths):
         raise UserError(f"{args.data}: no photo of {args.split} has a mask; score needs Oxford-IIIT Pet's annotations/trimaps")
     names = {"model": source, **({"base": args.compare} if args.compare else {})}
@@ -115,36 +112,30 @@ def check(
     models: Mapping[str, ViT], names: Mapping[str, str], blocks: Sequence[int], args: argparse.Namespace, knows: bool
 ) -> None:
     """Refuse what cannot be scored before a photo is read."""
-    model, base = models["model"], models.get("base", models["model"])
+    model, base, name, other = models["model"], models.get("base", models["model"]), names["model"], names.get("base")
     if not blocks:
         raise UserError("blocks 'none': expected at least one block to score")
     for what, size in vars(model.config).items():
-        other = getattr(base.config, what)
-        if size != other and what not in ("num_classes", "pool"):  # the head may be another
-            raise UserError(
-                f"{names['base']}: its {what} is {other}, not {size}; expected what {names['model']} was tuned from"
-            )
+        if what not in ("num_classes", "pool") and size != (found := getattr(base.config, what)):  # the head may be another
+            raise UserError(f"{other}: its {what} is {found}, not {size}; expected what {name} was tuned from")
     if model.preprocess != base.preprocess:
-        raise UserError(f"{names['base']}: prepares photos otherwise than {names['model']}; their maps cannot be compared")
+        raise UserError(f"{other}: prepares photos otherwise than {name}; their maps cannot be compared")
     for which, each in models.items():
         if "relevance" in args.methods and not each.config.num_classes:
             raise UserError(f"{names[which]}: without a classifier there is no class to be relevant for; score other --methods")
     if args.gallery and not knows and not args.compare:
-        raise UserError(
-            f"{names['model']}: does not know these breeds, so no photo is right or wrong; --gallery needs --compare"
-        )
+        raise UserError(f"{name}: does not know these breeds, so no photo is right or wrong; --gallery needs --compare")
     if args.gallery > MAX_GALLERY:
         raise UserError(f"--gallery {args.gallery}: expected at most {MAX_GALLERY} photos of each kind")
 
 
 def group_photos(paths: Sequence[Path], right: np.ndarray | None) -> dict[str, np.ndarray]:
     """Return which photos (n,) are in each of GROUPS; cats and dogs as Oxford-IIIT Pet lists them."""
-    folder, species = paths[0].parents[1] / "annotations", {}
-    for name in ("trainval.txt", "test.txt"):
-        lines = (folder / name).read_text("utf-8", "backslashreplace").splitlines()
-        species |= {line.split()[0]: line.split()[2] for line in lines if line.strip() and line[0] != "#"}
-    found = np.array([species[path.stem] for path in paths])
-    groups = {"all": np.ones(len(paths), bool), "cats": found == "1", "dogs": found == "2"}
+    from .measure import read_species
+
+    species = read_species(paths[0].parents[1])
+    cats = np.array([species[path.stem] == "cat" for path in paths])
+    groups = {"all": np.ones(len(paths), bool), "cats": cats, "dogs": ~cats}
     return groups if right is None else {**groups, "right": right, "wrong": ~right}
 
 
@@ -158,17 +149,14 @@ def summarize(
     rows, scores = dict(rows), {}
     if "base" in rows:
         rows["change"] = rows["model"] - rows["base"]
-    for of, values in rows.items():
-        for r, region in enumerate(REGIONS):
-            for group in filter(groups.__contains__, GROUPS):
-                chosen = values[groups[group], :, r]  # (n, M, 4)
-                chosen = chosen[~np.isnan(chosen[:, 0, 0])]
-                if len(chosen):
-                    for key, cell in zip(keys, np.stack(bootstrap(chosen), -1)):  # (4, 3)
-                        row = {
-                            m + end: x for m, line in zip(METRICS, cell.tolist()) for end, x in zip(("", "_low", "_high"), line)
-                        }
-                        scores[(of, region, group, *key)] = {"photos": len(chosen), **row}
+    groups = {group: groups[group] for group in GROUPS if group in groups}
+    for (of, values), (r, region), group in itertools.product(rows.items(), enumerate(REGIONS), groups):
+        chosen = values[groups[group], :, r]  # (n, M, 4)
+        chosen = chosen[~np.isnan(chosen[:, 0, 0])]
+        if len(chosen):
+            for key, cell in zip(keys, np.stack(bootstrap(chosen), -1).tolist()):  # (4, 3)
+                row = {m + end: x for m, line in zip(METRICS, cell) for end, x in zip(("", "_low", "_high"), line)}
+                scores[(of, region, group, *key)] = {"photos": len(chosen), **row}
     return scores
 
 
@@ -186,12 +174,7 @@ def bootstrap(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def describe(
-    names: Mapping[str, str],
-    found: Measured,
-    left_out: Mapping[str, Sequence[str]],
-    groups: Mapping[str, np.ndarray],
-    split: str,
-    blocks: Sequence[int],
+    names: Mapping[str, str], found: Measured, left_out: Mapping, groups: Mapping, split: str, blocks: Sequence[int]
 ) -> Iterator[str]:
     """Say in lines what was scored, what was left out and why, and that what is frozen did not change."""
     counts = ", ".join(f"{chosen.sum()} {group}" for group, chosen in groups.items() if group != "all")
@@ -200,8 +183,8 @@ def describe(
         yield "it does not know these breeds, so none is right or wrong"
     for reason, files in left_out.items():
         yield f"left out, {reason}: {len(files)} ({', '.join(map(printable, files[:5]))}{', …' * (len(files) > 5)})"
-    area = found.area.mean()
-    yield f"the pet covers {area:.3f} of what the model sees: chance for mass, average precision and, about, pointing"
+    covers = f"the pet covers {found.area.mean():.3f} of what the model sees"
+    yield f"{covers}: chance for mass, average precision and, about, pointing"
     if "base" in names:
         equal, scored = found.equal_blocks, sum(block < found.equal_blocks for block in blocks)
         said = {0: "block 0 or the embeddings changed", 1: "block 0 has equal weights"}
@@ -212,28 +195,27 @@ def describe(
 
 def tables(scores: Mapping[tuple, Mapping[str, float]], methods: Sequence[str]) -> Iterator[str]:
     """Lay a table out for each method and region: a line a block, of the heads' mean."""
-    blocks, compared = sorted({key[4] for key in scores}), any(key[0] == "base" for key in scores)
+    compared = any(key[0] == "base" for key in scores)
     spans = {"base": "before", "model": "after", "change": "change"} if compared else {"model": "times chance"}
-    for method, region in ((method, region) for region in REGIONS for method in methods):
-        rows = {block: scores.get(("model", region, "all", method, block, "mean")) for block in blocks}
-        if not all(rows.values()):
+    for region, method in itertools.product(REGIONS, methods):
+        rows = {(of, group, *key): row for (of, r, group, m, *key), row in scores.items() if (r, m) == (region, method)}
+        if not rows:
             continue
-        yield f"\n{method} on the {region}, times chance, with 95% intervals over {rows[blocks[0]]['photos']} photos"
-        columns = [f"{title:^{22 if of == 'change' else 18}}" for of, title in spans.items()]
-        groups = [group for group in GROUPS[1:] if ("model", region, group, method, blocks[0], "mean") in scores]
-        best = "   best head" if method == "attention" else ""
-        yield f"block  {'  '.join(columns)}   mass  pointing     AP  {''.join(f'{group:>7}' for group in groups)}{best}"
-        for block, row in rows.items():
-            cells = [interval(scores[of, region, "all", method, block, "mean"], of == "change") for of in spans]
-            line = (
-                f"{block:5}  {'  '.join(cells)}  {row['mass']:5.3f}  {row['pointing']:8.3f}  {row['average_precision']:5.3f}  "
-            )
-            line += "".join(f"{scores['model', region, g, method, block, 'mean']['times_chance']:7.2f}" for g in groups)
-            heads = {
-                key[5]: v["times_chance"] for key, v in scores.items() if key[:5] == ("model", region, "all", method, block)
-            }
-            head = max((h for h in heads if h != "mean"), key=heads.get, default=None)
-            yield line + (f"  {head:4}: {heads[head]:.2f}" if head is not None else "")
+        blocks, heads = sorted({key[2] for key in rows}), sorted({key[3] for key in rows} - {"mean"})
+        groups = [group for group in GROUPS[1:] if ("model", group, blocks[0], "mean") in rows]
+        photos = rows["model", "all", blocks[0], "mean"]["photos"]
+        yield f"\n{method} on the {region}, times chance, with 95% intervals over {photos} photos"
+        columns = "  ".join(f"{title:^{22 if of == 'change' else 18}}" for of, title in spans.items())
+        best = "   best head" if heads else ""
+        yield f"block  {columns}   mass  pointing     AP  {''.join(f'{group:>7}' for group in groups)}{best}"
+        for block in blocks:
+            row = rows["model", "all", block, "mean"]
+            line = "  ".join(interval(rows[of, "all", block, "mean"], of == "change") for of in spans)
+            line += f"  {row['mass']:5.3f}  {row['pointing']:8.3f}  {row['average_precision']:5.3f}  "
+            line += "".join(f"{rows['model', group, block, 'mean']['times_chance']:7.2f}" for group in groups)
+            times = {head: rows["model", "all", block, head]["times_chance"] for head in heads}
+            head = max(heads, key=times.get, default=None)
+            yield f"{block:5}  {line}" + (f"  {head:4}: {times[head]:.2f}" if heads else "")
 
 
 def interval(row: Mapping[str, float], signed: bool = False) -> str:

@@ -1,24 +1,16 @@
-"""The figures of score: heads and blocks against chance, and the photos most worth a look."""
+"""The figure of score: heads and blocks against chance."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec, SubplotSpec
-from PIL import Image, ImageFilter
 
-from .photos import Preprocess
-from .plots import HEAT, overlay, save, shorten, show, value_range
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .plots import HEAT, save, shorten
 
 
 def draw_scores(path: Path, scores: Mapping[tuple, Mapping[str, float]], names: Mapping[str, str], title: str) -> None:
@@ -39,19 +31,18 @@ def draw_scores(path: Path, scores: Mapping[tuple, Mapping[str, float]], names: 
     shades = Normalize(min(m.min() for m in maps.values()), max(m.max() for m in maps.values()))
     axes = []
     for k, of in enumerate(which):
-        axes.append(ax := figure.add_subplot(_part(grid, 0, k, len(which))))
+        axes.append(ax := figure.add_subplot(grid[0, 6 // len(which) * k : 6 // len(which) * (k + 1)]))
         ax.imshow(maps[of], cmap=HEAT, norm=shades, aspect="auto")
         ax.set(xlabel="block", ylabel="head")
         ax.set_xticks(range(len(blocks)), blocks, fontsize=8)
         ax.set_yticks(range(len(heads)), heads, fontsize=8)
         ax.set_title(f"{which[of][0]}: {shorten(names[of], 30)}", fontsize=10, parse_math=False)
         for (i, j), value in np.ndenumerate(maps[of]):
-            ax.text(
-                j, i, f"{value:.1f}", ha="center", va="center", fontsize=7, color="black" if shades(value) > 0.6 else "white"
-            )
+            colour = "black" if shades(value) > 0.6 else "white"
+            ax.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(ScalarMappable(shades, HEAT), ax=axes, label="attention on the pet,\ntimes chance", fraction=0.05)
     for k, method in enumerate(methods):
-        ax = figure.add_subplot(_part(grid, 1, k, len(methods)))
+        ax = figure.add_subplot(grid[1, 6 // len(methods) * k : 6 // len(methods) * (k + 1)])
         for shift, (of, (label, line, colour)) in zip((-0.06, 0.06), which.items()):
             rows = [pet[of, method, block, "mean"] for block in blocks]
             mean, low, high = (np.array([row["times_chance" + end] for row in rows]) for end in ("", "_low", "_high"))
@@ -63,42 +54,4 @@ def draw_scores(path: Path, scores: Mapping[tuple, Mapping[str, float]], names: 
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     figure.suptitle(title, fontsize=10, wrap=True, parse_math=False)
-    save(figure, path)
-
-
-def _part(grid: GridSpec, row: int, k: int, count: int) -> SubplotSpec:
-    """Return the k-th of `count` equal parts, 1 to 3, of a row of 6 columns."""
-    return grid[row, 6 // count * k : 6 // count * (k + 1)]
-
-
-def outline(
-    photo: Image.Image, values: Tensor | None, preprocess: Preprocess, pet: Image.Image, side: int = 240
-) -> Image.Image:
-    """Return a photo, its longer side `side` pixels, with the outline of a mask of it, and over it a map (gh, gw) if given."""
-    size = [max(1, round(length * side / max(photo.size))) for length in photo.size]
-    shown = np.asarray(photo.resize(size))
-    if values is not None:
-        heat = preprocess.to_photo(values, photo.size, size[::-1])
-        shown = overlay(shown, heat, *value_range([heat]), HEAT)
-    mask = pet.resize(size, Image.Resampling.NEAREST)
-    edge = np.asarray(mask) != np.asarray(mask.filter(ImageFilter.MinFilter(3)))
-    rim = np.asarray(mask.filter(ImageFilter.MaxFilter(3))) != np.asarray(mask)
-    shown = np.where(edge[..., None], 255, np.where(rim[..., None], 0, shown))  # white in black, to be seen on anything
-    return Image.fromarray(shown.astype(np.uint8))
-
-
-def draw_gallery(path: Path, sections: Mapping[str, Sequence[tuple[Image.Image, str]]], title: str, columns: int = 3) -> None:
-    """Draw pictures with captions, section by section."""
-    lines = [math.ceil(len(shown) / columns) for shown in sections.values()]
-    heights = [2.3 * n + 0.5 for n in lines]
-    figure = Figure((columns * 4.4, sum(heights) + 0.5), layout="constrained", dpi=100)
-    parts = figure.subfigures(len(lines), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for part, count, (kind, shown) in zip(parts, lines, sections.items()):
-        part.suptitle(kind + "\n" if shown else f"{kind}: none", x=0.01, ha="left", weight="bold", fontsize=11)
-        axes = part.subplots(count, columns, squeeze=False).ravel() if shown else []
-        for ax in axes:
-            ax.axis("off")
-        for ax, (picture, text) in zip(axes, shown):
-            show(ax, np.asarray(picture), text, size=8)
-    figure.suptitle(title, fontsize=10, parse_math=False)
     save(figure, path)

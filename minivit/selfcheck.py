@@ -21,15 +21,11 @@ if TYPE_CHECKING:
     from .model import ViT
 
 
-def make_parser() -> cli.Parser:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="python -m minivit selfcheck", description=__doc__.partition(":")[0])
     parser.add_argument("--model", metavar="ID|DIR|demo", default="demo", help="the checkpoint to check with")
     parser.add_device_flags()
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(check, make_parser(), argv)
+    return cli.run(check, parser, argv)
 
 
 def check(args: argparse.Namespace) -> int:
@@ -64,16 +60,13 @@ def measure(model: ViT, images: torch.Tensor, amp: torch.dtype | None) -> Iterat
         logits, attn = model.forward_with_attention(images, [model.config.depth - 1])
         yield "logits with and without attention asked for", difference(logits, model(images)), 0.0
         yield "fused against explicit attention, float32", explicit_attention(model, images, attn), 1e-5
-        for dtype, bound in ((torch.bfloat16, 5e-2), (torch.float16, 1e-2)):
-            if dtype is amp:
-                low = frozen.working_copy(model, images.device, dtype, train=False)
-                yield f"logits in {str(dtype)[6:]} against float32", difference(low(images).float(), logits), bound
+        if amp:
+            low = frozen.working_copy(model, images.device, amp, train=False)
+            bound = {torch.bfloat16: 5e-2, torch.float16: 1e-2}[amp]
+            yield f"logits in {str(amp)[6:]} against float32", difference(low(images).float(), logits), bound
     for micro_batch in (1, 3):
-        yield (
-            f"gradients of micro-batches of {micro_batch} against the full batch",
-            accumulation(model, images, micro_batch),
-            1e-5,
-        )
+        what = f"gradients of micro-batches of {micro_batch} against the full batch"
+        yield what, accumulation(model, images, micro_batch), 1e-5
     with tempfile.TemporaryDirectory() as folder:
         weights.save_pretrained(model, folder)
         reread = weights.load_pretrained(folder).to(images.device)
@@ -88,7 +81,8 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def explicit_attention(model: ViT, images: torch.Tensor, attn: dict) -> float:
     """Compare a block's fused attention with softmax(q k) v, written out."""
-    (i, weights), block = next(iter(attn.items())), model.blocks[model.config.depth - 1]
+    ((i, weights),) = attn.items()
+    block = model.blocks[i]
     x = block.norm1(model.tokens(images, stop=i))
     B, N, D = x.shape
     v = block.attn.qkv(x).view(B, N, 3, model.config.num_heads, -1)[:, :, 2].transpose(1, 2)  # (B, H, N, K)
@@ -117,23 +111,21 @@ def resume(model: ViT, amp: torch.dtype | None, folder: Path) -> float:
 
     from . import frozen, loop, optim, state
 
-    pixels = torch.randint(256, (8, 3, *model.config.img_size), dtype=torch.uint8)
-    photos = (pixels, torch.arange(8) % 5)
-    how = {"epochs": 2, "batch_size": 4, "micro_batch": 4, "lr": 1e-3, "seed": 0, "amp": amp}
+    last = model.config.depth - 1
+    photos = torch.randint(256, (8, 3, *model.config.img_size), dtype=torch.uint8), torch.arange(8) % 5
+    how = {"epochs": 2, "batch_size": 4, "micro_batch": 4, "lr": 1e-3, "seed": 0, "amp": amp, "cut": last}
 
-    def begin() -> tuple[state.State, int]:
+    def begin() -> state.State:
         twin = copy.deepcopy(model)
-        cut = optim.freeze_except(twin, [model.config.depth - 1])
+        optim.freeze_except(twin, [last])
         twin = frozen.working_copy(twin, model.cls_token.device, amp, train=True)
-        return state.begin(twin, amp=amp, weight_decay=0.05), cut
+        return state.begin(twin, amp=amp, weight_decay=0.05)
 
-    straight, cut = begin()
-    list(loop.fit(straight, photos, photos, cut=cut, **how))
-    first, _ = begin()
-    next(loop.fit(first, photos, photos, cut=cut, **how))
-    first.save(folder / "state.safetensors", {})
-    second, _ = begin()
-    second.load(*state.read(folder / "state.safetensors", {}))
-    list(loop.fit(second, photos, photos, cut=cut, **how))
-    tails = [torch.cat([t.flatten() for t in run.tail().values()]) for run in (second, straight)]
+    straight, stopped, resumed = begin(), begin(), begin()
+    list(loop.fit(straight, photos, photos, **how))
+    next(loop.fit(stopped, photos, photos, **how))
+    stopped.save(folder / "state.safetensors", {})
+    resumed.load(*state.read(folder / "state.safetensors", {}))
+    list(loop.fit(resumed, photos, photos, **how))
+    tails = [torch.cat([t.flatten() for t in run.tail().values()]) for run in (resumed, straight)]
     return difference(*tails)

@@ -529,7 +529,7 @@ def test_hostile_names_are_shown_as_text(look, text):
     maps = {i: torch.full(GRID, 0.05) for i in BLOCKS}
     panes = [Pane(text, [(text, 0.5)], random_attn(), GRID, (0, 0, 300, 200), {text: maps})] * 2
     browser = look(explorer(panes, PHOTO, text), 390, 844)
-    line = report._line(text)
+    line = report.shorten(text, report.MAX_NAME)
     css = "h1 bdi, h2 bdi, .predictions td:first-child, #method option"
     read = f"return [...document.querySelectorAll('{css}')].map(element => element.textContent)"
     assert browser.execute_script(read) == [line, "attention", line, line, line, line, line]
