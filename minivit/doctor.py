@@ -27,6 +27,8 @@ KINDS = {
     "missing": "error    {n} file{s} missing ({names}), perhaps of an archive unpacked in part: unpack it again",
     "unreadable": "error    {n} photo{s} that cannot be read ({names}): copy again, or remove",
     "too-few": "error    {n} of the classes too small to set photos apart ({names}): add photos, or remove the class",
+    "archive": "warning  {n} archive{s} not as published ({names}): what it held may be damaged; download it again",
+    "counts": "warning  {n} of 37 breeds not of the published size, 3,680 + 3,669 in all ({names}): compare with care",
     "imbalance": "warning  {n} of the classes below a third of the largest ({names}): look at macro F1, or add photos",
     "copies-labels": "warning  {n} photos the same (=) or nearly (~) under two labels ({names}): keep the right one",
     "copies-splits": "warning  {n} photos the same (=) or nearly (~) in two splits ({names}): no fair test; keep one",
@@ -43,7 +45,11 @@ KINDS = {
     "huge": "note     {n} photo{s} of more than 25 million pixels ({names}): slow to read; smaller ones train as well",
     "empty-mask": "note     {n} mask{s} without any pet ({names}): no attention scores there",
 }
-PUBLISHED = (3680, 3669, 37)  # Oxford-IIIT Pet's photos in trainval and in test, and its breeds
+ARCHIVES = {"images.tar.gz": "5c4f3ee8e5d25df40f4fd59a7f44e54c", "annotations.tar.gz": "95a8c909bbe2e81eed6a22bccdf3f68f"}
+# Oxford-IIIT Pet has 100 photos of a breed in trainval and 100 in test, but for these; 3,680 + 3,669 in all.
+COUNTS = {"Abyssinian": (100, 98), "Bombay": (96, 88), "boxer": (100, 99), "Egyptian_Mau": (93, 97), "keeshond": (100, 99)}
+COUNTS |= {"english_cocker_spaniel": (96, 100), "newfoundland": (96, 100), "scottish_terrier": (100, 99)}
+COUNTS |= {"Siamese": (99, 100), "staffordshire_bull_terrier": (100, 89)}
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def report(args: argparse.Namespace) -> int:
 
 def quick_check(root: str | os.PathLike[str]) -> list[Finding]:
     """Find what a listing and each file's status show, decoding nothing. Raises UserError if root is no data folder."""
-    return _findings(_survey(root)[1])
+    return _findings(_survey(root)[-1])
 
 
 def check(root: str | os.PathLike[str], *, workers: int) -> tuple[list[Photo], list[Finding]]:
@@ -105,12 +111,15 @@ def check(root: str | os.PathLike[str], *, workers: int) -> tuple[list[Photo], l
     from .data import load_data
     from .photos import read_ahead
 
-    photos, found = _survey(root)
+    folder, photos, found = _survey(root)
     if not any(finding.severity == "error" for finding in _findings(found)):
         try:
             load_data(root, seed=0)
         except UserError as error:
             found["layout"][str(error)] = ""
+    for archive in (folder / name for name in ARCHIVES):
+        if archive.is_file() and (md5 := _md5(archive)) != ARCHIVES[archive.name]:
+            found["archive"][archive.name] = f" has MD5 {md5}"
     sound = [photo for photo in photos if photo.path.is_file() and photo.name not in found["unreadable"]]
     read = read_ahead(lambda photo: _examine(photo, found), sound, workers)
     read = list(tqdm(read, total=len(sound), unit="photo", leave=False, disable=None))
@@ -131,8 +140,8 @@ def _findings(found: dict) -> list[Finding]:
     return findings
 
 
-def _survey(root: str | os.PathLike[str]) -> tuple[list[Photo], dict]:
-    """List what data.py would load, going on where that refuses: the photos, and what is found.
+def _survey(root: str | os.PathLike[str]) -> tuple[Path, list[Photo], dict]:
+    """List what data.py would load, going on where that refuses: where Pets would be, the photos, and what is found.
 
     That is, by kind, the name of each file or class, and what to add to it; None hides the name.
     """
@@ -153,7 +162,7 @@ def _survey(root: str | os.PathLike[str]) -> tuple[list[Photo], dict]:
     most = max(sizes.values(), default=0)
     found["too-few"] = {label: f" has {n} of {needed}" for label, n in sizes.items() if n < needed}
     found["imbalance"] = {label: f" {n} to {most}" for label, n in sizes.items() if 3 * n < most}
-    return photos, found
+    return pets, photos, found
 
 
 def _list_pets(folder: Path, found: dict) -> list[Photo]:
@@ -166,9 +175,14 @@ def _list_pets(folder: Path, found: dict) -> list[Photo]:
         lines = listing.read_text("utf-8", "backslashreplace").splitlines()
         stems = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
         photos += [Photo(f"{stem}.jpg", images / f"{stem}.jpg", stem.rsplit("_", 1)[0], split) for stem in stems]
-    sizes, breeds = Counter(photo.split for photo in photos), {photo.label for photo in photos}
-    if (sizes["trainval"], sizes["test"], len(breeds)) != PUBLISHED:
-        found["part"][f"{sizes['trainval']:,} + {sizes['test']:,} photos of {len(breeds)} breeds"] = ""
+    numbers = Counter((photo.label, photo.split) for photo in photos)
+    breeds = {label: (numbers[label, "trainval"], numbers[label, "test"]) for label, _ in numbers}
+    if len(breeds) < 37:
+        total = " + ".join(f"{sum(pair[i] for pair in breeds.values()):,}" for i in (0, 1))
+        found["part"][f"{total} photos of {len(breeds)} breeds"] = ""
+    else:
+        odd = {label: pair for label, pair in breeds.items() if pair != COUNTS.get(label, (100, 100))}
+        found["counts"] = {label: f" {a} + {b}" for label, (a, b) in odd.items()}
     masks = {path.stem for path in trimaps.iterdir() if path.is_file()} if trimaps.is_dir() else set()
     found["missing-mask"] = {f"{photo.path.stem}.png": "" for photo in photos if photo.path.stem not in masks}
     listed = {photo.name for photo in photos}
@@ -228,9 +242,15 @@ def _examine(photo: Photo, found: dict) -> Photo:
         except UserError:
             found["bad-mask"][mask.name] = ""
     clues = {"file format": form, "size": size, "colour mode": mode, "camera": str(camera).strip()}
-    md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    thumb = pixels.resize((12, 12), Image.Resampling.BOX)
-    return photo._replace(md5=md5, thumb=thumb, clues=clues)
+    return photo._replace(md5=_md5(path), thumb=pixels.resize((12, 12), Image.Resampling.BOX), clues=clues)
+
+
+def _md5(path: Path) -> str:
+    md5 = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            md5.update(block)
+    return md5.hexdigest()
 
 
 def _find_copies(photos: list[Photo], found: dict) -> None:

@@ -269,6 +269,11 @@ PETS_DEFECTS = {
     "unlisted photo": (lambda p: drop_line(p, "trainval", "Bengal_0"), "unlisted", ["Bengal_0.jpg"]),
     "file of another kind": (lambda p: (p / IMAGE).with_suffix(".mat").write_text("x"), "unlisted", ["Bengal_0.mat"]),
     "photo of zero bytes": (lambda p: (p / IMAGE).write_bytes(b""), "unreadable", ["Bengal_0.jpg"]),
+    "other archive": (
+        lambda p: (p / "oxford-iiit-pet" / "images.tar.gz").write_bytes(b"half of it"),
+        "archive",
+        ["images.tar.gz"],
+    ),
 }
 
 
@@ -323,17 +328,25 @@ def test_part_of_pets_is_noted_and_all_of_it_counted(pets):
         == "12 + 6 photos of 3 breeds: not the whole of Oxford-IIIT Pet, which has 3,680 + 3,669 of 37 breeds"
     )
     folder = pets / "oxford-iiit-pet"
+    breeds = [*doctor.COUNTS, *(f"breed_{i}" for i in range(27))]
     shutil.rmtree(folder / "images")
     (folder / "images").mkdir()
-    for split, n in (("trainval", 3680), ("test", 3669)):
-        stems = [f"breed_{i % 37}_{split}{i}" for i in range(n)]
+    names = {"trainval": [], "test": []}
+    for breed in breeds:
+        start = 0
+        for split, n in zip(names, doctor.COUNTS.get(breed, (100, 100))):
+            names[split] += [f"{breed}_{i}" for i in range(start, start + n)]
+            start += n
+    assert [len(stems) for stems in names.values()] == [3680, 3669]
+    for split, stems in names.items():
         (folder / "annotations" / f"{split}.txt").write_text("".join(f"{stem} 1 1 1\n" for stem in stems))
         for stem in stems:
             (folder / "images" / f"{stem}.jpg").write_bytes(b"x")
     assert [finding.kind for finding in doctor.quick_check(pets)] == ["missing-mask"]
-    drop_line(pets, "test", "breed_0_test0")
-    (finding,) = (finding for finding in doctor.quick_check(pets) if finding.kind == "part")
-    assert finding.message.startswith("3,680 + 3,668 photos of 37 breeds: not the whole")
+    drop_line(pets, "test", "Bombay_100")
+    (finding,) = (finding for finding in doctor.quick_check(pets) if finding.kind == "counts")
+    assert finding.files == ["Bombay"]
+    assert "Bombay 96 + 87" in finding.message
 
 
 def test_the_exact_oddities_of_real_photos_are_found(pets3):
