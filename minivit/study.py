@@ -225,9 +225,7 @@ def summarize(rows: Sequence[Mapping[str, str]]) -> dict[str, dict[str, dict[str
             cell = {"photos": statistics.mean(int(row["photos"]) for row in found), "seeds": len(found)}
             for name, values in (("test", tests), ("gap", gaps)):
                 cell |= {name: statistics.mean(values), f"{name}_low": min(values), f"{name}_high": max(values)}
-            called = {"none": "the head alone", "all": "all blocks"}.get(
-                blocks, f"block{'s' * (not blocks.isdecimal())} {blocks}"
-            )
+            called = NAMES.get(blocks, f"block{'s' * (not blocks.isdecimal())} {blocks}")
             table.setdefault(called, {})[asked] = cell
     return table
 

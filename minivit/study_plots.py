@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from .plots import save, shorten
+from .plots import save
 
 MARKERS, DASHES = "os^Dv*", ("-", "--", "-.", ":", (0, (5, 1)))
 
@@ -17,16 +18,15 @@ MARKERS, DASHES = "os^Dv*", ("-", "--", "-.", ":", (0, (5, 1)))
 def draw_study(path: Path, table: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> None:
     """Draw a line for each choice of blocks, the seeds' mean, between their lowest and highest."""
     figure = Figure((11, 5), layout="constrained")
-    figure.suptitle("\n".join(shorten(title[:1].upper() + title[1:], 300).rsplit("; ", 1)), fontsize=10)
+    figure.suptitle(textwrap.fill(title[:1].upper() + title[1:], 130), fontsize=10)
     photos = {count: cell["photos"] for cells in table.values() for count, cell in cells.items()}
     seeds = max(cell["seeds"] for cells in table.values() for cell in cells.values())
-    names = {"none": "the head alone", "all": "all blocks"}
     for ax, what in zip(figure.subplots(1, 2), ("test", "gap")):
         for i, (blocks, cells) in enumerate(table.items()):
             x, colour = [cell["photos"] for cell in cells.values()], colormaps["viridis"](0.9 * i / max(1, len(table) - 1))
             mean, low, high = ([100 * cell[what + end] for cell in cells.values()] for end in ("", "_low", "_high"))
             style = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)]}
-            ax.plot(x, mean, **style, label=names.get(blocks, f"blocks {blocks}"))
+            ax.plot(x, mean, **style, label=blocks)
             ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         ax.set_xscale("log")
         ax.set_xticks(list(photos.values()), [f"{count}\n({n:g})" for count, n in photos.items()])
