@@ -65,7 +65,7 @@ def pixel(text: str) -> tuple[float, float]:
 
 def infer(args: argparse.Namespace) -> int:
     """Batch by batch: photos, what the models make of them, figures; photo by photo: names and what was written."""
-    from minivit import device, look, optim, parallel, photos, plots
+    from minivit import ahead, device, look, optim, parallel, photos, plots
     from minivit.errors import UserError
 
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -86,7 +86,7 @@ def infer(args: argparse.Namespace) -> int:
 
     unreadable, size = 0, batch_size(models[0], blocks, args, cpu=on.type == "cpu")
     with progress_bar(len(jobs)) as progress, plots.drawing(len(jobs), args.workers) as draw:
-        found, drawn = photos.read_ahead(read, jobs, args.workers), deque()
+        found, drawn = ahead.read_ahead(read, jobs, args.workers), deque()
         while batch := list(itertools.islice(found, size)):
             for path, _, error in batch:
                 if isinstance(error, UserError):
@@ -162,7 +162,9 @@ def find_target(name: str | None, model: ViT, models: Sequence[ViT]) -> int | No
 
 def batch_size(model: ViT, blocks: Sequence[int], args: argparse.Namespace, *, cpu: bool) -> int:
     """Return how many photos go through the models at once; of a CPU few, so that the first figure is there soon."""
-    N, size = model.config.num_tokens, 8 if cpu else 32
+    from minivit.device import CPU_BATCH
+
+    N, size = model.config.num_tokens, CPU_BATCH if cpu else 32
     if args.method == "attention" and not args.html:
         return size
     whole = 4 * model.config.num_heads * N * N * (max(blocks) + 1)  # bytes a photo

@@ -52,7 +52,7 @@ def make_parser() -> cli.Parser:
     parser.add_device_flags()
     add("--memory-gib", type=cli.positive, metavar="X", help="never use more of a CUDA device's memory; none: all that is free")
     add("--cache-gib", type=cli.positive, default=4.0, metavar="X", help="memory for what frozen blocks make of photos")
-    add("--store-gib", type=cli.positive, default=32.0, metavar="X", help="disk for decoded photos, kept beside the data")
+    add("--store-gib", type=cli.positive, default=cli.STORE_GIB, metavar="X", help="disk for decoded photos, beside the data")
     add("--compile", action="store_true", help="torch.compile: faster steps after a minute or two, so for long runs")
     add("--deterministic", action="store_true", help="the same bits each time on CUDA too, a little slower")
     add("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that decode photos")

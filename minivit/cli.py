@@ -17,7 +17,7 @@ from .files import unfinished
 
 BASE_MODEL = "google/vit-base-patch16-224"
 RUN_DIR = "runs/pets"
-LR, WEIGHT_DECAY = 1e-4, 0.05  # of train.py and study
+LR, WEIGHT_DECAY, STORE_GIB = 1e-4, 0.05, 32.0  # of train.py and study
 
 
 class Parser(argparse.ArgumentParser):

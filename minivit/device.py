@@ -15,6 +15,7 @@ import torch.utils.deterministic
 from .errors import UserError
 
 CONTEXT_GIB = 0.7  # of a CUDA device are taken by CUDA itself, its kernels and its libraries
+CPU_BATCH = 8  # photos at once on a CPU: of more, what they make of a block leaves the caches
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 

@@ -108,8 +108,8 @@ def quick_check(root: str | os.PathLike[str]) -> list[Finding]:
 
 def check(root: str | os.PathLike[str], *, workers: int) -> tuple[list[Photo], list[Finding]]:
     """Read every photo and mask: (the listed photos, what is found). Raises UserError if root is no data folder."""
+    from .ahead import read_ahead
     from .data import load_data
-    from .photos import read_ahead
 
     folder, photos, found = _survey(root)
     if not any(finding.severity == "error" for finding in _findings(found)):

@@ -9,18 +9,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .ahead import Job, read_ahead
 from .data import augment, draw_augmentation
 from .model import ViT
-from .photos import read_ahead
 from .store import Pixels
 
-Job, Source = TypeVar("Job"), Pixels | Tensor  # pixels, uint8 (n, 3, h, w), by index
+Source = Pixels | Tensor  # pixels, uint8 (n, 3, h, w), by index
 
 
 class Tail(nn.Module):

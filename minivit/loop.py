@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from . import parallel
 from .data import Data, draw_augmentation
-from .device import product_flops
+from .device import CPU_BATCH, product_flops
 from .errors import UserError
 from .frozen import Frozen, Source, Tail, follow, on_device, token_gib, working_copy
 from .metrics import best_row, confusion_matrix, summarize
@@ -34,8 +34,6 @@ from .optim import lr_at
 from .state import State, begin
 
 MAX_GRAD_NORM = 1.0
-CACHE_GIB = 4.0  # of host memory for tokens at the cut
-CPU_BATCH = 8  # photos at once: more of them, and what they make of a block leaves the caches
 
 
 def train_step(
@@ -145,7 +143,7 @@ def fit(
     label_smoothing: float = 0.0,
     patience: int | None = None,
     cache_views: int = 0,
-    cache_gib: float = CACHE_GIB,
+    cache_gib: float = math.inf,
     compile: bool = False,
     frozen: Frozen | None = None,
 ) -> Iterator[dict[str, float]]:

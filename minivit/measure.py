@@ -19,10 +19,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from .ahead import read_ahead
 from .attention import CLASS_TOKEN, class_relevance, method_rows, query_maps, region_scores
 from .errors import UserError
 from .model import ViT
-from .photos import PhotoError, Preprocess, open_photo, read_ahead
+from .photos import PhotoError, Preprocess, open_photo
 
 BATCH = 64
 

@@ -14,12 +14,8 @@ import math
 import os
 import stat
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,8 +31,6 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", "
 MAX_PIXELS = 65_000_000  # phones and full-frame cameras end at 64 million; decoding takes up to 20 bytes each: 1.3 GB
 MAX_SIDE = MAX_EXIF_BYTES = 65_535  # as in JPEG; of a longer strip, Pillow's row pointers take more than its pixels
 MAX_BYTES = 6 * MAX_PIXELS  # 16 bits a colour, not compressed
-READ_AHEAD = 16  # photos, small by then, so that a device that takes many at once never waits
-Job, Found = TypeVar("Job"), TypeVar("Found")
 TURN = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2))))  # upright, by EXIF orientation
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of broken files goes to stderr,
 with contextlib.suppress(AttributeError, OSError):  # as does what libtiff says
@@ -116,25 +110,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     photo, image = Image.new("RGB", image.size, "white"), image.convert("RGBA")
     photo.paste(image, mask=image)
     return photo
-
-
-def read_ahead(
-    read: Callable[[Job], Found], jobs: Iterable[Job], workers: int, ahead: int | None = None, quiet: bool = True
-) -> Iterator[Found]:
-    """Yield read(job) for each job in turn, read in threads, since Pillow lets go of the GIL, and never far ahead."""
-    with warnings.catch_warnings() if quiet else contextlib.nullcontext(), ThreadPoolExecutor(workers) as pool:
-        if quiet:
-            warnings.simplefilter("ignore")  # around all threads, since each puts back the filters that it happened to find
-        reading: deque[Future[Found]] = deque()
-        try:
-            for job in jobs:
-                reading.append(pool.submit(read, job))
-                if len(reading) > 2 * workers + (READ_AHEAD if ahead is None else ahead):
-                    yield reading.popleft().result()
-            while reading:
-                yield reading.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def is_photo(name: str) -> bool:

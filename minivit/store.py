@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .ahead import read_ahead
 from .data import Data
 from .errors import UserError, printable
 from .files import locked, read_json, whole_file, write_json
-from .photos import PhotoError, Preprocess, open_photo, read_ahead
+from .photos import PhotoError, Preprocess, open_photo
 
 VERSION = 1  # of what decoding gives; another one makes stores anew
 

@@ -62,7 +62,7 @@ def make_parser() -> cli.Parser:
     add("--lr", type=cli.positive, default=cli.LR, help="peak learning rate")
     add("--views", type=cli.at_least(1), default=4, metavar="K", help="augmented views of each photo that are kept")
     add("--cache-gib", type=cli.positive, default=8.0, metavar="X", help="memory for what frozen blocks make of photos")
-    add("--store-gib", type=cli.positive, default=32.0, metavar="X", help="disk for decoded photos, kept beside the data")
+    add("--store-gib", type=cli.positive, default=cli.STORE_GIB, metavar="X", help="disk for decoded photos, beside the data")
     parser.add_device_flags()
     add("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that decode photos")
     add("--out", default="study", metavar="DIR", help="where study.csv and study.png are written; an interrupted study goes on")
@@ -181,7 +181,7 @@ def run(
         "lr": args.lr,
         "seed": cell.seed,
     }
-    how |= {"cache_views": args.views, "cache_gib": math.inf, "frozen": tokens}
+    how |= {"cache_views": args.views, "frozen": tokens}
     for row in loop.fit(going, train, val, cut=cell.cut, amp=amp, **how):
         if metrics.best_row(going.rows) is row:
             going.best = going.tail()

@@ -151,6 +151,14 @@ def tiny_folder(tiny, tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_saved(tmp_path_factory) -> Path:
+    """The same, once for many tests; not to be written to."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_pretrained(make_tiny(), folder)
+    return folder
+
+
 def leave_figures_empty(patch):
     """Of a tiny model's time, the figures of a run or a photo take three quarters."""
     from minivit import plots

@@ -9,11 +9,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, make_tiny
+from conftest import ROOT
 from test_commands import run_train
 from test_resume import assert_same_end, rows_of
 
-from minivit import parallel, runs, save_pretrained
+from minivit import parallel, runs
 
 TORCHRUN = [
     sys.executable,
@@ -32,34 +32,27 @@ TORCHRUN += ["--rdzv-endpoint", "localhost:0"]
 EPOCHS = ("--epochs", "6", "--micro-batch", "3")
 
 
-def torchrun(tiny_folder, data, out, *flags, more=()):
-    known = ["--model", tiny_folder, "--data", data, "--out", out, "--amp", "off", "--device", "cpu", "--lr", "0.003"]
+def torchrun(tiny_saved, data, out, *flags, more=()):
+    known = ["--model", tiny_saved, "--data", data, "--out", out, "--amp", "off", "--device", "cpu", "--lr", "0.003"]
     command = [*TORCHRUN, *more, ROOT / "train.py", *known, "--batch-size", "8", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    save_pretrained(make_tiny(), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def straight(tiny_folder, shapes_data, tmp_path_factory):
+def straight(tiny_saved, shapes_data, tmp_path_factory):
     """A run of two processes that nothing disturbed, and what it printed."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    with torchrun(tiny_folder, shapes_data, folder, *EPOCHS) as process:
+    with torchrun(tiny_saved, shapes_data, folder, *EPOCHS) as process:
         out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
     return folder, out
 
 
-def test_two_processes_follow_the_curve_of_one(tiny_folder, shapes_data, straight, tmp_path, no_figures):
+def test_two_processes_follow_the_curve_of_one(tiny_saved, shapes_data, straight, tmp_path, no_figures):
     """33 photos to train and 3 to validate divide neither by 2 nor by 8: the last batch leaves the second without a photo."""
     folder, out = straight
-    assert run_train(tiny_folder, shapes_data, tmp_path / "one", "--epochs", "6") == 0
+    assert run_train(tiny_saved, shapes_data, tmp_path / "one", "--epochs", "6") == 0
     two, one = rows_of(folder), rows_of(tmp_path / "one")
     assert len(two) == 6
     for a, b in zip(two, one):
@@ -70,9 +63,9 @@ def test_two_processes_follow_the_curve_of_one(tiny_folder, shapes_data, straigh
     assert out.count("12 blocks, 3 heads") == out.count("epoch 6/6") == out.count("test accuracy") == 1  # only one speaks
 
 
-def test_sigterm_to_torchrun_saves_and_resume_ends_in_the_same_bytes(tiny_folder, shapes_data, straight, tmp_path):
+def test_sigterm_to_torchrun_saves_and_resume_ends_in_the_same_bytes(tiny_saved, shapes_data, straight, tmp_path):
     out = tmp_path / "run"
-    with torchrun(tiny_folder, shapes_data, out, *EPOCHS) as process:
+    with torchrun(tiny_saved, shapes_data, out, *EPOCHS) as process:
         for line in process.stdout:
             if line.startswith("epoch 1/6"):
                 break
@@ -80,16 +73,16 @@ def test_sigterm_to_torchrun_saves_and_resume_ends_in_the_same_bytes(tiny_folder
         _, err = process.communicate(timeout=500)
     assert err.count(f"all is saved in {out}") == 1
     assert (out / runs.STATE).exists()
-    with torchrun(tiny_folder, shapes_data, out, *EPOCHS, "--resume") as process:
+    with torchrun(tiny_saved, shapes_data, out, *EPOCHS, "--resume") as process:
         _, err = process.communicate(timeout=500)
         assert process.returncode == 0, err
     assert f"{out}: going on in epoch" in err
     assert_same_end(out, straight[0])
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_folder, shapes_data, tmp_path):
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_saved, shapes_data, tmp_path):
     out = tmp_path / "run"
-    with torchrun(tiny_folder, shapes_data, out, "--epochs", "1000") as process:
+    with torchrun(tiny_saved, shapes_data, out, "--epochs", "1000") as process:
         for line in process.stdout:
             if line.startswith("epoch 2/"):
                 break
@@ -100,9 +93,9 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_folder, shap
     assert "Connection" not in err
 
 
-def test_torchrun_restarts_after_a_killed_rank_and_the_run_ends(tiny_folder, shapes_data, tmp_path):
+def test_torchrun_restarts_after_a_killed_rank_and_the_run_ends(tiny_saved, shapes_data, tmp_path):
     out = tmp_path / "run"
-    with torchrun(tiny_folder, shapes_data, out, *EPOCHS, "--resume", more=["--max-restarts", "1"]) as process:
+    with torchrun(tiny_saved, shapes_data, out, *EPOCHS, "--resume", more=["--max-restarts", "1"]) as process:
         for line in process.stdout:
             if line.startswith("epoch 1/6"):
                 break
@@ -115,10 +108,10 @@ def test_torchrun_restarts_after_a_killed_rank_and_the_run_ends(tiny_folder, sha
     assert [row["epoch"] for row in rows_of(out)] == list(range(1, 7))
 
 
-def test_a_mistake_is_said_once_by_all_processes_together(tiny_folder, tmp_path):
+def test_a_mistake_is_said_once_by_all_processes_together(tiny_saved, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "file").touch()
-    with torchrun(tiny_folder, tmp_path / "data", tmp_path / "run", "--resume", "--epochs", "1") as process:
+    with torchrun(tiny_saved, tmp_path / "data", tmp_path / "run", "--resume", "--epochs", "1") as process:
         _, err = process.communicate(timeout=500)
     assert process.returncode != 0
     assert err.count("expected oxford-iiit-pet/") == 1

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, leave_figures_empty, make_tiny
+from conftest import ROOT, leave_figures_empty
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from test_commands import run_train
@@ -50,16 +50,9 @@ def no_figures_here():
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    save_pretrained(make_tiny(), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def straight(tiny_folder, shapes_data, tmp_path_factory):
+def straight(tiny_saved, shapes_data, tmp_path_factory):
     out = tmp_path_factory.mktemp("straight") / "run"
-    assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 0
+    assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 0
     return out
 
 
@@ -78,22 +71,22 @@ def stop_in_step(monkeypatch, number, then=lambda: os.kill(os.getpid(), signal.S
 
 @pytest.mark.parametrize("number, which", [(n, signal.SIGTERM) for n in (1, 7, 10, 20)] + [(8, signal.SIGINT)])
 def test_a_signal_ends_the_step_and_resume_ends_as_if_it_had_never_come(
-    tiny_folder, shapes_data, straight, tmp_path, monkeypatch, capsys, number, which
+    tiny_saved, shapes_data, straight, tmp_path, monkeypatch, capsys, number, which
 ):
     out, handlers = tmp_path / "run", [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         stop_in_step(patch, number, lambda: os.kill(os.getpid(), which))
-        assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 130
+        assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 130
     assert f"all is saved in {out}: the same command with --resume goes on" in capsys.readouterr().err.splitlines()[-1]
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     with safe_open(out / runs.STATE, "pt") as file:
         about = json.loads(file.metadata()["state"])
     assert (about["step"], len(about["losses"])) == (number, (number - 1) % 5 + 1)  # 5 steps an epoch
-    assert run_train(tiny_folder, shapes_data, out, *EPOCHS, "--resume") == 0
+    assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume") == 0
     assert_same_end(out, straight)
 
 
-def test_a_row_that_was_cut_short_is_mended(tiny_folder, shapes_data, straight, tmp_path, monkeypatch):
+def test_a_row_that_was_cut_short_is_mended(tiny_saved, shapes_data, straight, tmp_path, monkeypatch):
     out = tmp_path / "run"
 
     def half(rows, epochs, out):
@@ -102,18 +95,18 @@ def test_a_row_that_was_cut_short_is_mended(tiny_folder, shapes_data, straight, 
 
     with monkeypatch.context() as patch:
         patch.setattr(runs, "report_epoch", half)
-        assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 130
-    assert run_train(tiny_folder, shapes_data, out, *EPOCHS, "--resume") == 0
+        assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 130
+    assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume") == 0
     assert_same_end(out, straight)
 
 
-def test_a_second_interrupt_ends_at_once(tiny_folder, shapes_data, tmp_path, monkeypatch, capsys):
+def test_a_second_interrupt_ends_at_once(tiny_saved, shapes_data, tmp_path, monkeypatch, capsys):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
     stop_in_step(monkeypatch, 2, twice)
-    assert run_train(tiny_folder, shapes_data, tmp_path / "run", *EPOCHS) == 130
+    assert run_train(tiny_saved, shapes_data, tmp_path / "run", *EPOCHS) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "train.py: interrupted"
     assert not (tmp_path / "run" / runs.STATE).exists()
 
@@ -152,15 +145,15 @@ CHANGED = {
 
 
 def test_other_settings_that_change_the_mathematics_are_refused_by_name(
-    tiny, tiny_folder, shapes_data, tmp_path, monkeypatch, capsys
+    tiny, tiny_saved, shapes_data, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_in_step(patch, 7)
-        assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 130
+        assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 130
     before = (out / runs.STATE).read_bytes()
     for flags, message in CHANGED.values():
-        assert run_train(tiny_folder, shapes_data, out, *EPOCHS, "--resume", *flags) == 2
+        assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume", *flags) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
     tiny.blocks[0].mlp.fc1.bias.data[0] += 1
     save_pretrained(tiny, tmp_path)
@@ -169,48 +162,48 @@ def test_other_settings_that_change_the_mathematics_are_refused_by_name(
     fewer = tmp_path / "fewer"
     shutil.copytree(shapes_data, fewer)
     (fewer / "train" / "red" / "3.png").unlink()
-    assert run_train(tiny_folder, fewer, out, *EPOCHS, "--resume") == 2
+    assert run_train(tiny_saved, fewer, out, *EPOCHS, "--resume") == 2
     assert "the checksum of the photos was" in capsys.readouterr().err.splitlines()[-1]
     assert (out / runs.STATE).read_bytes() == before
 
 
-def test_what_changes_only_speed_may_change(tiny_folder, shapes_data, straight, tmp_path, monkeypatch):
+def test_what_changes_only_speed_may_change(tiny_saved, shapes_data, straight, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_in_step(patch, 7)
-        assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 130
-    assert run_train(tiny_folder, shapes_data, out, *EPOCHS, "--resume", "--micro-batch", "3", "--workers", "1") == 0
+        assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 130
+    assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume", "--micro-batch", "3", "--workers", "1") == 0
     for a, b in zip(rows_of(out), rows_of(straight)):
         assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_a_finished_run_is_not_run_again_and_an_absent_one_begins(tiny_folder, shapes_data, tmp_path, capsys):
+def test_a_finished_run_is_not_run_again_and_an_absent_one_begins(tiny_saved, shapes_data, tmp_path, capsys):
     out = tmp_path / "run"
-    assert run_train(tiny_folder, shapes_data, out, "--epochs", "1", "--resume") == 0
+    assert run_train(tiny_saved, shapes_data, out, "--epochs", "1", "--resume") == 0
     printed = capsys.readouterr()
     assert f"{out}: no run to go on with, so it begins" in printed.err
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert run_train(tiny_folder, shapes_data, out, "--epochs", "1", "--resume") == 0
+    assert run_train(tiny_saved, shapes_data, out, "--epochs", "1", "--resume") == 0
     again = capsys.readouterr()
     assert again.out == printed.out.splitlines()[-1] + "\n"
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_without_resume_an_interrupted_run_is_kept_aside_and_can_go_on_there(
-    tiny_folder, shapes_data, straight, tmp_path, monkeypatch
+    tiny_saved, shapes_data, straight, tmp_path, monkeypatch
 ):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_in_step(patch, 2)  # before there are metrics
-        assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 130
-    assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 0
+        assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 130
+    assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 0
     assert_same_end(out, straight)
     assert state.read(out / "earlier-1" / runs.STATE, {})[1]["step"] == 2
-    assert run_train(tiny_folder, shapes_data, out / "earlier-1", *EPOCHS, "--resume") == 0
+    assert run_train(tiny_saved, shapes_data, out / "earlier-1", *EPOCHS, "--resume") == 0
     assert_same_end(out / "earlier-1", straight)
 
 
-def test_a_second_run_into_the_same_folder_is_refused_until_the_first_ends(tiny_folder, shapes_data, tmp_path, capsys):
+def test_a_second_run_into_the_same_folder_is_refused_until_the_first_ends(tiny_saved, shapes_data, tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()
     hold = "import sys, time; from pathlib import Path; from minivit.files import locked\n"
@@ -218,19 +211,19 @@ def test_a_second_run_into_the_same_folder_is_refused_until_the_first_ends(tiny_
     path = {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", hold, out], stdout=subprocess.PIPE, env=os.environ | path) as other:
         assert other.stdout.readline() == b"held\n"
-        code = run_train(tiny_folder, shapes_data, out, "--epochs", "1")
+        code = run_train(tiny_saved, shapes_data, out, "--epochs", "1")
         left = sorted(path.name for path in out.iterdir())
         (out / ".1.partial").write_text("left by a killed run")
         other.kill()
     assert code == 2
     assert capsys.readouterr().err == f"train.py: {out}: another run is writing there; wait for its end or give another --out\n"
     assert left == [".lock"]
-    assert run_train(tiny_folder, shapes_data, out, "--epochs", "1") == 0
+    assert run_train(tiny_saved, shapes_data, out, "--epochs", "1") == 0
     assert not list(out.glob(".*.partial"))
 
 
 def test_a_full_disk_is_one_line_and_the_last_good_state_stays(
-    tiny_folder, shapes_data, straight, tmp_path, monkeypatch, capsys
+    tiny_saved, shapes_data, straight, tmp_path, monkeypatch, capsys
 ):
     out, real, saved = tmp_path / "run", tensors.save_file, []
 
@@ -243,25 +236,25 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_stays(
 
     with monkeypatch.context() as patch:
         patch.setattr(tensors, "save_file", full)
-        assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 2
+        assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"train.py: {out / runs.STATE}: cannot be written (No space left on device)"
     assert sorted(path.name for path in out.iterdir()) == [".lock", "metrics.jsonl", runs.STATE]
-    assert run_train(tiny_folder, shapes_data, out, *EPOCHS, "--resume") == 0
+    assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume") == 0
     assert_same_end(out, straight)
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tiny_folder, shapes_data, capsys):
-    assert run_train(tiny_folder, shapes_data, "/sys/run", "--epochs", "1") == 2
+def test_a_folder_that_cannot_be_written_is_one_line(tiny_saved, shapes_data, capsys):
+    assert run_train(tiny_saved, shapes_data, "/sys/run", "--epochs", "1") == 2
     assert capsys.readouterr().err.startswith("train.py: /sys/run: ")
 
 
-def test_a_loss_that_is_not_finite_leaves_the_last_good_state(tiny_folder, shapes_data, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_leaves_the_last_good_state(tiny_saved, shapes_data, tmp_path, monkeypatch, capsys):
     out, models = tmp_path / "run", []
     real = state.begin
     monkeypatch.setattr(state, "begin", lambda model, **how: models.append(model) or real(model, **how))
     stop_in_step(monkeypatch, 12, lambda: models[0].head.weight.data.fill_(torch.nan))
-    assert run_train(tiny_folder, shapes_data, out, *EPOCHS) == 2
+    assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("train.py: the loss of epoch 3 is nan; try a lower --lr")
     tensors, about = state.read(out / runs.STATE, {})
     assert about["epoch"] == 3
@@ -318,9 +311,9 @@ print(json.dumps(died))
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(25, marks=[pytest.mark.slow, pytest.mark.long])])
-def test_runs_killed_at_any_moment_go_on_to_the_same_bytes(tiny_folder, shapes_data, tmp_path, kills):
+def test_runs_killed_at_any_moment_go_on_to_the_same_bytes(tiny_saved, shapes_data, tmp_path, kills):
     """Half of them at random times, half in the middle of a save; forked from one process, which has imported torch."""
-    flags = ["--model", tiny_folder, "--data", shapes_data, "--amp", "off", "--device", "cpu", "--workers", "1"]
+    flags = ["--model", tiny_saved, "--data", shapes_data, "--amp", "off", "--device", "cpu", "--workers", "1"]
     flags += ["--batch-size", "8", "--lr", "0.003", *EPOCHS]
     command = [sys.executable, "-c", KILL, str(time.time_ns() % 2**32), str(kills), *flags]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)

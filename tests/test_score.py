@@ -17,7 +17,7 @@ from conftest import ROOT, randomize
 from PIL import Image
 from torch.testing import assert_close
 
-from minivit import Preprocess, ViT, ViTConfig, gallery, measure, photos, query_maps, save_pretrained, score
+from minivit import Preprocess, ViT, ViTConfig, ahead, gallery, measure, query_maps, save_pretrained, score
 from minivit.attention import class_relevance, region_scores, rollout
 
 CROP = Preprocess(36, (32, 32), 3)
@@ -433,7 +433,7 @@ def test_photos_are_read_a_little_ahead_and_scored_alike_in_batches_of_any_size(
     np.testing.assert_allclose(parts.rows["model"], whole.rows["model"], atol=1e-6)
     assert parts.photos == whole.photos == list(range(20))
     opened.clear()
-    monkeypatch.setattr(photos, "READ_AHEAD", 2)
+    monkeypatch.setattr(ahead, "READ_AHEAD", 2)
     batches = measure.read_photos(paths, model, workers=2, left_out={})
     assert [i for i, *_ in next(batches)] == [0, 1, 2]
     time.sleep(0.5)  # so that threads could go on if they were let

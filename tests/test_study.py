@@ -10,10 +10,9 @@ import signal
 
 import pytest
 import torch
-from conftest import TINY, randomize
 from test_commands import run_train
 
-from minivit import Preprocess, ViT, __main__, frozen, loop, optim, save_pretrained, study
+from minivit import __main__, frozen, loop, optim, study
 from minivit.data import load_data
 
 
@@ -31,18 +30,9 @@ GRID = ("--shots", "3", "all", "--blocks", "none", "10-11", "all", "--seeds", "2
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    model = randomize(ViT(TINY))
-    model.labels, model.preprocess = tuple(f"thing {i}" for i in range(5)), Preprocess((32, 32))
-    save_pretrained(model, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(folder, shapes_data, tmp_path_factory):
+def whole(tiny_saved, shapes_data, tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
-    assert run(folder, shapes_data, out, *GRID) == 0
+    assert run(tiny_saved, shapes_data, out, *GRID) == 0
     return out
 
 
@@ -56,19 +46,19 @@ def test_every_cell_of_the_grid_is_run_and_told(whole):
     assert (whole / "study.png").stat().st_size > 10_000
 
 
-def test_a_cell_is_train_pys_run_with_the_same_settings(whole, folder, shapes_data, tmp_path):
+def test_a_cell_is_train_pys_run_with_the_same_settings(whole, tiny_saved, shapes_data, tmp_path):
     """The same photos, order and learning rate; views are drawn otherwise, and they make no difference to three colours."""
     for blocks in ("none", "10-11", "all"):
         out = tmp_path / blocks
         flags = ("--blocks", blocks, "--epochs", "3", "--batch-size", "16", "--cache-views", "2", "--seed", "1")
-        assert run_train(folder, shapes_data, out, *flags) == 0
+        assert run_train(tiny_saved, shapes_data, out, *flags) == 0
         cell = next(r for r in rows_of(whole) if (r["shots"], r["blocks"], r["seed"]) == ("all", blocks, "1"))
         found = json.loads((out / "summary.json").read_text())
         assert float(cell["test_accuracy"]) == pytest.approx(found["test_accuracy"], abs=2 / 12)
 
 
-def test_tokens_at_each_cut_are_those_of_the_model(folder, shapes_data):
-    model, split = study_model(folder), load_data(shapes_data, seed=0)
+def test_tokens_at_each_cut_are_those_of_the_model(tiny_saved, shapes_data):
+    model, split = study_model(tiny_saved), load_data(shapes_data, seed=0)
     pixels = torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8)
 
     class Photos(list):
@@ -88,10 +78,10 @@ def test_tokens_at_each_cut_are_those_of_the_model(folder, shapes_data):
     assert not torch.equal(tokens.view(0, Photos.paths[4:6]), tokens.view(1, Photos.paths[4:6]))
 
 
-def study_model(folder):
+def study_model(tiny_saved):
     from minivit import load_pretrained
 
-    return frozen.working_copy(load_pretrained(folder), torch.device("cpu"), None, train=False)
+    return frozen.working_copy(load_pretrained(tiny_saved), torch.device("cpu"), None, train=False)
 
 
 def test_fewer_shots_are_among_more_and_every_class_has_as_many(shapes_data):
@@ -115,7 +105,7 @@ def test_shots_that_the_photos_do_not_allow_are_left_out_and_said(shapes_data, c
 
 
 def test_an_interrupted_study_goes_on_to_the_same_rows_and_a_finished_one_runs_nothing(
-    whole, folder, shapes_data, tmp_path, monkeypatch, capsys
+    whole, tiny_saved, shapes_data, tmp_path, monkeypatch, capsys
 ):
     out, real, steps = tmp_path / "study", loop.train_step, []
 
@@ -127,35 +117,35 @@ def test_an_interrupted_study_goes_on_to_the_same_rows_and_a_finished_one_runs_n
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", step)
-        assert run(folder, shapes_data, out, *GRID) == 130
+        assert run(tiny_saved, shapes_data, out, *GRID) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert 0 < len(rows_of(out)) < 12
-    assert run(folder, shapes_data, out, *GRID) == 0
+    assert run(tiny_saved, shapes_data, out, *GRID) == 0
     assert rows_of(out) == rows_of(whole)
     monkeypatch.setattr(loop, "fit", None)
-    assert run(folder, shapes_data, out, *GRID) == 0
+    assert run(tiny_saved, shapes_data, out, *GRID) == 0
 
 
-def test_a_study_of_other_settings_is_refused_by_name(whole, folder, shapes_data, capsys):
-    assert run(folder, shapes_data, whole, *GRID, "--views", "3") == 2
+def test_a_study_of_other_settings_is_refused_by_name(whole, tiny_saved, shapes_data, capsys):
+    assert run(tiny_saved, shapes_data, whole, *GRID, "--views", "3") == 2
     assert "holds another study: views was 2, now 3; give another --out" in capsys.readouterr().err
 
 
-def test_a_dry_run_says_how_long_and_writes_nothing(folder, shapes_data, tmp_path, capsys):
-    assert run(folder, shapes_data, tmp_path / "out", *GRID, "--dry-run") == 0
+def test_a_dry_run_says_how_long_and_writes_nothing(tiny_saved, shapes_data, tmp_path, capsys):
+    assert run(tiny_saved, shapes_data, tmp_path / "out", *GRID, "--dry-run") == 0
     assert re.fullmatch(r"12 runs, about \d+ minutes on cpu\n", capsys.readouterr().out)
     assert not (tmp_path / "out").exists()
 
 
-def test_more_tokens_than_allowed_are_refused(folder, shapes_data, tmp_path, capsys):
-    assert run(folder, shapes_data, tmp_path / "out", *GRID, "--cache-gib", "1e-6") == 2
+def test_more_tokens_than_allowed_are_refused(tiny_saved, shapes_data, tmp_path, capsys):
+    assert run(tiny_saved, shapes_data, tmp_path / "out", *GRID, "--cache-gib", "1e-6") == 2
     assert "raise --cache-gib 1e-06, or lower --views 2" in capsys.readouterr().err
 
 
-def test_the_model_is_left_as_it_was(folder, shapes_data, whole):
+def test_the_model_is_left_as_it_was(tiny_saved, shapes_data, whole):
     from minivit import load_pretrained
 
-    model = load_pretrained(folder, labels=["a", "b", "c"])
+    model = load_pretrained(tiny_saved, labels=["a", "b", "c"])
     before = {name: p.clone() for name, p in model.named_parameters()}
     split, args = load_data(shapes_data, seed=0), study.make_parser().parse_args(["--lr", "0.01", "--views", "1"])
     low = frozen.working_copy(model, torch.device("cpu"), None, train=False)
