@@ -27,3 +27,12 @@ def test_a_memory_limit_that_cannot_be_is_refused():
         device.limit_memory(torch.device("cpu"), 4)
     with pytest.raises(UserError, match="expected more than 0.7"):
         device.limit_memory(torch.device("cuda"), 0.5)
+
+
+@pytest.mark.parametrize("major, expected", [(6, torch.float16), (7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)])
+def test_gpus_before_ampere_get_fp16_by_themselves_and_are_refused_bf16(monkeypatch, major, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
+    assert device.pick_amp("auto", torch.device("cuda")) is expected
+    if major < 8:
+        with pytest.raises(UserError, match="older than Ampere"):
+            device.pick_amp("bf16", torch.device("cuda"))

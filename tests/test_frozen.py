@@ -180,3 +180,22 @@ def test_flops_are_those_of_vit_b_16(tiny):
     assert model.flops() == 11 * whole + last + 2 * 196 * 768**2
     assert model.flops(10) == whole + last
     assert model.flops(12) == 0
+
+
+def test_each_epoch_is_evaluated_with_that_epochs_weights_in_low_precision_too(pixels):  # noqa: F811
+    run = run_of(fresh(), torch.bfloat16)
+    for row in loop.fit(
+        run, pixels, pixels, cut=10, amp=torch.bfloat16, epochs=2, batch_size=4, micro_batch=4, lr=1e-2, seed=0
+    ):
+        copy = frozen.working_copy(run.model, CPU, torch.bfloat16, train=False)
+        assert row["val_loss"] == loop.score(loop.predict_photos(copy, pixels[0], batch=8), pixels[1])["loss"]
+
+
+def test_views_come_first_in_the_memory_allowed_and_other_tokens_are_kept_if_there_is_room(pixels, monkeypatch):  # noqa: F811
+    kept, real = [], frozen.Frozen.evaluation
+    monkeypatch.setattr(frozen.Frozen, "evaluation", lambda *args, keep: kept.append(keep) or real(*args, keep=keep))
+    gib = frozen.token_gib(fresh(), 9)
+    for room, expected in ((3.9, False), (4.1, True)):  # 2 views, and the photos of both splits
+        kept.clear()
+        fit(run_of(fresh()), pixels, cache_views=2, cache_gib=room * gib, epochs=1)
+        assert kept == [expected] * 2
