@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from minivit.look import Look, Photo
     from minivit.model import ViT
 
+POOL_FROM = 8  # photos; figures of fewer are drawn before processes that draw would have started
 MAX_ROWS_GIB = 0.5  # of attention in a batch, where all its rows are asked for
 
 
@@ -65,7 +66,7 @@ def pixel(text: str) -> tuple[float, float]:
 
 def infer(args: argparse.Namespace) -> int:
     """Batch by batch: photos, what the models make of them, figures; photo by photo: names and what was written."""
-    from minivit import ahead, device, look, optim, parallel, photos, plots
+    from minivit import ahead, device, look, optim, parallel, photos, processes
     from minivit.errors import UserError
 
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -84,8 +85,9 @@ def infer(args: argparse.Namespace) -> int:
         except UserError as error:
             return *job, error
 
+    drawers = min(args.workers, len(jobs)) if len(jobs) >= POOL_FROM else 0
     unreadable, size = 0, batch_size(models[0], blocks, args, cpu=on.type == "cpu")
-    with progress_bar(len(jobs)) as progress, plots.drawing(len(jobs), args.workers) as draw:
+    with progress_bar(len(jobs)) as progress, processes.working(drawers) as draw:
         found, drawn = ahead.read_ahead(read, jobs, args.workers), deque()
         while batch := list(itertools.islice(found, size)):
             for path, _, error in batch:

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,7 @@ def train(args: argparse.Namespace) -> int:
     """The whole job: data and model in, epochs with the state on disk after each, and what the best one achieves."""
     import torch
 
-    from minivit import data, describe, device, doctor, frozen, hub, loop, optim, parallel, runs, store, weights
+    from minivit import data, describe, device, doctor, frozen, hub, loop, optim, parallel, processes, runs, store, weights
     from minivit.errors import UserError
 
     started, out, on = time.perf_counter(), Path(args.out), device.pick_device(parallel.own_device(args.device))
@@ -115,7 +115,8 @@ def train(args: argparse.Namespace) -> int:
                 print(f"\ninterrupted; all is saved in {out}: the same command with --resume goes on", file=sys.stderr)
             return 130
         if first:
-            finish(args, model, run, photos, val, test, amp=amp, micro_batch=micro_batch)
+            with processes.working(3 if len(photos.test) >= processes.MANY else 0, "minivit.plots") as begin:  # a figure each
+                finish(args, model, run, photos, val, test, amp=amp, micro_batch=micro_batch, begin=begin)
     return 0
 
 
@@ -132,7 +133,7 @@ def learn(
     started: float,
 ) -> State:
     """Train from the first epoch, or from where the run in --out stands; leave the state after each epoch on disk."""
-    from minivit import loop, metrics, parallel, runs, state, store
+    from minivit import ahead, loop, metrics, parallel, runs, state, store, tensors, weights
 
     out, first = Path(args.out), parallel.rank() == 0
     blocks = [i for i, block in enumerate(model.blocks) if block.norm1.weight.requires_grad]
@@ -148,13 +149,16 @@ def learn(
     how = {name: vars(args)[name] for name in ("epochs", "batch_size", "lr", "seed", "label_smoothing", "patience")}
     views = args.cache_views if args.cache_views < args.epochs else 0  # of more, none would come again
     how |= {"cache_views": views, "cache_gib": args.cache_gib, "compile": args.compile}
-    for row in loop.fit(run, train, val, cut=cut, amp=amp, micro_batch=micro_batch, **how):
-        if metrics.best_row(run.rows) is row:
-            run.best = run.tail()
-        run.spent = time.perf_counter() - started
+    with ahead.write_behind() as begin:
         if first:
-            run.save(out / runs.STATE, settings)
-            runs.report_epoch(run.rows, args.epochs, out)
+            begin(weights.hash_frozen, model)
+        for row in loop.fit(run, train, val, cut=cut, amp=amp, micro_batch=micro_batch, **how):
+            if metrics.best_row(run.rows) is row:
+                run.best = run.tail()
+            run.spent = time.perf_counter() - started
+            if first:
+                begin(tensors.save_tensors, out / runs.STATE, *run.snapshot(settings))
+                runs.report_epoch(run.rows, args.epochs, out)
     run.spent = time.perf_counter() - started
     if run.stopped and first:
         with parallel.stop_requests():  # torchrun repeats a signal
@@ -172,6 +176,7 @@ def finish(
     *,
     amp: torch.dtype | None,
     micro_batch: int,
+    begin: Callable[..., Callable[[], object]],
 ) -> None:
     """Write the best epoch's weights, test what was written, and leave everything there is to look at."""
     import torch
@@ -211,7 +216,8 @@ def finish(
         "versions": {"minivit": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     pets = any(photos.train.paths[0].parent.parent.glob("annotations/trainval.txt"))
-    results.write_results(out, run.rows, photos, logits, summary, name=args.push_to_hub or out.resolve().name, pets=pets)
+    called = {"name": args.push_to_hub or out.resolve().name, "pets": pets}
+    results.write_results(out, run.rows, photos, logits, summary, **called, begin=begin)
     files.write_json(out / "summary.json", summary)
     (out / runs.STATE).unlink()
     if args.push_to_hub:

@@ -37,10 +37,13 @@ def write_random_vit(folder: Path) -> None:
 
 def run(command: list[str]) -> tuple[float, float, float, str]:
     """Return a process's seconds, seconds to its first figure, peak MiB (its own or its largest child's), and its output."""
+    # Bytecode is kept, as where libraries were installed by pip: some machines forbid it, and then compiling takes seconds.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    env |= {"PYTHONPYCACHEPREFIX": str(MODEL.parent / "bytecode")}
     started = time.perf_counter()
     with (
         tempfile.TemporaryFile() as notes,
-        subprocess.Popen([sys.executable, "-c", LAUNCH, *command], stdout=subprocess.PIPE, stderr=notes) as process,
+        subprocess.Popen([sys.executable, "-c", LAUNCH, *command], stdout=subprocess.PIPE, stderr=notes, env=env) as process,
     ):
         first, lines = None, []
         for line in process.stdout:

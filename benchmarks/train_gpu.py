@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -102,12 +103,15 @@ def resume(model: Path, data: Path, out: Path, amp: str) -> None:
 
 def several(model: Path, data: Path, out: Path, real: tuple[Path, Path] | None) -> None:
     """Loss curve, images/s and a killed rank of all GPUs against one."""
-    gpus, speed = torch.cuda.device_count(), {}
-    for n in (1, gpus):  # the same batch for each GPU
-        flags = ("--model", model, "--data", data, "--epochs", 4, "--batch-size", 64 * n, "--amp", "bf16")
-        ended(train(*flags, "--out", out / f"speed {n}", processes=n))
-        speed[n] = max(row["images_per_s"] for row in rows(out / f"speed {n}")[1:])
-    print(f"images/s: {speed}, {speed[gpus] / speed[1]:.2f} times one GPU")
+    gpus = torch.cuda.device_count()
+    for batch in (64, 256):  # of each GPU
+        speed = {}
+        for n in (1, gpus):
+            flags = ("--model", model, "--data", data, "--epochs", 6, "--batch-size", batch * n, "--amp", "bf16")
+            ended(train(*flags, "--out", out / f"speed {batch} {n}", processes=n))
+            speed[n] = statistics.median(row["images_per_s"] for row in rows(out / f"speed {batch} {n}")[1:])
+        shown = {n: round(found) for n, found in speed.items()}
+        print(f"images/s at {batch} a GPU, by GPUs: {shown}, {speed[gpus] / speed[1]:.2f} times one GPU")
     known = ("--model", real[0] if real else model, "--data", real[1] if real else data, "--epochs", 6, "--batch-size", 32)
     for n in (1, gpus):
         ended(train(*known, "--amp", "off", "--out", out / f"curve {n}", processes=n))
@@ -133,7 +137,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     args = parser.parse_args()
     print(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    model, data = make_inputs(args.out, 1024)
+    model, data = make_inputs(args.out, 1024 if torch.cuda.device_count() == 1 else 4096)
     if torch.cuda.device_count() == 1:
         memory(model, data, args.out)
         for amp in ("bf16", "fp16", "off"):

@@ -1,4 +1,4 @@
-"""Reading ahead in threads, so that nothing waits for files or for copies to a device."""
+"""Reading ahead and writing behind in threads, so that nothing waits for files or for copies to a device."""
 
 from __future__ import annotations
 
@@ -30,3 +30,19 @@ def read_ahead(
                 yield reading.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def write_behind() -> Iterator[Callable[..., None]]:
+    """Yield what does a job, (function, *args), in a thread, after the job before it; what that one raised is raised then."""
+    with ThreadPoolExecutor(1) as pool:
+        writing: list[Future[None]] = []
+
+        def begin(write: Callable[..., None], *args: object) -> None:
+            while writing:
+                writing.pop().result()
+            writing.append(pool.submit(write, *args))
+
+        yield begin
+        while writing:
+            writing.pop().result()

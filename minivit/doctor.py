@@ -199,9 +199,10 @@ def _list_class_folders(root: Path, found: dict) -> list[Photo]:
     for folder in filter(Path.is_dir, splits):
         for entry in folder.iterdir():
             paths = list_photos(entry) if entry.is_dir() and entry.name[0] != "." else []
-            others |= set(entry.iterdir()) - set(paths) if paths else {entry}
-            split = "train" if folder == root else folder.name
-            photos += [Photo(path.relative_to(root).as_posix(), path, entry.name, split) for path in paths]
+            names = {path.name for path in paths}  # whose hashes cost less than paths'
+            others |= {entry / name for name in os.listdir(entry) if name not in names} if paths else {entry}
+            split, place = "train" if folder == root else folder.name, entry.relative_to(root).as_posix()
+            photos += [Photo(f"{place}/{path.name}", path, entry.name, split) for path in paths]
     if not any(photo.split == "train" for photo in photos):
         what = "oxford-iiit-pet/ or a folder of photos for each class" if root.is_dir() else "a folder"
         raise UserError(f"{root}: expected {what}, found none; name another with --data")

@@ -59,6 +59,16 @@ def follow(copy: ViT, model: ViT) -> None:
             ours.copy_(theirs)  # which does nothing where they share memory
 
 
+def take(source: Source, index: Tensor, device: torch.device) -> Tensor:
+    """Return source[index]: for CUDA in pinned memory, which is used again, as to touch new memory takes longer than to copy."""
+    rows = source.stored if isinstance(source, Pixels) else source
+    if rows is None:
+        return source[index]
+    index = source.rows[index] if isinstance(source, Pixels) else index
+    out = torch.empty((len(index), *rows.shape[1:]), dtype=rows.dtype, pin_memory=device.type == "cuda")
+    return torch.index_select(rows, 0, index, out=out)
+
+
 def on_device(
     read: Callable[[Job], Sequence[Tensor]], jobs: Iterable[Job], device: torch.device
 ) -> Iterator[tuple[Tensor, ...]]:
@@ -104,22 +114,21 @@ class Frozen:
     ) -> Tensor | None:
         """Compute the tokens of photos, those of the indices `own` (n,), augmented by draws (n, 5) if any: (n, N, D).
 
-        They lie in host memory, which a CUDA device reads without a detour. None if `stopped` says so in the meantime.
+        They lie in host memory. None if `stopped` says so in the meantime.
         """
         weight, jobs, start = self.model.cls_token, own.split(self.batch), 0
         shape = (len(own), *tokens_shape(self.model, self.cut))
-        kept = torch.empty(shape, dtype=weight.dtype, pin_memory=weight.device.type == "cuda")
+        # Touched by all cores at once: memory that a copy is the first to touch comes page by page. To pin it takes longer.
+        kept = torch.empty(shape, dtype=weight.dtype).fill_(0)
         places = torch.arange(len(own)).split(self.batch)
-        read = lambda i: [pixels[jobs[i]]] if draws is None else [pixels[jobs[i]], draws[places[i]]]  # noqa: E731
+        read = lambda i: [take(pixels, jobs[i], weight.device), *(() if draws is None else [draws[places[i]]])]  # noqa: E731
         moved = on_device(read, range(len(jobs)), weight.device)
         for found in tqdm(moved, "frozen blocks", len(jobs), unit="batch", leave=False):
             tokens = self(*found)
-            kept[start : start + len(tokens)].copy_(tokens, non_blocking=True)
+            kept[start : start + len(tokens)].copy_(tokens)
             start += len(tokens)
             if stopped():
                 return None
-        if kept.is_pinned():
-            torch.cuda.synchronize(weight.device)
         return kept
 
     def evaluation(self, pixels: Source, own: Tensor, *, keep: bool) -> Callable[[], Iterator[Tensor]]:
@@ -127,7 +136,8 @@ class Frozen:
         parts = self.keep(pixels, own).split(self.batch) if keep else own.split(self.batch)
 
         def tokens() -> Iterator[Tensor]:
-            for (found,) in on_device(lambda part: [part if keep else pixels[part]], parts, self.model.cls_token.device):
+            device = self.model.cls_token.device
+            for (found,) in on_device(lambda part: [part if keep else take(pixels, part, device)], parts, device):
                 yield found if keep else self(found)
 
         return tokens

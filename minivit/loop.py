@@ -27,7 +27,7 @@ from . import parallel
 from .data import Data, draw_augmentation
 from .device import CPU_BATCH, product_flops
 from .errors import UserError
-from .frozen import Frozen, Source, Tail, follow, on_device, token_gib, working_copy
+from .frozen import Frozen, Source, Tail, follow, on_device, take, token_gib, working_copy
 from .metrics import best_row, confusion_matrix, summarize
 from .model import ViT
 from .optim import lr_at
@@ -222,7 +222,7 @@ def _train_epoch(
     device, losses = state.model.cls_token.device, []
     left = batches[len(state.losses) :]
     own = [[part[parallel.shard(torch.arange(len(index)))] for part in (index, draws)] for index, draws in left]
-    moved = on_device(lambda mine: (source[mine[0]], mine[1], labels[mine[0]]), own, device)
+    moved = on_device(lambda mine: (take(source, mine[0], device), mine[1], labels[mine[0]]), own, device)
     bar = tqdm(left, f"epoch {state.epoch}", len(batches), initial=len(state.losses), unit="step", leave=False)
     for (index, _), (there, draws, y) in zip(bar, moved):
         state.lr = schedule(state.step)
@@ -261,7 +261,7 @@ def _mean_loss(state: State, n: int, batch_size: int, lr: float) -> float:
 def predict_photos(model: ViT, pixels: Source, *, batch: int) -> Tensor:
     """Return the logits, float32 (n, C) on the CPU, of photos as they are: pixels, uint8 (n, 3, h, w)."""
     device, jobs = model.cls_token.device, torch.arange(len(pixels)).split(batch)
-    images = on_device(lambda index: [pixels[index]], jobs, device)
+    images = on_device(lambda index: [take(pixels, index, device)], jobs, device)
     bar = tqdm(images, "predicting", len(jobs), unit="batch", leave=False)
     return torch.cat([model(model.preprocess.normalize(found)).float() for (found,) in bar]).cpu()
 

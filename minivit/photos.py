@@ -14,16 +14,19 @@ import math
 import os
 import stat
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401  (Pillow loads only five formats by itself)
-from torch import Tensor
 
 from .errors import UserError
+
+if TYPE_CHECKING:  # torch comes in where it is needed: processes that decode photos do without
+    import torch
+    from torch import Tensor
 
 # Raster formats that Pillow decodes itself; EPS and the like would start other programs.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
@@ -117,6 +120,22 @@ def is_photo(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and name[0] != "."
 
 
+def decode_into(file: Path, place: int, paths: Sequence[Path], preprocess: Preprocess) -> list[str]:
+    """Write photos' pixels, uint8 (3, h, w) each, into a file from byte `place` on; return why not, for each, or ""."""
+    reasons = []
+    with file.open("rb+") as out:
+        for i, path in enumerate(paths):
+            try:
+                pixels = preprocess.array(open_photo(path))
+            except PhotoError as error:
+                reasons.append(str(error))
+            else:
+                reasons.append("")
+                out.seek(place + i * pixels.nbytes)
+                out.write(pixels)
+    return reasons
+
+
 def list_photos(folder: Path) -> list[Path]:
     """List the photos right inside a folder, by name."""
     return [folder / name for name in sorted(os.listdir(folder)) if is_photo(name)]
@@ -149,13 +168,19 @@ class Preprocess:
 
     def pixels(self, photo: Image.Image) -> Tensor:
         """Return the photo resized and cropped, uint8 (3, h, w)."""
+        import torch
+
+        return torch.from_numpy(self.array(photo))
+
+    def array(self, photo: Image.Image) -> np.ndarray:
+        """Return the same for processes without torch."""
         (w, h), filter = self.size[::-1], Image.Resampling(self.resample)
         if self.crop is None or max(photo.size) > 20 * min(photo.size):
             resized = photo.resize((w, h), filter, box=self.box(photo.size))  # a strip's long edge would take gigabytes
         else:  # in the reference's two steps, so that its rounding in between is ours too
             left, top, *resized_size = self._crop_of_resized(photo.size)
             resized = photo.resize(resized_size, filter).crop((left, top, left + w, top + h))
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+        return np.array(resized).transpose(2, 0, 1).copy()
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Turn pixels (..., 3, h, w) of 0 to 255 into float32 of the checkpoint's mean and std."""
@@ -201,6 +226,9 @@ class Preprocess:
         What a crop cut away, the model has not seen: NaN there. `shape` (rows, columns) gives the whole photo at
         another resolution, for drawing.
         """
+        import torch
+        import torch.nn.functional as F
+
         rows, columns = shape or photo_size[::-1]
         W, H = photo_size
         left, top, right, bottom = self.box(photo_size)
@@ -281,6 +309,8 @@ class Preprocess:
 @functools.cache
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Put a number for each channel on the device, (3, 1, 1), once: each copy would make the host wait for it."""
+    import torch
+
     with torch.inference_mode(False):
         return torch.tensor(values, device=device).view(3, 1, 1)
 

@@ -5,17 +5,12 @@ Colours go from dark to light, and lines differ in more than colour, so that all
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
-import multiprocessing
-import signal
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import colormaps
@@ -23,21 +18,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 from .errors import printable
 from .files import whole_file
-
-if TYPE_CHECKING:  # figures are drawn in processes of their own too, which need not wait for torch
-    from multiprocessing.connection import Connection
-
-    from torch import Tensor
+from .photos import open_photo
 
 HEAT = colormaps["inferno"]
 SIGNED = colormaps["cividis"]  # from dark for less, over grey, to light for more
 RIGHT, WRONG = "#1b7837", "#b2182b"
 DPI = 120
-POOL_FROM = 8  # photos; fewer are drawn before processes that draw would have started
 
 
 @dataclass(frozen=True)
@@ -148,49 +137,6 @@ def _mark(figure: Figure, x: float, y: float, size: tuple[int, int], mark: tuple
         figure.add_artist(Rectangle(corner, width, height, fill=False, lw=line, ec=colour, transform=None))
 
 
-@contextlib.contextmanager
-def drawing(num_photos: int, workers: int) -> Iterator[Callable[..., Callable[[], None]]]:
-    """Yield what begins to draw a figure and returns what waits for it: in processes, or for few photos right here."""
-    if num_photos < POOL_FROM:
-        yield lambda job, *args, **kwargs: job(*args, **kwargs) or (lambda: None)
-        return
-    own, pipes = multiprocessing.get_context("spawn"), []  # a fork would inherit the model's threads, held
-    with contextlib.ExitStack() as at_end:
-        for _ in range(min(workers, num_photos)):
-            ours, theirs = own.Pipe()
-            process = own.Process(target=draw_for, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            at_end.callback(process.join)
-            pipes.append(at_end.enter_context(ours))  # closed before it is waited for: so the process ends
-        turn = itertools.cycle(pipes)
-
-        def draw(job: Callable[..., None], *args, **kwargs) -> Callable[[], None]:
-            pipe = next(turn)
-            pipe.send((job, args, kwargs))
-
-            def wait() -> None:
-                error = pipe.recv()  # the answers of one process come in the order of its jobs, which is that of the photos
-                if error is not None:
-                    raise error
-
-            return wait
-
-        yield draw
-
-
-def draw_for(pipe: Connection) -> None:
-    """Draw what another process sends, (function, args, kwargs), and answer None or the exception, until that process ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for that process to handle
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            draw, args, kwargs = pipe.recv()
-            try:
-                pipe.send(draw(*args, **kwargs))
-            except Exception as error:
-                pipe.send(error)
-
-
 def draw_curves(
     path: Path, rows: Sequence[Mapping[str, float]], best_epoch: int, overfits_from: int | None = None, verdict: str = ""
 ) -> None:
@@ -216,13 +162,12 @@ def draw_curves(
 
 
 def draw_confusion(
-    path: Path, confusion: Tensor, classes: Sequence[str], title: str, pairs: Sequence[tuple[str, str, int]] = ()
+    path: Path, counts: np.ndarray, classes: Sequence[str], title: str, pairs: Sequence[tuple[str, str, int]] = ()
 ) -> None:
     """Draw a confusion matrix (C, C): true class by row, predicted by column, shaded by the share of its row.
 
     `pairs` are listed below it: (true class, predicted class, photos).
     """
-    counts = confusion.numpy()
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     C = len(classes)
     side = min(0.32 * C, 40) + 3.2
@@ -245,7 +190,7 @@ def draw_confusion(
     save(figure, path)
 
 
-def draw_predictions(path: Path, photos: Sequence[Image.Image], captions: Sequence[tuple[str, str, float]], title: str) -> None:
+def draw_predictions(path: Path, photos: Sequence[Path], captions: Sequence[tuple[str, str, float]], title: str) -> None:
     """Draw photos in a grid, each with (true class, predicted class, probability): right and wrong ones marked."""
     columns = min(6, len(photos))
     rows = math.ceil(len(photos) / columns)
@@ -254,7 +199,7 @@ def draw_predictions(path: Path, photos: Sequence[Image.Image], captions: Sequen
     for ax in axes:
         ax.axis("off")
     for ax, photo, (true, predicted, probability) in zip(axes, photos, captions):
-        photo = photo.copy()
+        photo = open_photo(photo)
         photo.thumbnail((300, 300))
         right = true == predicted
         caption = f"{'✓' if right else '✗'} {shorten(predicted, 20)} {probability:.2f}\n"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from . import metrics, plots
+from . import metrics
 from .card import model_card
 from .data import Data
 from .files import whole_file
-from .photos import open_photo
+from .processes import call
 
 NUM_SHOWN = 24  # photos in predictions.png
 NUM_PAIRS = 8  # of classes that were confused most
@@ -27,10 +27,11 @@ def write_results(
     *,
     name: str,
     pets: bool,
+    begin: Callable[..., Callable[[], object]],
 ) -> None:
     """Draw the three figures and write classes.csv and README.md, from the test photos' logits (n, C).
 
-    The card calls the model `name`, and the photos Oxford-IIIT Pet's if they are `pets`.
+    The card calls the model `name`, and the photos Oxford-IIIT Pet's if they are `pets`; processes.working gives `begin`.
     """
     labels = torch.tensor(data.test.labels)
     confidence, predicted = logits.softmax(1).max(1)
@@ -45,13 +46,18 @@ def write_results(
     confusion = metrics.confusion_matrix(predicted, labels, len(data.classes))
     pairs = [(data.classes[i], data.classes[j], n) for i, j, n in metrics.confused_pairs(confusion, NUM_PAIRS)]
 
-    plots.draw_curves(out / "curves.png", rows, summary["best_epoch"], metrics.overfits_from(rows), summary["verdict"])
-    of_all = f"{len(right)} of {len(labels)} test photos right"
-    plots.draw_confusion(out / "confusion.png", confusion, data.classes, of_all, pairs)
-    plots.draw_predictions(out / "predictions.png", [open_photo(data.test.paths[i]) for i in shown], captions, title)
+    of_all, best = f"{len(right)} of {len(labels)} test photos right", summary["best_epoch"]
+    figures = {
+        "predictions": ([data.test.paths[i] for i in shown], captions, title),
+        "confusion": (confusion.numpy(), data.classes, of_all, pairs),
+        "curves": (rows, best, metrics.overfits_from(rows), summary["verdict"]),
+    }
+    waits = [begin(call, "minivit.plots", f"draw_{what}", out / f"{what}.png", *args) for what, args in figures.items()]
     write_classes(out / "classes.csv", confusion, data.classes)
     with whole_file(out / "README.md") as partial:
         partial.write_text(model_card(summary, pairs, name=name, pets=pets), encoding="utf-8", errors="backslashreplace")
+    for wait in waits:
+        wait()
 
 
 def write_classes(path: Path, confusion: torch.Tensor, classes: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import UserError
 from .model import ViT
 from .optim import parameter_groups, trainable
-from .weights import save_tensors
+from .tensors import save_tensors
 
 PLAIN = ("epoch", "step", "losses", "lr", "rows", "seconds", "spent")  # what JSON holds of a State
 
@@ -50,15 +50,21 @@ class State:
         self.model.to("meta")
         self.optimizer.state.clear()
 
-    def save(self, path: Path, settings: Mapping[str, object]) -> None:
-        """Write everything into one file, whole or not at all: the last good state stays until then."""
-        moments = self.optimizer.state_dict()["state"]
-        tensors = {f"tail.{name}": tensor for name, tensor in self.tail().items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-        tensors |= {f"optimizer.{i}.{key}": value.cpu() for i, of_one in moments.items() for key, value in of_one.items()}
+    def snapshot(self, settings: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Copy everything to the CPU, for save_tensors: training may go on while that writes."""
+        tail, moments = self.tail(), self.optimizer.state_dict()["state"]
+        tensors = {f"tail.{name}": tensor for name, tensor in tail.items()}
+        if not all(torch.equal(tensor, tail[name]) for name, tensor in self.best.items()):
+            tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for i, of_one in moments.items():
+            tensors |= {f"optimizer.{i}.{key}": value.to("cpu", copy=True) for key, value in of_one.items()}
         plain = {name: getattr(self, name) for name in PLAIN}
         about = plain | {"settings": dict(settings), "scaler": self.scaler.state_dict()}
-        save_tensors(path, tensors, {"state": json.dumps(about)})
+        return tensors, {"state": json.dumps(about)}
+
+    def save(self, path: Path, settings: Mapping[str, object]) -> None:
+        """Write everything into one file, whole or not at all: the last good state stays until then."""
+        save_tensors(path, *self.snapshot(settings))
 
     def load(self, tensors: Mapping[str, Tensor], about: Mapping) -> None:
         """Become what `read` found."""
@@ -67,7 +73,7 @@ class State:
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
         set_tail(self.model, parts["tail"])
-        self.best = parts["best"]
+        self.best = parts["best"] or (parts["tail"] if about["rows"] else {})
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts["optimizer"].items():
             i, _, key = name.partition(".")

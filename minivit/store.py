@@ -6,9 +6,11 @@ Shapes: n photos of a split, B of a batch, h, w pixels of the model's input.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import sys
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,13 +19,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import processes
 from .ahead import read_ahead
 from .data import Data
 from .errors import UserError, printable
 from .files import locked, read_json, whole_file, write_json
-from .photos import PhotoError, Preprocess, open_photo
+from .photos import Preprocess, decode_into, open_photo
 
 VERSION = 1  # of what decoding gives; another one makes stores anew
+CHUNK = 16  # photos that a process decodes in one go
 
 
 class Pixels:
@@ -111,24 +115,34 @@ def checksum(*splits: tuple[Sequence[Path], Sequence[int]]) -> str:
 
 def _write(file: Path, paths: Sequence[Path], preprocess: Preprocess, workers: int) -> None:
     """Write the pixels of all photos that can be read, uint8 (n, 3, h, w), and beside them the reasons for the rest."""
-    bad: dict[int, str] = {}
-
-    def read(i: int) -> np.ndarray | None:
-        try:
-            return preprocess.pixels(open_photo(paths[i])).numpy()
-        except PhotoError as error:
-            bad[i] = str(error)
-            return None
-
+    n, size, reasons = len(paths), 3 * math.prod(preprocess.size), []
     header = {"descr": "|u1", "fortran_order": False}
-    with whole_file(file) as partial, partial.open("wb") as out:
-        np.lib.format.write_array_header_1_0(out, header | {"shape": (len(paths), 3, *preprocess.size)})
-        for pixels in tqdm(read_ahead(read, range(len(paths)), workers), "decoding", len(paths), unit="photo", leave=False):
-            if pixels is not None:
+    with whole_file(file) as partial, partial.open("wb+") as out:
+        np.lib.format.write_array_header_1_0(out, header | {"shape": (n, 3, *preprocess.size)})
+        place, decoding = out.tell(), deque()
+        out.flush()
+        with (
+            processes.working(min(workers, n // CHUNK) if n >= processes.MANY else 0) as begin,
+            tqdm(total=n, desc="decoding", unit="photo", leave=False) as bar,
+        ):
+            for i in range(0, n, CHUNK):
+                decoding.append(begin(decode_into, partial, place + i * size, paths[i : i + CHUNK], preprocess))
+                while len(decoding) > 2 * workers or (decoding and i + CHUNK >= n):
+                    found = decoding.popleft()()
+                    reasons += found
+                    bar.update(len(found))
+        good = [i for i, reason in enumerate(reasons) if not reason]
+        for row, i in enumerate(good):
+            if row != i:  # those that can be read close ranks
+                out.seek(place + i * size)
+                pixels = out.read(size)
+                out.seek(place + row * size)
                 out.write(pixels)
+        out.truncate(place + len(good) * size)
         out.seek(0)  # as many as there are, in a header of the same length
-        np.lib.format.write_array_header_1_0(out, header | {"shape": (len(paths) - len(bad), 3, *preprocess.size)})
-    write_json(file.with_suffix(".json"), {str(i): bad[i] for i in sorted(bad)})  # last: a store without it is not whole
+        np.lib.format.write_array_header_1_0(out, header | {"shape": (len(good), 3, *preprocess.size)})
+    # Last: a store without it is not whole.
+    write_json(file.with_suffix(".json"), {str(i): reason for i, reason in enumerate(reasons) if reason})
 
 
 def _without(data: Data, bad: dict[Path, str], skip_bad: bool) -> Data:

@@ -199,17 +199,22 @@ def save_tail(model: ViT, path: Path) -> None:
     """Write only what trains, under our names, with what it belongs to: base, commit, hash of what is frozen, labels."""
     tail, source = trainable(model), model.origin.source
     here = Path(os.path.expanduser(source))
-    hashes, names = model.origin.hashes, frozenset(tail)
-    if names not in hashes:  # once: what is frozen stays as it is
-        hashes[names] = content_hash({name: p for name, p in model.named_parameters() if name not in tail})
     metadata = {
         "base": str(here.resolve()) if source != "demo" and here.exists() else source,
         "commit": model.origin.commit or "",
-        "sha256": hashes[names],
+        "sha256": hash_frozen(model),
         "labels": json.dumps(model.labels),
         "preprocess": json.dumps(model.preprocess.to_config()),
     }
     save_tensors(path, {name: p.detach().cpu().contiguous() for name, p in tail.items()}, metadata)
+
+
+def hash_frozen(model: ViT) -> str:
+    """Return the hash of what does not train, computed once."""
+    hashes, tail = model.origin.hashes, frozenset(trainable(model))
+    if tail not in hashes:
+        hashes[tail] = content_hash({name: p for name, p in model.named_parameters() if name not in tail})
+    return hashes[tail]
 
 
 def _fill(model: ViT, family: Family, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -46,20 +47,22 @@ HOSTILE = "$x^2 <b>\x1b[31m" + "long " * 50
 def test_figures_show_their_contents_and_take_any_name(tmp_path):
     from minivit import plots
 
-    photo = Image.new("RGB", (300, 200), "green")
-    plots.draw_predictions(tmp_path / "p.png", [photo] * 7, [(HOSTILE.replace("\x1b", ""), "a", 0.5)] * 7, "title")
+    Image.new("RGB", (300, 200), "green").save(tmp_path / "green.png")
+    plots.draw_predictions(
+        tmp_path / "p.png", [tmp_path / "green.png"] * 7, [(HOSTILE.replace("\x1b", ""), "a", 0.5)] * 7, "title"
+    )
     picture = drawn(tmp_path / "p.png")
     assert (picture == torch.tensor([0.0, 128.0, 0.0])).all(-1).float().mean() > 0.2  # the photos themselves
-    plots.draw_confusion(tmp_path / "c.png", torch.eye(40, dtype=torch.long), [HOSTILE.replace("\x1b", "")] * 40, "title")
+    plots.draw_confusion(tmp_path / "c.png", np.eye(40, dtype=int), [HOSTILE.replace("\x1b", "")] * 40, "title")
     pairs = [(HOSTILE.replace("\x1b", ""), "b", 3)] * 8
-    plots.draw_confusion(tmp_path / "d.png", torch.eye(40, dtype=torch.long), ["a"] * 40, "title", pairs)
+    plots.draw_confusion(tmp_path / "d.png", np.eye(40, dtype=int), ["a"] * 40, "title", pairs)
     row = {"train_loss": 1, "val_loss": 2, "train_accuracy": 0.5, "val_accuracy": 0.4}
     plots.draw_curves(tmp_path / "l.png", [row | {"epoch": i} for i in (1, 2)], 2)
     plots.draw_curves(tmp_path / "m.png", [row | {"epoch": i} for i in (1, 2)], 2, 2, "a verdict")
     plain, shaded = drawn(tmp_path / "l.png"), drawn(tmp_path / "m.png")
     assert (shaded[..., :3] - torch.tensor([254.0, 234.0, 208.0])).abs().amax(-1).le(2).sum() > 10_000  # #fdb863 at 0.3
     assert (plain[..., :3] - torch.tensor([254.0, 234.0, 208.0])).abs().amax(-1).le(2).sum() == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.png", "d.png", "l.png", "m.png", "p.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.png", "d.png", "green.png", "l.png", "m.png", "p.png"]
 
 
 def rows_of(*losses):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import threading
 import warnings
@@ -13,7 +14,7 @@ import torch
 from conftest import draw_photo
 from test_data import make_pets
 
-from minivit import Preprocess, open_photo, store
+from minivit import Preprocess, open_photo, photos, processes, store
 from minivit.data import load_data
 from minivit.errors import UserError
 
@@ -44,7 +45,7 @@ def made(root):
 def opened(monkeypatch):
     """The photos that were decoded."""
     seen = []
-    monkeypatch.setattr(store, "open_photo", lambda path: seen.append(path) or open_photo(path))
+    monkeypatch.setattr(photos, "open_photo", lambda path: seen.append(path) or open_photo(path))
     return seen
 
 
@@ -54,6 +55,35 @@ def assert_aligned(data, decoded):
         assert len(pixels) == len(split.paths) == len(split)
         for i, path in enumerate(split.paths):
             assert torch.equal(pixels[torch.tensor([i])][0], PREPROCESS.pixels(open_photo(path)))
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """Decoding in processes, as where photos are many: five at a time."""
+    monkeypatch.setattr(processes, "MANY", 1)
+    monkeypatch.setattr(store, "CHUNK", 5)
+
+
+def test_processes_decode_to_the_same_pixels_and_leave_out_the_same_photos(pets, two_processes, opened):
+    data = load_data(pets, seed=0)
+    broken = [data.train.paths[i] for i in (0, 3, 4)] + [data.test.paths[-1]]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:100])
+    kept, splits = decode_all(data, skip_bad=True)
+    assert sorted(set(data.paths()) - set(kept.paths())) == sorted(broken)
+    assert not opened  # in this process
+    assert_aligned(kept, splits)
+
+
+def test_a_disk_that_is_full_in_a_process_leaves_nothing_behind(pets, two_processes):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))  # a photo takes 3,072 bytes
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            decode_all(load_data(pets, seed=0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (pets / ".minivit").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("cap_gib", [1, 1e-9], ids=["from the store", "decoded anew"])
@@ -254,5 +284,5 @@ def test_odd_metadata_gives_no_warning_and_leaves_the_warning_filters_alone(pets
         warnings.warn("Pillow finds this odd", stacklevel=1)
         return open_photo(path)
 
-    monkeypatch.setattr("minivit.store.open_photo", open_loudly)
+    monkeypatch.setattr("minivit.photos.open_photo", open_loudly)
     decode_all(data, workers=2)

@@ -1,0 +1,75 @@
+"""Work in processes of their own, which need not import torch: threads would wait for each other at Python's lock."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from multiprocessing.connection import Connection
+
+from .errors import UserError
+
+MANY = 64  # photos, from which on it takes longer to decode them than to start processes
+
+
+@contextlib.contextmanager
+def working(processes: int, module: str = "minivit.photos") -> Iterator[Callable[..., Callable[[], object]]]:
+    """Yield what begins a job, (function, *args, **kwargs), and returns what waits for its result; with 0, done right here.
+
+    The processes import the module while they have nothing else to do. Not too many jobs may be begun before they are waited
+    for: what is sent to and fro must fit into pipes. Raises UserError if a process is killed.
+    """
+    if not processes:
+        yield lambda job, *args, **kwargs: (lambda result: lambda: result)(job(*args, **kwargs))
+        return
+    own, pipes = multiprocessing.get_context("spawn"), []  # a fork would inherit the model's threads, held
+    with contextlib.ExitStack() as at_end:
+        for _ in range(processes):
+            ours, theirs = own.Pipe()
+            process = own.Process(target=work_for, args=(theirs, module), daemon=True)
+            process.start()
+            theirs.close()
+            at_end.callback(process.join)
+            pipes.append(at_end.enter_context(ours))  # closed before it is waited for: so the process ends
+        turn = itertools.cycle(pipes)
+
+        def begin(job: Callable, *args, **kwargs) -> Callable[[], object]:
+            pipe = next(turn)
+            pipe.send((job, args, kwargs))
+
+            def wait() -> object:
+                try:
+                    result, error = pipe.recv()  # a process answers in the order of its jobs
+                except EOFError:
+                    raise UserError("a process at work was killed; if memory ran out, try fewer --workers") from None
+                if error is not None:
+                    raise error
+                return result
+
+            return wait
+
+        yield begin
+
+
+def work_for(pipe: Connection, module: str) -> None:
+    """Do what another process sends, and answer (result, None) or (None, exception), until that process closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for that process to handle
+    import_module(module)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            job, args, kwargs = pipe.recv()
+            try:
+                answer = job(*args, **kwargs), None
+            except Exception as error:
+                answer = None, error
+            pipe.send(answer)
+    os._exit(0)  # all is answered, and Python's own end takes half a second where processes are many
+
+
+def call(module: str, function: str, *args, **kwargs) -> object:
+    """Call a module's function: a job whose module only the process that does it need import."""
+    return getattr(import_module(module), function)(*args, **kwargs)
