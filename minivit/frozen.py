@@ -60,7 +60,7 @@ def follow(copy: ViT, model: ViT) -> None:
 
 
 def take(source: Source, index: Tensor, device: torch.device) -> Tensor:
-    """Return source[index]: for CUDA in pinned memory, which is used again, as to touch new memory takes longer than to copy."""
+    """Return source[index]: for CUDA in pinned memory, which is used again, as to touch new memory costs more than to copy."""
     rows = source.stored if isinstance(source, Pixels) else source
     if rows is None:
         return source[index]

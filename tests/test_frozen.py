@@ -199,3 +199,9 @@ def test_views_come_first_in_the_memory_allowed_and_other_tokens_are_kept_if_the
         kept.clear()
         fit(run_of(fresh()), pixels, cache_views=2, cache_gib=room * gib, epochs=1)
         assert kept == [expected] * 2
+
+
+def test_rows_are_taken_as_by_an_index_from_photos_and_from_tokens(pixels):  # noqa: F811
+    index = torch.tensor([3, 0, 2])
+    for source in (pixels[0], torch.randn(5, 3, 2)):
+        assert torch.equal(frozen.take(source, index, CPU), source[index])
