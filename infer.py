@@ -66,14 +66,14 @@ def pixel(text: str) -> tuple[float, float]:
 
 def infer(args: argparse.Namespace) -> int:
     """Batch by batch: photos, what the models make of them, figures; photo by photo: names and what was written."""
-    from minivit import ahead, device, look, optim, parallel, photos, processes
+    from minivit import ahead, device, frozen, look, optim, parallel, photos, processes
     from minivit.errors import UserError
 
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     jobs = list(place(expand(args.photos), Path(args.out)))[rank::world]  # torchrun's processes share them out
     on = device.pick_device(parallel.own_device(args.device))
     amp = device.pick_amp(args.amp, on)
-    models = [model.to(on, amp) for model in load_models(args, quiet=rank > 0)]
+    models = [frozen.working_copy(model, on, amp, train=False) for model in load_models(args, quiet=rank > 0)]
     targets = [find_target(args.target, model, models) for model in models]
     blocks = optim.parse_blocks(args.layers, min(model.config.depth for model in models))
     methods = check_flags(args, models, blocks)

@@ -145,15 +145,17 @@ def fit(
     cache_views: int = 0,
     cache_gib: float = math.inf,
     compile: bool = False,
+    evaluate_every: int = 1,
     frozen: Frozen | None = None,
 ) -> Iterator[dict[str, float]]:
     """Go on with a run from where it stands, and yield a row of metrics.jsonl after each epoch, the model being that epoch's.
 
     `train` and `val` are pixels, uint8 (n, 3, h, w), and labels (n,). One seed gives one data order and augmentation,
     whatever the sizes of batches and the number of processes; of `cache_views` epochs the tokens at the cut are kept, and
-    the epochs after them have their augmentation again. Ends early after `patience` epochs without a better one, and, with
-    state.stopped set, at the end of the step during which SIGINT or SIGTERM came. Raises UserError as soon as an epoch's loss
-    is not finite, and if the views' tokens take more than `cache_gib` of memory. `frozen` may know the tokens already.
+    the epochs after them have their augmentation again. Rows are of each `evaluate_every`th epoch and the last. Ends early
+    after `patience` epochs without a better one, and, with state.stopped set, at the end of the step during which SIGINT or
+    SIGTERM came. Raises UserError as soon as an epoch's loss is not finite, and if the views' tokens take more than
+    `cache_gib` of memory. `frozen` may know the tokens already.
     """
     model, device, n = state.model, state.model.cls_token.device, len(train[1])
     need = token_gib(model, n * cache_views, cut)
@@ -188,6 +190,9 @@ def fit(
             state.seconds = time.perf_counter() - started
             if state.stopped:
                 return
+            if state.epoch % evaluate_every and state.epoch < epochs:
+                state.epoch, state.losses, state.seconds = state.epoch + 1, [], 0.0
+                continue
             flops = n * (model.flops(0 if new else cut) + 2 * model.flops(cut)) / state.seconds
             row |= {"images_per_s": n / state.seconds, "mfu": flops / parallel.world() / product_flops(device, amp)}
             follow(evaluated, model)

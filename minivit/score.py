@@ -58,7 +58,7 @@ def methods(text: str) -> tuple[str, ...]:
 
 def score(args: argparse.Namespace) -> int:
     """Measure every photo, then tell how the maps fall on pet and head, for which photos, and what fine-tuning changed."""
-    from . import data, device, files, gallery, loop, measure, optim, score_plots, weights
+    from . import data, device, files, frozen, gallery, loop, measure, optim, score_plots, weights
 
     source = cli.default_model(args.model)
     print(f"model: {printable(source)}", file=sys.stderr)
@@ -76,7 +76,7 @@ def score(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
 
     started = time.perf_counter()
-    models = {which: m.to(on, amp).requires_grad_(False).eval() for which, m in models.items()}
+    models = {which: frozen.working_copy(m, on, amp, train=False) for which, m in models.items()}
     found = measure.measure(models, split.paths, blocks=blocks, methods=args.methods, workers=args.workers)
     seconds, split = time.perf_counter() - started, split.take(found.photos)
     truth = [photos.classes[i] for i in split.labels]

@@ -158,8 +158,14 @@ def estimate(low: ViT, cells: Sequence[Cell], splits: Sequence[Data], views: int
     work = photos * (low.flops() - low.flops(max(cell.cut for cell in cells)))
     for cell in cells:
         n, val, test = len(cell.train), len(splits[cell.seed].val), len(splits[cell.seed].test)
-        work += low.flops(cell.cut) * (cell.epochs * (3 * n + n + val) + test)
+        evaluations = math.ceil(cell.epochs / evaluate_every(cell.epochs))
+        work += low.flops(cell.cut) * (cell.epochs * 3 * n + evaluations * (n + val) + test)
     return work / speed
+
+
+def evaluate_every(epochs: int) -> int:
+    """Return after how many epochs to look for the best one: five to nine times a run, as of few photos epochs are many."""
+    return max(1, epochs // MIN_EPOCHS)
 
 
 def run(
@@ -180,6 +186,7 @@ def run(
         "micro_batch": loop.pick_micro_batch(None, args.batch_size, on),
         "lr": args.lr,
         "seed": cell.seed,
+        "evaluate_every": evaluate_every(cell.epochs),
     }
     how |= {"cache_views": args.views, "frozen": tokens}
     for row in loop.fit(going, train, val, cut=cell.cut, amp=amp, **how):

@@ -374,3 +374,17 @@ def test_20_steps_follow_transformers_and_torchs_adamw(tiny_folder):
         assert_close(loss, expected.detach(), rtol=0, atol=1e-5)
         first = first or loss.item()
     assert abs(loss.item() - first) > 0.1  # they went somewhere
+
+
+def test_evaluating_seldom_changes_no_epoch_and_no_row_that_is_left(pixels):
+    def rows(every):
+        how = {"cut": 10, "amp": None, "epochs": 5, "batch_size": 4, "micro_batch": 4, "lr": 1e-3, "seed": 0}
+        run = begin(fresh(), amp=None, weight_decay=0.05)
+        return list(loop.fit(run, pixels, pixels, evaluate_every=every, **how)), run.tail()
+
+    (all_rows, tail), (some, same_tail) = rows(1), rows(2)
+    kept = {name for name in all_rows[0] if name not in ("images_per_s", "mfu", "seconds", "peak_gib")}
+    assert [{name: row[name] for name in kept} for row in some] == [
+        {name: row[name] for name in kept} for row in all_rows if row["epoch"] in (2, 4, 5)
+    ]
+    assert all(torch.equal(tensor, same_tail[name]) for name, tensor in tail.items())

@@ -14,6 +14,7 @@ from test_commands import run_train
 
 from minivit import __main__, frozen, loop, optim, study
 from minivit.data import load_data
+from minivit.store import Pixels
 
 
 def run(model, data, out, *flags):
@@ -60,22 +61,17 @@ def test_a_cell_is_train_pys_run_with_the_same_settings(whole, tiny_saved, shape
 def test_tokens_at_each_cut_are_those_of_the_model(tiny_saved, shapes_data):
     model, split = study_model(tiny_saved), load_data(shapes_data, seed=0)
     pixels = torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8)
-
-    class Photos(list):
-        paths = split.paths()[:9]
-
-        def __getitem__(self, index):
-            return pixels[index]
-
-    tokens = frozen.KnownTokens(model, Photos(range(9)), Photos.paths[2:6], 2, batch=4)
+    paths = split.paths()[:9]
+    photos = Pixels(paths, model.preprocess, 1, pixels, torch.arange(9))
+    tokens = frozen.KnownTokens(model, photos, paths[2:6], 2, batch=4)
     for cut in (0, 3, 12):
         tokens.advance(cut)
         expected = frozen.Frozen(model, cut, batch=9)(pixels)
         torch.testing.assert_close(tokens.tables[0], expected, rtol=1e-4, atol=1e-5)
         own = torch.tensor([2, 0])
-        torch.testing.assert_close(next(tokens.evaluation(Photos.paths[3:8], own)()), expected[[5, 3]], rtol=1e-4, atol=1e-5)
-        assert tokens.view(1, Photos.paths[4:6]).shape == (2, 1 if cut == 12 else 17, 24)
-    assert not torch.equal(tokens.view(0, Photos.paths[4:6]), tokens.view(1, Photos.paths[4:6]))
+        torch.testing.assert_close(next(tokens.evaluation(paths[3:8], own)()), expected[[5, 3]], rtol=1e-4, atol=1e-5)
+        assert tokens.view(1, paths[4:6]).shape == (2, 1 if cut == 12 else 17, 24)
+    assert not torch.equal(tokens.view(0, paths[4:6]), tokens.view(1, paths[4:6]))
 
 
 def study_model(tiny_saved):
@@ -149,14 +145,8 @@ def test_the_model_is_left_as_it_was(tiny_saved, shapes_data, whole):
     before = {name: p.clone() for name, p in model.named_parameters()}
     split, args = load_data(shapes_data, seed=0), study.make_parser().parse_args(["--lr", "0.01", "--views", "1"])
     low = frozen.working_copy(model, torch.device("cpu"), None, train=False)
-
-    class Photos(list):
-        paths = split.paths()
-
-        def __getitem__(self, index):
-            return torch.randint(256, (len(range(len(self))[index] if isinstance(index, slice) else index), 3, 32, 32))
-
-    tokens = frozen.KnownTokens(low, Photos(split.paths()), split.train.paths, 1, batch=64)
+    photos = Pixels(split.paths(), model.preprocess, 1)
+    tokens = frozen.KnownTokens(low, photos, split.train.paths, 1, batch=64)
     cell = study.Cell("all", "11", 0, optim.freeze_except(model, [11]), 1, split.train)
     tokens.advance(11)
     assert study.run(cell, model, split, tokens, args, None)["photos"] == 33
