@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .attention import query_maps
     from .model import ViT, ViTConfig
-    from .photos import Preprocess, open_photo
+    from .photos import open_photo
+    from .preprocess import Preprocess
     from .weights import load_pretrained, save_pretrained
 
 __version__ = "0.1.0"
@@ -17,7 +18,8 @@ __all__ = ["Preprocess", "ViT", "ViTConfig", "load_pretrained", "open_photo", "q
 _HOMES = {
     "attention": ("query_maps",),
     "model": ("ViT", "ViTConfig"),
-    "photos": ("Preprocess", "open_photo"),
+    "photos": ("open_photo",),
+    "preprocess": ("Preprocess",),
     "weights": ("load_pretrained", "save_pretrained"),
 }
 

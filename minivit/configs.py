@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import UserError
 from .families import DINOV2, GOOGLE, REGISTERS, TIMM, TIMM_DINOV2, TIMM_REGISTERS, VIT, Family, num_blocks
 from .model import ViT, ViTConfig
-from .photos import Preprocess
+from .preprocess import Preprocess
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CLASSES = {"vit": "ViT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}  # of transformers, less their ends

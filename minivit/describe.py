@@ -79,7 +79,7 @@ def describe_data(root: str) -> list[tuple[str, str, str]]:
 
     from .data import load_data
     from .errors import UserError
-    from .measure import read_species
+    from .masks import read_species
 
     folder = Path(root).expanduser()
     if not folder.is_dir() or not any(folder.iterdir()):

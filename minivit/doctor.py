@@ -211,7 +211,7 @@ def _list_class_folders(root: Path, found: dict) -> list[Photo]:
 
 
 def _examine(photo: Photo, found: dict) -> Photo:
-    from .measure import annotation, read_mask
+    from .masks import annotation, read_mask
     from .photos import FORMATS, PhotoError, open_photo
 
     name, path, _, split = photo[:4]

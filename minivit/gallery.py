@@ -18,9 +18,11 @@ from PIL import Image, ImageFilter
 
 from .errors import printable
 from .files import whole_file
-from .measure import Measured, read_mask
-from .photos import Preprocess, open_photo
+from .masks import read_mask
+from .measure import Measured
+from .photos import open_photo
 from .plots import HEAT, overlay, save, show, value_range
+from .preprocess import Preprocess
 
 SIDE = 240  # pixels of a photo's longer side
 COLUMNS = 3  # of the picture

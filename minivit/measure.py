@@ -7,25 +7,23 @@ mean, L (H + 1), then L of rollout and L of relevance where asked for.
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .ahead import read_ahead
+from . import processes
 from .attention import CLASS_TOKEN, class_relevance, method_rows, query_maps, region_scores
 from .errors import UserError
+from .masks import read_pets
 from .model import ViT
-from .photos import PhotoError, Preprocess, open_photo
 
-BATCH = 64
+BATCH, CHUNK = 64, 8  # photos that the model takes at once; that a process reads in one go
 
 
 @dataclass
@@ -46,7 +44,7 @@ class Measured:
 def measure(
     models: Mapping[str, ViT], paths: Sequence[Path], *, blocks: Sequence[int], methods: Sequence[str], workers: int
 ) -> Measured:
-    """Score models of one shape on photos, which threads decode meanwhile; blocks are sorted.
+    """Score models of one shape on photos, which are decoded meanwhile; blocks are sorted.
 
     Raises UserError if no photo has a mask, and RuntimeError if blocks whose weights, and those before, are equal do not
     give equal maps.
@@ -127,94 +125,22 @@ def count_equal_blocks(model: ViT, other: ViT) -> int:
 def read_photos(
     paths: Sequence[Path], model: ViT, *, workers: int, left_out: dict[str, list[Path]]
 ) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
-    """Yield batches of photos' indices, pixels (3, h, w) and regions, a batch or two ahead of their use.
+    """Yield batches of photos' indices, pixels (3, h, w) and regions (2, 2, P), read a little ahead of their use.
 
     What cannot be scored goes into `left_out`, by reason.
     """
+    n, grid = len(paths), model.config.grid
+    jobs = ((read_pets, paths[i : i + CHUNK], model.preprocess, grid) for i in range(0, n, CHUNK))
 
-    def read(i: int) -> tuple[int, Tensor | str, Tensor | None]:
-        try:
-            photo = open_photo(paths[i])
-            regions = read_regions(paths[i], photo.size, model.preprocess, model.config.grid)
-            return i, model.preprocess.pixels(photo), regions
-        except PhotoError:
-            return i, "photo cannot be read", None
-        except UserError as error:
-            return i, str(error), None
-
-    def scorable() -> Iterator[tuple[int, Tensor, Tensor]]:
-        for i, pixels, regions in read_ahead(read, range(len(paths)), workers):
-            if regions is None:
-                left_out.setdefault(pixels, []).append(paths[i])
+    def scorable(begin: Callable) -> Iterator[tuple[int, Tensor, Tensor]]:
+        read = processes.in_turn(begin, jobs, ahead=2 * workers)
+        for i, found in enumerate(itertools.chain.from_iterable(read)):
+            if isinstance(found, str):
+                left_out.setdefault(found, []).append(paths[i])
             else:
-                yield i, pixels, regions
+                yield i, *map(torch.from_numpy, found)
 
-    found = scorable()
-    while batch := list(itertools.islice(found, BATCH)):
-        yield batch
-
-
-def annotation(path: Path, folder: str, suffix: str) -> Path:
-    return path.parents[1] / "annotations" / folder / f"{path.stem}{suffix}"
-
-
-def read_species(pets: Path) -> dict[str, str]:
-    """Return which photos, by their stems, are a "cat" or a "dog", as the listings in Oxford-IIIT Pet's folder say."""
-    found = {}
-    for name in ("trainval.txt", "test.txt"):
-        for line in (pets / "annotations" / name).read_text("utf-8", "backslashreplace").splitlines():
-            if line.strip() and line[0] != "#":
-                stem, _, species, _ = line.split()
-                found[stem] = "cat" if species == "1" else "dog"
-    return found
-
-
-def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """Return the mask (H, W) of a photo of `size` (W, H): 1 is the pet, 2 around it. Raises UserError, saying why, if none."""
-    try:
-        with Image.open(annotation(path, "trimaps", ".png"), formats=("PNG",)) as image:
-            mask = np.asarray(image)
-    except FileNotFoundError:
-        raise UserError("mask missing") from None
-    except Exception:  # decoders of broken files raise anything
-        raise UserError("mask cannot be read") from None
-    if mask.shape != size[::-1]:
-        raise UserError("mask not of the photo's size")
-    return mask
-
-
-def read_regions(path: Path, size: tuple[int, int], preprocess: Preprocess, grid: tuple[int, int]) -> Tensor:
-    """Return what share of each patch's area lies in and around the pet, and in and around its head: float32 (2, 2, P).
-
-    `size` is the photo's (W, H). The mask's border counts as neither; without a head box its shares are 0. Raises
-    UserError, saying why, where there is no pet to look at in what the model sees of the photo.
-    """
-    mask = read_mask(path, size)
-    (gh, gw), (left, top, right, bottom) = grid, preprocess.box(size)
-    ys, xs = np.linspace(top, bottom, gh + 1), np.linspace(left, right, gw + 1)
-    pet, around = (mean_by_area(mask == value, ys, xs) for value in (1, 2))
-    if not pet.any():
-        raise UserError("no pet in the mask" if not (mask == 1).any() else "pet outside of what the model sees")
-    head = np.zeros((2, gh, gw))
-    xml = annotation(path, "xmls", ".xml")
-    box = dict(re.findall(r"<([xy]m(?:in|ax))>\s*(\d+)", xml.read_text("utf-8", "replace"))[:4]) if xml.is_file() else {}
-    if len(box) == 4:
-        x0, y0, x1, y1 = (float(box[edge]) for edge in ("xmin", "ymin", "xmax", "ymax"))
-        inside = np.outer(covered(ys, y0, y1), covered(xs, x0, x1))
-        head = np.stack([inside, 1 - inside]) if inside.any() else head
-    return torch.from_numpy(np.stack([[pet, around], head]).reshape(2, 2, -1).astype(np.float32))
-
-
-def mean_by_area(mask: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
-    """Average a mask (H, W) over patches, whose edges ys (gh + 1,) and xs (gw + 1,) may cut through pixels: (gh, gw)."""
-    for edges in (ys, xs):  # not by matrix products, whose threads would be in the way of those that decode
-        whole = np.minimum(edges.astype(int), len(mask) - 1)
-        up_to = np.pad(mask.cumsum(0, dtype=np.float64), ((1, 0), (0, 0)))[whole] + (edges - whole)[:, None] * mask[whole]
-        mask = (np.diff(up_to, axis=0) / np.diff(edges)[:, None]).T
-    return mask
-
-
-def covered(edges: np.ndarray, start: float, end: float) -> np.ndarray:
-    """Return the share (g,) of each stretch between edges (g + 1,) that an interval covers."""
-    low, high = edges[:-1], edges[1:]
-    return (np.minimum(high, end) - np.maximum(low, start)).clip(0) / (high - low)
+    with processes.working(min(workers, n // CHUNK) if n >= processes.MANY else 0, "minivit.masks") as begin:
+        found = scorable(begin)
+        while batch := list(itertools.islice(found, BATCH)):
+            yield batch

@@ -7,7 +7,8 @@ import itertools
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from multiprocessing.connection import Connection
 
@@ -17,7 +18,7 @@ MANY = 64  # photos, from which on it takes longer to decode them than to start 
 
 
 @contextlib.contextmanager
-def working(processes: int, module: str = "minivit.photos") -> Iterator[Callable[..., Callable[[], object]]]:
+def working(processes: int, module: str = "minivit.preprocess") -> Iterator[Callable[..., Callable[[], object]]]:
     """Yield what begins a job, (function, *args, **kwargs), and returns what waits for its result; with 0, done right here.
 
     The processes import the module while they have nothing else to do. Not too many jobs may be begun before they are waited
@@ -53,6 +54,17 @@ def working(processes: int, module: str = "minivit.photos") -> Iterator[Callable
             return wait
 
         yield begin
+
+
+def in_turn(begin: Callable[..., Callable[[], object]], jobs: Iterable[tuple], ahead: int) -> Iterator:
+    """Yield what (function, *args) give, in their order, so many begun ahead."""
+    waiting: deque[Callable[[], object]] = deque()
+    for job in jobs:
+        waiting.append(begin(*job))
+        if len(waiting) > ahead:
+            yield waiting.popleft()()
+    while waiting:
+        yield waiting.popleft()()
 
 
 def work_for(pipe: Connection, module: str) -> None:

@@ -58,7 +58,7 @@ def methods(text: str) -> tuple[str, ...]:
 
 def score(args: argparse.Namespace) -> int:
     """Measure every photo, then tell how the maps fall on pet and head, for which photos, and what fine-tuning changed."""
-    from . import data, device, files, frozen, gallery, loop, measure, optim, score_plots, weights
+    from . import data, device, files, frozen, gallery, loop, masks, measure, optim, score_plots, weights
 
     source = cli.default_model(args.model)
     print(f"model: {printable(source)}", file=sys.stderr)
@@ -66,7 +66,7 @@ def score(args: argparse.Namespace) -> int:
     amp, train, val = device.pick_amp(args.amp, on), photos.train, photos.val
     trainval = data.Split(train.paths + val.paths, train.labels + val.labels)
     split = trainval if args.split == "trainval" else getattr(photos, args.split)
-    if not any(measure.annotation(path, "trimaps", ".png").is_file() for path in split.paths):
+    if not any(masks.annotation(path, "trimaps", ".png").is_file() for path in split.paths):
         raise UserError(f"{args.data}: no photo of {args.split} has a mask; score needs Oxford-IIIT Pet's annotations/trimaps")
     names = {"model": source, **({"base": args.compare} if args.compare else {})}
     models = {which: weights.load_pretrained(name) for which, name in names.items()}
@@ -131,7 +131,7 @@ def check(
 
 def group_photos(paths: Sequence[Path], right: np.ndarray | None) -> dict[str, np.ndarray]:
     """Return which photos (n,) are in each of GROUPS; cats and dogs as Oxford-IIIT Pet lists them."""
-    from .measure import read_species
+    from .masks import read_species
 
     species = read_species(paths[0].parents[1])
     cats = np.array([species[path.stem] == "cat" for path in paths])

@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import sys
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,8 @@ from .ahead import read_ahead
 from .data import Data
 from .errors import UserError, printable
 from .files import locked, read_json, whole_file, write_json
-from .photos import Preprocess, decode_into, open_photo
+from .photos import open_photo
+from .preprocess import Preprocess, decode_into
 
 VERSION = 1  # of what decoding gives; another one makes stores anew
 CHUNK = 16  # photos that a process decodes in one go
@@ -119,18 +119,16 @@ def _write(file: Path, paths: Sequence[Path], preprocess: Preprocess, workers: i
     header = {"descr": "|u1", "fortran_order": False}
     with whole_file(file) as partial, partial.open("wb+") as out:
         np.lib.format.write_array_header_1_0(out, header | {"shape": (n, 3, *preprocess.size)})
-        place, decoding = out.tell(), deque()
+        place = out.tell()
         out.flush()
+        jobs = ((decode_into, partial, place + i * size, paths[i : i + CHUNK], preprocess) for i in range(0, n, CHUNK))
         with (
             processes.working(min(workers, n // CHUNK) if n >= processes.MANY else 0) as begin,
             tqdm(total=n, desc="decoding", unit="photo", leave=False) as bar,
         ):
-            for i in range(0, n, CHUNK):
-                decoding.append(begin(decode_into, partial, place + i * size, paths[i : i + CHUNK], preprocess))
-                while len(decoding) > 2 * workers or (decoding and i + CHUNK >= n):
-                    found = decoding.popleft()()
-                    reasons += found
-                    bar.update(len(found))
+            for found in processes.in_turn(begin, jobs, ahead=2 * workers):
+                reasons += found
+                bar.update(len(found))
         good = [i for i, reason in enumerate(reasons) if not reason]
         for row, i in enumerate(good):
             if row != i:  # those that can be read close ranks

@@ -19,7 +19,7 @@ from .files import read_json, write_json
 from .hub import Files, fetch
 from .model import ViT, ViTConfig
 from .optim import trainable
-from .photos import Preprocess
+from .preprocess import Preprocess
 from .tensors import content_hash, read_tensors, save_tensors, tail_metadata
 
 

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from minivit import ViT, ViTConfig, export, load_pretrained, save_pretrained
 from minivit.errors import UserError
 from minivit.optim import freeze_except
-from minivit.photos import Preprocess
+from minivit.preprocess import Preprocess
 from minivit.weights import save_tail
 
 LABELS = ("Abyssinian", "boxer", "Egyptian Mau")

@@ -6,7 +6,6 @@ import csv
 import json
 import subprocess
 import sys
-import time
 import weakref
 from html.parser import HTMLParser
 
@@ -17,11 +16,15 @@ from conftest import ROOT, randomize
 from PIL import Image
 from torch.testing import assert_close
 
-from minivit import Preprocess, ViT, ViTConfig, ahead, gallery, measure, query_maps, save_pretrained, score
+from minivit import Preprocess, ViT, ViTConfig, gallery, masks, measure, processes, query_maps, save_pretrained, score
 from minivit.attention import class_relevance, region_scores, rollout
 
 CROP = Preprocess(36, (32, 32), 3)
 XML = "<annotation><object><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object></annotation>"
+
+
+def read_regions(*args):
+    return torch.from_numpy(masks.read_regions(*args))
 
 
 # Metrics
@@ -134,7 +137,7 @@ def test_masks_go_through_the_photos_geometry(tmp_path, preprocess, size):
     mask = blob(W, H, (W // 3, H // 4, W // 3 + W // 4, H // 4 + H // 3))
     path = write_pet(tmp_path, "a", mask)
     grid = preprocess.size[0] // 8, preprocess.size[1] // 8
-    pet, around = measure.read_regions(path, size, preprocess, grid)[0]
+    pet, around = read_regions(path, size, preprocess, grid)[0]
     assert_close(pet + around, torch.ones_like(pet))
     pixels = preprocess.pixels(Image.open(path)).float().mean(0) / 255  # white is pet
     seen = pixels.unflatten(0, (grid[0], 8)).unflatten(2, (grid[1], 8)).mean((1, 3)).flatten()
@@ -146,7 +149,7 @@ def test_masks_are_averaged_by_area_and_the_border_counts_as_neither(tmp_path):
     rng = np.random.default_rng(0)
     mask = rng.integers(1, 4, (41, 53)).astype(np.uint8)
     path = write_pet(tmp_path, "a", mask, head=(10, 4, 30.0, 20))
-    regions = measure.read_regions(path, (53, 41), Preprocess((32, 48)), (4, 6))
+    regions = read_regions(path, (53, 41), Preprocess((32, 48)), (4, 6))
     assert regions.shape == (2, 2, 24) and regions.dtype == torch.float32
     for found, value in zip(regions[0], (1, 2)):
         fine = (mask == value).repeat(4, 0).repeat(6, 1)  # now each patch is a whole number of these
@@ -159,10 +162,10 @@ def test_masks_are_averaged_by_area_and_the_border_counts_as_neither(tmp_path):
 
 def test_a_head_box_outside_of_what_is_seen_or_absent_has_no_area(tmp_path):
     path = write_pet(tmp_path, "a", blob(100, 40, (40, 10, 60, 30)), head=(0, 0, 9, 9))
-    assert (measure.read_regions(path, (100, 40), CROP, (4, 4))[1] == 0).all()
-    assert (measure.read_regions(path, (100, 40), Preprocess((32, 32)), (4, 4))[1].sum(0) == 1).all()
+    assert (read_regions(path, (100, 40), CROP, (4, 4))[1] == 0).all()
+    assert (read_regions(path, (100, 40), Preprocess((32, 32)), (4, 4))[1].sum(0) == 1).all()
     path = write_pet(tmp_path, "b", blob(100, 40, (40, 10, 60, 30)))
-    assert (measure.read_regions(path, (100, 40), Preprocess((32, 32)), (4, 4))[1] == 0).all()
+    assert (read_regions(path, (100, 40), Preprocess((32, 32)), (4, 4))[1] == 0).all()
 
 
 def test_random_attention_is_chance_on_real_masks(pets3):
@@ -172,7 +175,7 @@ def test_random_attention_is_chance_on_real_masks(pets3):
     for stem in stems:
         with Image.open(folder / "annotations" / "trimaps" / f"{stem}.png") as mask:
             size = mask.size
-        regions.append(measure.read_regions(folder / "images" / f"{stem}.jpg", size, CROP, (8, 8))[0])
+        regions.append(read_regions(folder / "images" / f"{stem}.jpg", size, CROP, (8, 8))[0])
     inside, outside = torch.stack(regions).unbind(1)
     maps = torch.randn(len(stems), 100, 64, generator=torch.Generator().manual_seed(0)).mul(2).softmax(-1)
     rows = region_scores(maps, inside, outside).numpy()
@@ -425,20 +428,30 @@ def test_maps_are_those_of_the_functions_that_are_tested_by_themselves(tiny):
 def test_photos_are_read_a_little_ahead_and_scored_alike_in_batches_of_any_size(pets, folders, monkeypatch):
     model = looking_model(1)
     paths = sorted((pets / "images").iterdir())
-    opened, honest = [], measure.open_photo
-    monkeypatch.setattr(measure, "open_photo", lambda path: opened.append(path) or honest(path))
+    opened, honest = [], masks.open_photo
+    monkeypatch.setattr(masks, "open_photo", lambda path: opened.append(path) or honest(path))
     whole = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
     monkeypatch.setattr(measure, "BATCH", 3)
     parts = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
     np.testing.assert_allclose(parts.rows["model"], whole.rows["model"], atol=1e-6)
     assert parts.photos == whole.photos == list(range(20))
     opened.clear()
-    monkeypatch.setattr(ahead, "READ_AHEAD", 2)
-    batches = measure.read_photos(paths, model, workers=2, left_out={})
+    monkeypatch.setattr(measure, "CHUNK", 2)
+    batches = measure.read_photos(paths, model, workers=1, left_out={})
     assert [i for i, *_ in next(batches)] == [0, 1, 2]
-    time.sleep(0.5)  # so that threads could go on if they were let
-    assert len(opened) == 3 + 6  # a batch, two ahead, and two for each thread
+    assert len(opened) == 4 + 2 * 2  # a batch, read two by two, and two times two ahead
     assert [[i for i, *_ in batch] for batch in batches][-1] == [18, 19]
+
+
+def test_processes_read_the_same_and_leave_out_the_same(pets, monkeypatch):
+    model, paths = looking_model(1), sorted((pets / "images").iterdir())
+    (pets / "annotations" / "trimaps" / f"{paths[3].stem}.png").unlink()
+    paths[5].write_bytes(b"no photo")
+    here = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
+    monkeypatch.setattr(processes, "MANY", 1)
+    there = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
+    np.testing.assert_array_equal(here.rows["model"], there.rows["model"])
+    assert here.left_out == there.left_out == {"mask missing": [paths[3]], "photo cannot be read": [paths[5]]}
 
 
 def test_nothing_of_a_batch_is_kept_but_its_scores_and_one_map(pets, monkeypatch):

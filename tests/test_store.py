@@ -14,7 +14,7 @@ import torch
 from conftest import draw_photo
 from test_data import make_pets
 
-from minivit import Preprocess, open_photo, photos, processes, store
+from minivit import Preprocess, open_photo, preprocess, processes, store
 from minivit.data import load_data
 from minivit.errors import UserError
 
@@ -45,7 +45,7 @@ def made(root):
 def opened(monkeypatch):
     """The photos that were decoded."""
     seen = []
-    monkeypatch.setattr(photos, "open_photo", lambda path: seen.append(path) or open_photo(path))
+    monkeypatch.setattr(preprocess, "open_photo", lambda path: seen.append(path) or open_photo(path))
     return seen
 
 
@@ -138,8 +138,8 @@ def test_the_store_is_made_anew_when_a_photo_changes_and_the_old_one_goes(pets, 
 def test_models_that_see_photos_otherwise_have_stores_of_their_own(pets, opened):
     data = load_data(pets, seed=0)
     ways = [PREPROCESS, Preprocess((20, 24)), Preprocess(28, (24, 20)), Preprocess((24, 20), resample=3)]
-    for preprocess in ways * 2:
-        decode_all(data, preprocess)
+    for way in ways * 2:
+        decode_all(data, way)
     assert len(made(pets)) == 4
     assert len(opened) == 4 * 24
 
@@ -284,5 +284,5 @@ def test_odd_metadata_gives_no_warning_and_leaves_the_warning_filters_alone(pets
         warnings.warn("Pillow finds this odd", stacklevel=1)
         return open_photo(path)
 
-    monkeypatch.setattr("minivit.photos.open_photo", open_loudly)
+    monkeypatch.setattr("minivit.preprocess.open_photo", open_loudly)
     decode_all(data, workers=2)
