@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -97,7 +98,7 @@ def test_torchrun_restarts_after_a_killed_rank_and_the_run_ends(tiny_saved, shap
     out = tmp_path / "run"
     with torchrun(tiny_saved, shapes_data, out, *EPOCHS, "--resume", more=["--max-restarts", "1"]) as process:
         for line in process.stdout:
-            if line.startswith("epoch 1/6"):
+            if line.startswith("epoch 2/6"):  # by then the state after the first is on disk
                 break
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
         os.kill(int(children[-1]), signal.SIGKILL)
@@ -106,6 +107,19 @@ def test_torchrun_restarts_after_a_killed_rank_and_the_run_ends(tiny_saved, shap
     assert f"{out}: going on in epoch" in err
     assert output.splitlines()[-1].startswith("test accuracy ")
     assert [row["epoch"] for row in rows_of(out)] == list(range(1, 7))
+
+
+@pytest.mark.slow
+def test_two_machines_follow_the_curve_of_one(tiny_saved, shapes_data, straight, tmp_path):
+    """Two torchruns on this machine, which find each other as on two."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    more = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "two"]
+    machines = [torchrun(tiny_saved, shapes_data, tmp_path / "run", *EPOCHS, more=more) for _ in range(2)]
+    outs = [machine.communicate(timeout=500)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0]
+    assert sorted(out.count("test accuracy") for out in outs) == [0, 1]
+    assert_same_end(tmp_path / "run", straight[0])
 
 
 def test_a_mistake_is_said_once_by_all_processes_together(tiny_saved, tmp_path):
