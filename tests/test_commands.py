@@ -119,6 +119,24 @@ def test_the_model_card_says_what_it_is_and_names_are_no_markup(run):
     assert "Classes: `'](x)\\n# <b>`.\n" in hostile
 
 
+def test_weights_that_changed_on_their_way_to_the_disk_are_not_tested_but_named(tiny_saved, shapes_data, tmp_path, monkeypatch):
+    def save(model, folder):
+        with torch.no_grad():
+            model.head.bias[0] += 1e-6
+        save_pretrained(model, folder)
+        with torch.no_grad():
+            model.head.bias[0] -= 1e-6
+
+    monkeypatch.setattr("minivit.weights.save_pretrained", save)
+    with pytest.raises(RuntimeError, match="not those that were validated: head.bias"):
+        run_train(tiny_saved, shapes_data, tmp_path / "run", "--epochs", "1")
+    assert not (tmp_path / "run" / "summary.json").exists() and (tmp_path / "run" / "state.safetensors").exists()
+
+
+def test_a_model_of_another_input_size_is_read_back_as_it_was(tiny_saved, shapes_data, tmp_path, no_figures):
+    assert run_train(tiny_saved, shapes_data, tmp_path / "run", "--epochs", "1", "--img-size", "40x48", "--amp", "bf16") == 0
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_the_written_weights_are_the_best_epochs_not_the_last(tiny_folder, shapes_data, tmp_path, monkeypatch):
     from minivit import loop
