@@ -87,7 +87,7 @@ def infer(args: argparse.Namespace) -> int:
 
     drawers = min(args.workers, len(jobs)) if len(jobs) >= POOL_FROM else 0
     unreadable, size = 0, batch_size(models[0], blocks, args, cpu=on.type == "cpu")
-    with progress_bar(len(jobs)) as progress, processes.working(drawers) as draw:
+    with progress_bar(len(jobs)) as progress, processes.working(drawers, "minivit.plots") as draw:
         found, drawn = ahead.read_ahead(read, jobs, args.workers), deque()
         while batch := list(itertools.islice(found, size)):
             for path, _, error in batch:

@@ -40,13 +40,12 @@ def working(processes: int, module: str = "minivit.preprocess") -> Iterator[Call
 
         def begin(job: Callable, *args, **kwargs) -> Callable[[], object]:
             pipe = next(turn)
-            pipe.send((job, args, kwargs))
+            with noticing_its_end():
+                pipe.send((job, args, kwargs))
 
             def wait() -> object:
-                try:
+                with noticing_its_end():
                     result, error = pipe.recv()  # a process answers in the order of its jobs
-                except EOFError:
-                    raise UserError("a process at work was killed; if memory ran out, try fewer --workers") from None
                 if error is not None:
                     raise error
                 return result
@@ -54,6 +53,14 @@ def working(processes: int, module: str = "minivit.preprocess") -> Iterator[Call
             return wait
 
         yield begin
+
+
+@contextlib.contextmanager
+def noticing_its_end() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        raise UserError("a process at work was killed; if memory ran out, try fewer --workers") from None
 
 
 def in_turn(begin: Callable[..., Callable[[], object]], jobs: Iterable[tuple], ahead: int) -> Iterator:

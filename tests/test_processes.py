@@ -1,0 +1,53 @@
+"""Work in other processes: its order, its errors, and its end."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from minivit import processes
+from minivit.errors import UserError
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_results_come_in_the_order_of_the_jobs(count):
+    jobs = ((processes.call, "builtins", "divmod", i, 3) for i in range(9))
+    with processes.working(count) as begin:
+        assert list(processes.in_turn(begin, jobs, ahead=4)) == [divmod(i, 3) for i in range(9)]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_more_is_begun_than_asked_for(count):
+    begun = []
+    jobs = (begun.append(i) or (processes.call, "builtins", "abs", i) for i in range(9))
+    with processes.working(count) as begin:
+        results = processes.in_turn(begin, jobs, ahead=3)
+        assert next(results) == 0
+        assert begun == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_what_a_job_raises_is_raised_and_the_next_goes_on(count):
+    with processes.working(count) as begin:
+        with pytest.raises(FileNotFoundError):
+            begin(os.stat, "/no/such/file")()
+        assert begin(abs, -1)() == 1
+
+
+def test_a_killed_process_is_a_line_and_no_broken_pipe_which_would_mean_that_nobody_reads():
+    with processes.working(1) as begin:
+        with pytest.raises(UserError, match="was killed; if memory ran out, try fewer --workers"):
+            begin(os._exit, 9)()
+        time.sleep(0.2)
+        with pytest.raises(UserError, match="was killed"):
+            begin(abs, -1)()
+
+
+def test_a_process_has_imported_its_module_and_no_torch():
+    for module in ("minivit.plots", "minivit.preprocess", "minivit.masks"):
+        with processes.working(1, module) as begin:
+            names = begin(eval, "set(__import__('sys').modules)")()
+        assert module in names
+        assert "torch" not in names
