@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -79,6 +81,28 @@ def test_sigterm_to_torchrun_saves_and_resume_ends_in_the_same_bytes(tiny_saved,
         assert process.returncode == 0, err
     assert f"{out}: going on in epoch" in err
     assert_same_end(out, straight[0])
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_sigterm_to_torchrun_at_any_moment_and_resume_end_in_the_same_bytes(tiny_saved, shapes_data, straight, tmp_path):
+    started, interrupted = time.perf_counter(), 0
+    with torchrun(tiny_saved, shapes_data, tmp_path / "whole", *EPOCHS) as process:
+        process.communicate(timeout=500)
+    whole = time.perf_counter() - started
+    rng = random.Random(seed := time.time_ns())
+    for i in range(25):
+        out = tmp_path / str(i)
+        with torchrun(tiny_saved, shapes_data, out, *EPOCHS) as process:
+            time.sleep(rng.uniform(0.3, 1) * whole)
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=500)
+        interrupted += (out / runs.STATE).exists()
+        with torchrun(tiny_saved, shapes_data, out, *EPOCHS, "--resume") as process:
+            _, err = process.communicate(timeout=500)
+            assert process.returncode == 0, (seed, i, err)
+        assert_same_end(out, straight[0])
+    assert interrupted >= 5, seed  # in the midst of training
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_saved, shapes_data, tmp_path):

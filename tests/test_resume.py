@@ -130,6 +130,22 @@ def test_fp16_goes_on_with_its_scaler(pixels, tmp_path):  # noqa: F811
     assert (second.step, second.scaler.state_dict()) == (whole.step, whole.scaler.state_dict())
 
 
+def test_the_best_epochs_weights_come_back_whether_or_not_they_are_the_last(pixels, tmp_path):  # noqa: F811
+    run = state.begin(fresh(), amp=None, weight_decay=0.05)
+    next(loop.fit(run, pixels, pixels, cut=10, amp=None, epochs=2, batch_size=4, micro_batch=4, lr=1e-2, seed=0))
+    last = run.tail()
+    before = {name: tensor - 1 for name, tensor in last.items()}
+    sizes = []
+    for best in ({}, last, before):
+        run.best = best
+        run.save(tmp_path / "state", {})
+        sizes.append((tmp_path / "state").stat().st_size)
+        again = state.begin(fresh(), amp=None, weight_decay=0.05)
+        again.load(*state.read(tmp_path / "state", {}))
+        assert all(torch.equal(tensor, again.best[name]) for name, tensor in (best or last).items())
+    assert sizes[1] < sizes[2] - 4 * sum(tensor.numel() for tensor in last.values())
+
+
 CHANGED = {
     "--lr": (["--lr", "0.01"], "--lr was 0.003, now 0.01"),
     "--epochs": (["--epochs", "5"], "--epochs was 4, now 5"),

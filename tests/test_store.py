@@ -73,6 +73,8 @@ def test_processes_decode_to_the_same_pixels_and_leave_out_the_same_photos(pets,
     assert sorted(set(data.paths()) - set(kept.paths())) == sorted(broken)
     assert not opened  # in this process
     assert_aligned(kept, splits)
+    (file,) = (pets / ".minivit").glob("*.npy")
+    assert file.stat().st_size == 128 + (24 - len(broken)) * 3 * 24 * 20
 
 
 def test_a_disk_that_is_full_in_a_process_leaves_nothing_behind(pets, two_processes):
