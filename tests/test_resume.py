@@ -146,6 +146,18 @@ def test_the_best_epochs_weights_come_back_whether_or_not_they_are_the_last(pixe
     assert sizes[1] < sizes[2] - 4 * sum(tensor.numel() for tensor in last.values())
 
 
+def test_a_snapshot_stays_as_it_is_while_training_goes_on(pixels):  # noqa: F811
+    run, how = state.begin(fresh(), amp=None, weight_decay=0.05), {"batch_size": 4, "micro_batch": 4, "lr": 1e-2, "seed": 0}
+    epochs = loop.fit(run, pixels, pixels, cut=10, amp=None, epochs=2, **how)
+    next(epochs)
+    taken, _ = run.snapshot({})
+    before = {name: tensor.clone() for name, tensor in taken.items()}
+    next(epochs)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in taken.items())
+    after, _ = run.snapshot({})
+    assert not any(torch.equal(after[name], before[name]) for name in before if name.endswith("exp_avg"))
+
+
 CHANGED = {
     "--lr": (["--lr", "0.01"], "--lr was 0.003, now 0.01"),
     "--epochs": (["--epochs", "5"], "--epochs was 4, now 5"),
