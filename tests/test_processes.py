@@ -1,4 +1,4 @@
-"""Work in other processes: its order, its errors, and its end."""
+"""Work in other processes, and in a thread behind: its order, its errors, and its end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from minivit import processes
+from minivit import ahead, processes
 from minivit.errors import UserError
 
 
@@ -51,3 +51,14 @@ def test_a_process_has_imported_its_module_and_no_torch():
             names = begin(eval, "set(__import__('sys').modules)")()
         assert module in names
         assert "torch" not in names
+
+
+def test_what_a_write_behind_raises_is_raised_before_the_next_begins_and_at_the_end():
+    written = []
+    with pytest.raises(FileNotFoundError), ahead.write_behind() as begin:
+        begin(written.append, 1)
+        begin(os.stat, "/no/such/file")
+        begin(written.append, 2)
+    assert written == [1]
+    with pytest.raises(FileNotFoundError), ahead.write_behind() as begin:
+        begin(os.stat, "/no/such/file")
