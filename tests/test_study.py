@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -138,7 +139,19 @@ def test_more_tokens_than_allowed_are_refused(tiny_saved, shapes_data, tmp_path,
     assert "raise --cache-gib 1e-06, or lower --views 2" in capsys.readouterr().err
 
 
-def test_the_model_is_left_as_it_was(tiny_saved, shapes_data, whole):
+def test_an_estimate_counts_steps_evaluations_and_the_test(tiny_saved, shapes_data, monkeypatch):
+    from minivit import load_pretrained
+
+    low, split = load_pretrained(tiny_saved), load_data(shapes_data, seed=0)
+    cell = study.Cell("all", "11", 0, 11, 10, split.train)
+    monkeypatch.setattr(study.time, "perf_counter", itertools.count().__next__)  # 32 photos' forward pass in a second
+    n, val, test = (len(part) for part in (split.train, split.val, split.test))
+    tokens = (n + val + test + 4 * n) * (low.flops() - low.flops(11))
+    work = low.flops(11) * (10 * 3 * n + 5 * (n + val) + test)  # a backward pass is two forward
+    assert study.estimate(low, [cell], [split], views=4) == pytest.approx((tokens + work) / (32 * low.flops()))
+
+
+def test_the_model_is_left_as_it_was_and_the_best_epoch_is_one_of_five(tiny_saved, shapes_data, whole, monkeypatch):
     from minivit import load_pretrained
 
     model = load_pretrained(tiny_saved, labels=["a", "b", "c"])
@@ -147,10 +160,12 @@ def test_the_model_is_left_as_it_was(tiny_saved, shapes_data, whole):
     low = frozen.working_copy(model, torch.device("cpu"), None, train=False)
     photos = Pixels(split.paths(), model.preprocess, 1)
     tokens = frozen.KnownTokens(low, photos, split.train.paths, 1, batch=64)
-    cell = study.Cell("all", "11", 0, optim.freeze_except(model, [11]), 1, split.train)
+    cell, seen, fit = study.Cell("all", "11", 0, optim.freeze_except(model, [11]), 10, split.train), [], loop.fit
+    monkeypatch.setattr(loop, "fit", lambda *args, **how: (seen.append(row["epoch"]) or row for row in fit(*args, **how)))
     tokens.advance(11)
     assert study.run(cell, model, split, tokens, args, None)["photos"] == 33
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert seen == [2, 4, 6, 8, 10]
 
 
 def rows(cells):
