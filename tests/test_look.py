@@ -227,6 +227,20 @@ def test_arrays_are_the_rows_of_the_method_and_say_what_they_are(tiny_folder, ot
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_amp_is_the_precision_that_the_model_computes_in(tiny_folder, photo, tmp_path, capsys):
+    flags = [photo, "--model", tiny_folder, "--layers", "11", "--out", tmp_path / "out", "--json", "--device", "cpu"]
+    model = load_pretrained(tiny_folder)
+    images = model.preprocess(open_photo(photo))[None]
+    for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16)):
+        assert infer.main([*map(str, flags), "--amp", amp]) == 0
+        (answer,) = map(json.loads, capsys.readouterr().out.splitlines())
+        with torch.no_grad():
+            expected = model.to(dtype)(images).float().softmax(1)[0]
+        found = [top["probability"] for top in answer["predictions"]]
+        assert found == pytest.approx(expected.sort(descending=True).values[: len(found)].tolist(), rel=1e-5)
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_answers_in_json_tell_what_the_text_does_and_how_much_the_class_token_keeps(
     tiny_folder, other_folder, photo, tmp_path, capsys
 ):

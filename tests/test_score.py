@@ -238,6 +238,17 @@ def run(pets, *flags):
     return score.main([*known, *map(str, flags)])
 
 
+def test_amp_is_the_precision_that_the_models_compute_in(pets, folders, monkeypatch):
+    seen, measure_all = [], measure.measure
+    monkeypatch.setattr(
+        measure,
+        "measure",
+        lambda models, *args, **how: seen.append(models["model"].head.weight.dtype) or measure_all(models, *args, **how),
+    )
+    assert run(pets, "--model", folders[0], "--amp", "bf16") == 0
+    assert seen == [torch.bfloat16]
+
+
 def read_csv(pets):
     with (pets.parent / "out" / "score.csv").open() as file:
         rows = list(csv.DictReader(file))
