@@ -140,7 +140,7 @@ def read_photos(
             else:
                 yield i, *map(torch.from_numpy, found)
 
-    with processes.working(min(workers, n // CHUNK) if n >= processes.MANY else 0, "minivit.masks") as begin:
+    with processes.working(processes.worth_starting(n, workers), "minivit.masks") as begin:
         found = scorable(begin)
         while batch := list(itertools.islice(found, BATCH)):
             yield batch

@@ -56,7 +56,7 @@ class Preprocess:
         return torch.from_numpy(self.array(photo))
 
     def array(self, photo: Image.Image) -> np.ndarray:
-        """Return the same for processes without torch."""
+        """Return the same as NumPy holds it, for processes without torch."""
         (w, h), filter = self.size[::-1], Image.Resampling(self.resample)
         if self.crop is None or max(photo.size) > 20 * min(photo.size):
             resized = photo.resize((w, h), filter, box=self.box(photo.size))  # a strip's long edge would take gigabytes

@@ -17,8 +17,13 @@ from .errors import UserError
 MANY = 64  # photos, from which on it takes longer to decode them than to start processes
 
 
+def worth_starting(photos: int, workers: int) -> int:
+    """Return how many processes to decode so many photos in: none for few, and never one for fewer than eight."""
+    return min(workers, photos // 8) if photos >= MANY else 0
+
+
 @contextlib.contextmanager
-def working(processes: int, module: str = "minivit.preprocess") -> Iterator[Callable[..., Callable[[], object]]]:
+def working(processes: int, module: str) -> Iterator[Callable[..., Callable[[], object]]]:
     """Yield what begins a job, (function, *args, **kwargs), and returns what waits for its result; with 0, done right here.
 
     The processes import the module while they have nothing else to do. Not too many jobs may be begun before they are waited

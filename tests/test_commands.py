@@ -133,6 +133,23 @@ def test_weights_that_changed_on_their_way_to_the_disk_are_not_tested_but_named(
     assert not (tmp_path / "run" / "summary.json").exists() and (tmp_path / "run" / "state.safetensors").exists()
 
 
+@pytest.mark.parametrize("amp, by", [("off", 0.002), ("bf16", 0.1)])
+def test_weights_that_do_not_validate_as_they_did_are_not_tested(tiny_saved, shapes_data, tmp_path, monkeypatch, amp, by):
+    from minivit import loop
+
+    real = loop.fit
+
+    def of_other_weights(run, *args, **kwargs):
+        for row in real(run, *args, **kwargs):
+            row["val_loss"] += by * max(1, row["val_loss"])
+            yield row
+
+    monkeypatch.setattr(loop, "fit", of_other_weights)
+    with pytest.raises(RuntimeError, match="the weights validate at a loss of"):
+        run_train(tiny_saved, shapes_data, tmp_path / "run", "--epochs", "1", "--amp", amp)
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 def test_a_model_of_another_input_size_is_read_back_as_it_was(tiny_saved, shapes_data, tmp_path, no_figures):
     assert run_train(tiny_saved, shapes_data, tmp_path / "run", "--epochs", "1", "--img-size", "40x48", "--amp", "bf16") == 0
 

@@ -14,7 +14,7 @@ from minivit.errors import UserError
 @pytest.mark.parametrize("count", [0, 2])
 def test_results_come_in_the_order_of_the_jobs(count):
     jobs = ((processes.call, "builtins", "divmod", i, 3) for i in range(9))
-    with processes.working(count) as begin:
+    with processes.working(count, "minivit.preprocess") as begin:
         assert list(processes.in_turn(begin, jobs, ahead=4)) == [divmod(i, 3) for i in range(9)]
 
 
@@ -22,7 +22,7 @@ def test_results_come_in_the_order_of_the_jobs(count):
 def test_no_more_is_begun_than_asked_for(count):
     begun = []
     jobs = (begun.append(i) or (processes.call, "builtins", "abs", i) for i in range(9))
-    with processes.working(count) as begin:
+    with processes.working(count, "minivit.preprocess") as begin:
         results = processes.in_turn(begin, jobs, ahead=3)
         assert next(results) == 0
         assert begun == [0, 1, 2, 3]
@@ -30,14 +30,14 @@ def test_no_more_is_begun_than_asked_for(count):
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_what_a_job_raises_is_raised_and_the_next_goes_on(count):
-    with processes.working(count) as begin:
+    with processes.working(count, "minivit.preprocess") as begin:
         with pytest.raises(FileNotFoundError):
             begin(os.stat, "/no/such/file")()
         assert begin(abs, -1)() == 1
 
 
 def test_a_killed_process_is_a_line_and_no_broken_pipe_which_would_mean_that_nobody_reads():
-    with processes.working(1) as begin:
+    with processes.working(1, "minivit.preprocess") as begin:
         with pytest.raises(UserError, match="was killed; if memory ran out, try fewer --workers"):
             begin(os._exit, 9)()
         time.sleep(0.2)
