@@ -82,12 +82,9 @@ def draw_attention(
     height = shape[0] * cell_h + 40 + 16 * len(said)
     figure = Figure((width / DPI, height / DPI), dpi=DPI, facecolor="white")
 
-    def text(x: float, y: float, words: str, size: float = 8, **kwargs) -> None:
-        figure.text(x / width, 1 - y / height, words, fontsize=size, parse_math=False, **{"va": "top", "ha": "left", **kwargs})
-
-    text(width / 2, 8, title, 11, ha="center")
+    text(figure, width / 2, 8, title, 11, ha="center")
     for i, line in enumerate(said):
-        text(14, height - 16 * (len(said) - i), line, color="0.25")
+        text(figure, 14, height - 16 * (len(said) - i), line, 8, color="0.25")
     for r, row in enumerate(rows):
         shared = value_range([panel.values for panel in row.panels], row.signed) if common or row.signed else None
         for c, panel in enumerate([None, *row.panels]):
@@ -95,13 +92,15 @@ def draw_attention(
             x, y = 14 + across * cell_w + (cell_w - 14 - w) // 2, 36 + down * cell_h
             top = y + 20 * lines
             if panel is None:
-                text(x, top - 4, "\n".join(shorten(line, cell_w // 7) for line in row.label.split("\n")), 9, va="bottom")
+                text(
+                    figure, x, top - 4, "\n".join(shorten(line, cell_w // 7) for line in row.label.split("\n")), 9, va="bottom"
+                )
                 if not row.signed:
                     figure.figimage(photo, x, height - top - h, origin="upper")
                     if mark:
                         _mark(figure, x, height - top, (w, h), mark)
                 continue
-            text(x, top - 4, shorten(panel.title, cell_w // 7), 9, va="bottom")
+            text(figure, x, top - 4, shorten(panel.title, cell_w // 7), 9, va="bottom")
             low, high = shared or value_range([panel.values], row.signed)
             colours = SIGNED if row.signed else HEAT
             figure.figimage(overlay(photo, panel.values, low, high, colours), x, height - top - h, origin="upper")
@@ -109,11 +108,17 @@ def draw_attention(
             figure.figimage(ramp, x, height - top - h - 14, origin="upper")
             digits = min(max(1 - math.floor(math.log10(max(high, 1e-9))), 0), 9)
             left, right = (f"{value:{'+' if row.signed else ''}.{digits}f}" for value in (low, high))
-            text(x, top + h + 15, left, 7.5)
-            text(x + w, top + h + 15, f"{right} {'points' if row.signed else '%'}", 7.5, ha="right")
+            text(figure, x, top + h + 15, left, 7.5)
+            text(figure, x + w, top + h + 15, f"{right} {'points' if row.signed else '%'}", 7.5, ha="right")
             style = {"weight": "bold", "color": WRONG} if panel.warn else {"color": "0.25"}
-            text(x, top + h + 28, panel.note, 7.5, **style)
+            text(figure, x, top + h + 28, panel.note, 7.5, **style)
     save(figure, path)
+
+
+def text(figure: Figure, x: float, y: float, words: str, size: float, **how) -> None:
+    """Write on a figure, in pixels from its left and its top; names are no markup."""
+    width, height = figure.bbox.size
+    figure.text(x / width, 1 - y / height, words, fontsize=size, parse_math=False, **{"va": "top", "ha": "left", **how})
 
 
 def value_range(values: Sequence[np.ndarray], signed: bool = False) -> tuple[float, float]:
@@ -190,25 +195,26 @@ def draw_confusion(
     save(figure, path)
 
 
-def draw_predictions(path: Path, photos: Sequence[Path], captions: Sequence[tuple[str, str, float]], title: str) -> None:
+def draw_predictions(out: Path, photos: Sequence[Path], captions: Sequence[tuple[str, str, float]], title: str) -> None:
     """Draw photos in a grid, each with (true class, predicted class, probability): right and wrong ones marked."""
-    columns = min(6, len(photos))
-    rows = math.ceil(len(photos) / columns)
-    figure = Figure((2.3 * columns, 2.6 * rows + 0.5), layout="constrained", dpi=110)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes:
-        ax.axis("off")
-    for ax, photo, (true, predicted, probability) in zip(axes, photos, captions):
-        photo = open_photo(photo)
-        photo.thumbnail((300, 300))
+    side, columns = 240, min(6, len(photos))
+    rows, width = math.ceil(len(photos) / columns), max(columns * (side + 12) + 12, 780)
+    figure = Figure((width / DPI, (rows * (side + 46) + 46) / DPI), dpi=DPI)
+    text(figure, width / 2, 10, title, 11, ha="center")
+    for i, (path, (true, predicted, probability)) in enumerate(zip(photos, captions)):
+        photo = open_photo(path)
+        photo.thumbnail((side, side))
+        x, bottom = (i % columns + 0.5) * (width / columns), 46 + (i // columns + 1) * (side + 46) - 12
+        left, low = round(x - photo.width / 2), round(figure.bbox.height - bottom)
+        figure.figimage(np.asarray(photo), left, low, origin="upper")
         right = true == predicted
-        caption = f"{'✓' if right else '✗'} {shorten(predicted, 20)} {probability:.2f}\n"
-        show(ax, np.asarray(photo), caption + ("" if right else f"true: {shorten(true, 20)}"), size=8)
-        ax.title.set(color=RIGHT if right else WRONG, weight="normal" if right else "bold")
-        for spine in ax.spines.values():
-            spine.set(visible=True, color=RIGHT if right else WRONG, linewidth=1 if right else 3)
-    figure.suptitle(title, fontsize=11)
-    save(figure, path)
+        style = {"color": RIGHT} if right else {"color": WRONG, "weight": "bold"}
+        frame = Rectangle((left, low), *photo.size, fill=False, lw=1 if right else 3, ec=style["color"], transform=None)
+        figure.add_artist(frame)
+        caption = f"{'✓' if right else '✗'} {shorten(predicted, 20)} {probability:.2f}"
+        caption += "" if right else f"\ntrue: {shorten(true, 20)}"
+        text(figure, x, bottom - photo.height - 4, caption, 8, va="bottom", ha="center", **style)
+    save(figure, out)
 
 
 def show(ax: Axes, image: np.ndarray, title: str, size: int = 10) -> None:
