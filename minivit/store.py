@@ -93,19 +93,20 @@ def prepare(
 
 def open_splits(data: Data, file: Path | None, preprocess: Preprocess, workers: int) -> list[tuple[Pixels, Tensor]]:
     """Return for train, val and test the pixels, in what `prepare` has made of the data, and labels (n,)."""
-    splits = (data.train, data.val, data.test)
-    pixels = [open_pixels(split.paths, data, file, preprocess, workers) for split in splits]
-    return [(found, torch.tensor(split.labels)) for found, split in zip(pixels, splits)]
+    whole, splits = open_pixels(data, file, preprocess, workers), (data.train, data.val, data.test)
+    row_of = {path: i for i, path in enumerate(whole.paths)}
+    rows = [torch.tensor([row_of[path] for path in split.paths]) for split in splits]
+    return [
+        (Pixels(split.paths, preprocess, workers, whole.stored, own), torch.tensor(split.labels))
+        for split, own in zip(splits, rows)
+    ]
 
 
-def open_pixels(paths: Sequence[Path], data: Data, file: Path | None, preprocess: Preprocess, workers: int) -> Pixels:
-    """Return the pixels of some of the photos of the data that `prepare` returned, in the file that it made."""
-    if file is None:
-        return Pixels(paths, preprocess, workers)
-    row_of = {path: i for i, path in enumerate(data.paths())}
-    return Pixels(
-        paths, preprocess, workers, torch.from_numpy(np.load(file, mmap_mode="c")), torch.tensor([row_of[p] for p in paths])
-    )
+def open_pixels(data: Data, file: Path | None, preprocess: Preprocess, workers: int) -> Pixels:
+    """Return the pixels of all photos of the data that `prepare` returned, in the file that it made."""
+    paths = data.paths()
+    stored = None if file is None else torch.from_numpy(np.load(file, mmap_mode="c"))
+    return Pixels(paths, preprocess, workers, stored, torch.arange(len(paths)))
 
 
 def checksum(*splits: tuple[Sequence[Path], Sequence[int]]) -> str:

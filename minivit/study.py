@@ -103,7 +103,7 @@ def study(args: argparse.Namespace) -> int:
         cells = [cell for cell in cells if (cell.shots, cell.blocks, str(cell.seed)) not in done]
         if cells:
             photos, file = store.prepare(splits[0], model.preprocess, workers=args.workers, cap_gib=args.store_gib)
-            pixels = store.open_pixels(photos.paths(), photos, file, model.preprocess, args.workers)
+            pixels = store.open_pixels(photos, file, model.preprocess, args.workers)
             tokens = frozen.KnownTokens(low, pixels, learn, args.views, batch=loop.eval_batch(on, 1, 1))
         for cell in sorted(cells, key=lambda cell: cell.cut):
             tokens.advance(cell.cut)
