@@ -192,6 +192,8 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(c.embed_dim, eps=c.eps)
         self.head = self._new_head()
         for name, parameter in self.named_parameters():  # weights of std 0.02 and biases of 0, as timm starts a ViT
+            if parameter.is_meta:
+                continue  # which would only make torch 2.11 import its compiler, for a second
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif "norm" not in name and "ls" not in name:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .model import ViT
-from .optim import parameter_groups, trainable
+from .optim import AdamW, parameter_groups, trainable
 from .tensors import save_tensors
 
 PLAIN = ("epoch", "step", "losses", "lr", "rows", "seconds", "spent")  # what JSON holds of a State
@@ -28,7 +28,7 @@ class State:
     """A run under way: the model, what trains it, and how far it has come."""
 
     model: ViT
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     scaler: torch.amp.GradScaler
     epoch: int = 1  # the one under way
     losses: list[float] = field(default_factory=list)  # of its batches so far; not finite where the scaler skipped a step
@@ -50,13 +50,15 @@ class State:
         self.model.to("meta")
         self.optimizer.state.clear()
 
-    def snapshot(self, settings: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Copy everything to the CPU, for save_tensors: training may go on while that writes."""
-        tail, moments = self.tail(), self.optimizer.state_dict()["state"]
+    def snapshot(
+        self, settings: Mapping[str, object], tail: dict[str, Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Copy everything to the CPU, for save_tensors: training may go on while that writes. `tail` may be there already."""
+        tail = tail or self.tail()
         tensors = {f"tail.{name}": tensor for name, tensor in tail.items()}
         if not all(torch.equal(tensor, tail[name]) for name, tensor in self.best.items()):
             tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-        for i, of_one in moments.items():
+        for i, of_one in enumerate(self.optimizer.state):
             tensors |= {f"optimizer.{i}.{key}": value.to("cpu", copy=True) for key, value in of_one.items()}
         plain = {name: getattr(self, name) for name in PLAIN}
         about = plain | {"settings": dict(settings), "scaler": self.scaler.state_dict()}
@@ -74,11 +76,9 @@ class State:
             parts[part][rest] = tensor
         set_tail(self.model, parts["tail"])
         self.best = parts["best"] or (parts["tail"] if about["rows"] else {})
-        moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts["optimizer"].items():
             i, _, key = name.partition(".")
-            moments.setdefault(int(i), {})[key] = tensor
-        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+            self.optimizer.state[int(i)][key].copy_(tensor)
         self.scaler.load_state_dict(about["scaler"])
         for name in PLAIN:
             setattr(self, name, about[name])
@@ -94,8 +94,7 @@ def set_tail(model: ViT, tensors: Mapping[str, Tensor]) -> None:
 def begin(model: ViT, *, amp: torch.dtype | None, weight_decay: float, layer_decay: float = 1.0) -> State:
     """Return the state of a run that has taken no step: AdamW on what trains, and a gradient scaler for fp16."""
     device, groups = model.cls_token.device.type, parameter_groups(model, weight_decay, layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=device == "cuda")  # the learning rate is set before each step
-    return State(model, optimizer, torch.amp.GradScaler(device, enabled=amp is torch.float16))
+    return State(model, AdamW(groups), torch.amp.GradScaler(device, enabled=amp is torch.float16))
 
 
 def read(path: Path, settings: Mapping[str, object]) -> tuple[dict[str, Tensor], dict]:

@@ -298,7 +298,7 @@ def test_a_damaged_state_is_named(tmp_path):
 KILL = """
 import json, os, random, signal, sys, time
 os.environ["OMP_NUM_THREADS"] = "1"
-import torch, torch._dynamo, train  # which optimizers would import in each child
+import torch, train
 from minivit import data, doctor, files, loop, optim, parallel, photos, plots, results, state, weights
 torch.set_num_threads(1)
 plots.draw_confusion = plots.draw_predictions = lambda path, *_, **__: path.touch()
