@@ -153,11 +153,12 @@ def learn(
         if first:
             begin(weights.hash_frozen, model)
         for row in loop.fit(run, train, val, cut=cut, amp=amp, micro_batch=micro_batch, **how):
+            tail = run.tail()
             if metrics.best_row(run.rows) is row:
-                run.best = run.tail()
+                run.best = tail
             run.spent = time.perf_counter() - started
             if first:
-                begin(tensors.save_tensors, out / runs.STATE, *run.snapshot(settings))
+                begin(tensors.save_tensors, out / runs.STATE, *run.snapshot(settings, tail))
                 runs.report_epoch(run.rows, args.epochs, out)
     run.spent = time.perf_counter() - started
     if run.stopped and first:
@@ -178,7 +179,7 @@ def finish(
     micro_batch: int,
     begin: Callable[..., Callable[[], object]],
 ) -> None:
-    """Write the best epoch's weights, test what was written, and leave everything there is to look at."""
+    """Test the best epoch, make sure that what is written is what was tested, and leave everything there is to look at."""
     import torch
 
     from minivit import files, frozen, hub, loop, metrics, optim, results, runs, state, weights
@@ -186,23 +187,24 @@ def finish(
     started, out, device = time.perf_counter(), Path(args.out), run.model.cls_token.device
     peak_gib, best = loop.peak_gib(device), metrics.best_row(run.rows)
     batch = loop.eval_batch(device, args.batch_size, micro_batch)
-    state.set_tail(model, run.best)
+    for net in (run.model, model):
+        state.set_tail(net, run.best)
+    tested = frozen.working_copy(run.model, device, amp, train=False)
     run.free()
+    # bf16 and fp16: the loss of 30 photos changed by up to 1.7% with what else was in their batch.
+    loss, bound = loop.score(loop.predict_photos(tested, val[0], batch=batch), val[1])["loss"], 0.05 if amp else 1e-3
+    if abs(loss - best["val_loss"]) > bound * max(1, best["val_loss"]):
+        raise RuntimeError(f"{out}: the best epoch's weights validate at a loss of {loss}, not {best['val_loss']}")
+    logits = loop.predict_photos(tested, test[0], batch=batch)
+    scores = loop.score(logits, test[1])
+    drawn = results.draw_figures(out, run.rows, photos, logits, begin)
+
     weights.save_tail(model, out / "tail.safetensors")
     weights.save_pretrained(model, out)
-
-    # The test is of what was written: read back from disk, and checked to be what was best and to validate as it did then,
-    # as far as bf16 and fp16 let it: there the loss of 30 photos changed by up to 1.7% with what else was in their batch.
     reread = weights.load_pretrained(out)
     ours, theirs = (dict(net.named_parameters()) | {"pos_embed": net.positions()} for net in (model, reread))
     if changed := [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]:
-        raise RuntimeError(f"{out}: read back, weights are not those that were validated: {', '.join(changed)}")
-    reread = frozen.working_copy(reread, device, amp, train=False)
-    again, bound = loop.score(loop.predict_photos(reread, val[0], batch=batch), val[1])["loss"], 0.05 if amp else 1e-3
-    if abs(again - best["val_loss"]) > bound * max(1, best["val_loss"]):
-        raise RuntimeError(f"{out}: read back, the weights validate at a loss of {again}, not {best['val_loss']}")
-    logits = loop.predict_photos(reread, test[0], batch=batch)
-    scores = loop.score(logits, test[1])
+        raise RuntimeError(f"{out}: read back, weights are not those that were tested: {', '.join(changed)}")
     summary = {f"test_{name}": value for name, value in scores.items()} | {
         "test_photos": len(test[1]),
         "best_epoch": best["epoch"],
@@ -222,7 +224,9 @@ def finish(
     }
     pets = any(photos.train.paths[0].parent.parent.glob("annotations/trainval.txt"))
     called = {"name": args.push_to_hub or out.resolve().name, "pets": pets}
-    results.write_results(out, run.rows, photos, logits, summary, **called, begin=begin)
+    results.write_tables(out, photos, logits, summary, **called)
+    for wait in drawn:
+        wait()
     files.write_json(out / "summary.json", summary)
     (out / runs.STATE).unlink()
     if args.push_to_hub:

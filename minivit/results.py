@@ -18,20 +18,16 @@ NUM_SHOWN = 24  # photos in predictions.png
 NUM_PAIRS = 8  # of classes that were confused most
 
 
-def write_results(
+def draw_figures(
     out: Path,
     rows: Sequence[Mapping[str, float]],
     data: Data,
     logits: torch.Tensor,
-    summary: Mapping,
-    *,
-    name: str,
-    pets: bool,
     begin: Callable[..., Callable[[], object]],
-) -> None:
-    """Draw the three figures and write classes.csv and README.md, from the test photos' logits (n, C).
+) -> list[Callable[[], object]]:
+    """Begin to draw the three figures, from the test photos' logits (n, C), and return what waits for each.
 
-    The card calls the model `name`, and the photos Oxford-IIIT Pet's if they are `pets`; processes.working gives `begin`.
+    processes.working gives `begin`.
     """
     labels = torch.tensor(data.test.labels)
     confidence, predicted = logits.softmax(1).max(1)
@@ -43,21 +39,28 @@ def write_results(
     shown += right[::stride][: NUM_SHOWN - len(shown)].tolist()
     captions = [(data.classes[labels[i]], data.classes[predicted[i]], confidence[i].item()) for i in shown]
     title = f"Test photos: the most confident of {len(wrong)} wrong, and some of {len(right)} right predictions"
-    confusion = metrics.confusion_matrix(predicted, labels, len(data.classes))
-    pairs = [(data.classes[i], data.classes[j], n) for i, j, n in metrics.confused_pairs(confusion, NUM_PAIRS)]
-
-    of_all, best = f"{len(right)} of {len(labels)} test photos right", summary["best_epoch"]
+    confusion, pairs = confuse(data, logits)
+    of_all, best = f"{len(right)} of {len(labels)} test photos right", metrics.best_row(rows)["epoch"]
     figures = {
         "predictions": ([data.test.paths[i] for i in shown], captions, title),
         "confusion": (confusion.numpy(), data.classes, of_all, pairs),
-        "curves": (rows, best, metrics.overfits_from(rows), summary["verdict"]),
+        "curves": (rows, best, metrics.overfits_from(rows), metrics.verdict(rows)),
     }
-    waits = [begin(call, "minivit.plots", f"draw_{what}", out / f"{what}.png", *args) for what, args in figures.items()]
+    return [begin(call, "minivit.plots", f"draw_{what}", out / f"{what}.png", *args) for what, args in figures.items()]
+
+
+def confuse(data: Data, logits: torch.Tensor) -> tuple[torch.Tensor, list[tuple[str, str, int]]]:
+    """Return the confusion matrix (C, C) and which classes were confused most: true, predicted, photos."""
+    confusion = metrics.confusion_matrix(logits.argmax(1), torch.tensor(data.test.labels), len(data.classes))
+    return confusion, [(data.classes[i], data.classes[j], n) for i, j, n in metrics.confused_pairs(confusion, NUM_PAIRS)]
+
+
+def write_tables(out: Path, data: Data, logits: torch.Tensor, summary: Mapping, *, name: str, pets: bool) -> None:
+    """Write classes.csv and README.md, which calls the model `name`, and the photos Oxford-IIIT Pet's if they are `pets`."""
+    confusion, pairs = confuse(data, logits)
     write_classes(out / "classes.csv", confusion, data.classes)
     with whole_file(out / "README.md") as partial:
         partial.write_text(model_card(summary, pairs, name=name, pets=pets), encoding="utf-8", errors="backslashreplace")
-    for wait in waits:
-        wait()
 
 
 def write_classes(path: Path, confusion: torch.Tensor, classes: Sequence[str]) -> None:

@@ -119,7 +119,7 @@ def test_the_model_card_says_what_it_is_and_names_are_no_markup(run):
     assert "Classes: `'](x)\\n# <b>`.\n" in hostile
 
 
-def test_weights_that_changed_on_their_way_to_the_disk_are_not_tested_but_named(tiny_saved, shapes_data, tmp_path, monkeypatch):
+def test_weights_that_changed_on_their_way_to_the_disk_are_named(tiny_saved, shapes_data, tmp_path, monkeypatch):
     def save(model, folder):
         with torch.no_grad():
             model.head.bias[0] += 1e-6
@@ -128,13 +128,13 @@ def test_weights_that_changed_on_their_way_to_the_disk_are_not_tested_but_named(
             model.head.bias[0] -= 1e-6
 
     monkeypatch.setattr("minivit.weights.save_pretrained", save)
-    with pytest.raises(RuntimeError, match="not those that were validated: head.bias"):
+    with pytest.raises(RuntimeError, match="not those that were tested: head.bias"):
         run_train(tiny_saved, shapes_data, tmp_path / "run", "--epochs", "1")
     assert not (tmp_path / "run" / "summary.json").exists() and (tmp_path / "run" / "state.safetensors").exists()
 
 
 @pytest.mark.parametrize("amp, by", [("off", 0.002), ("bf16", 0.1)])
-def test_weights_that_do_not_validate_as_they_did_are_not_tested(tiny_saved, shapes_data, tmp_path, monkeypatch, amp, by):
+def test_weights_that_do_not_validate_as_they_did_are_named(tiny_saved, shapes_data, tmp_path, monkeypatch, amp, by):
     from minivit import loop
 
     real = loop.fit
@@ -145,7 +145,7 @@ def test_weights_that_do_not_validate_as_they_did_are_not_tested(tiny_saved, sha
             yield row
 
     monkeypatch.setattr(loop, "fit", of_other_weights)
-    with pytest.raises(RuntimeError, match="the weights validate at a loss of"):
+    with pytest.raises(RuntimeError, match="weights validate at a loss of"):
         run_train(tiny_saved, shapes_data, tmp_path / "run", "--epochs", "1", "--amp", amp)
     assert not (tmp_path / "run" / "summary.json").exists()
 
