@@ -19,6 +19,7 @@ from .data import augment, draw_augmentation
 from .model import ViT
 from .store import Pixels
 
+REPLAYED = 64  # photos at once, up to which a GPU waits for the host to launch its kernels one by one
 Source = Pixels | Tensor  # pixels, uint8 (n, 3, h, w), by index
 
 
@@ -96,14 +97,29 @@ class Frozen:
     """The blocks before the cut at work: a model's tokens that enter block `cut`, up to `batch` photos at a time."""
 
     def __init__(self, model: ViT, cut: int, *, batch: int, compile: bool = False) -> None:
-        self.model, self.cut, self.batch = model, cut, batch
-        self.tokens = torch.compile(model.tokens) if compile else model.tokens
+        self.model, self.cut, self.batch, self.compiled = model, cut, batch, compile
+        self.run = torch.compile(model.tokens) if compile else model.tokens
+        self.last, self.replay = 0, None
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Return the tokens (B, N, D) of pixels, uint8 (B, 3, h, w), augmented by draws (B, 5) if any."""
+        """Return the tokens (B, N, D) of pixels, uint8 (B, 3, h, w), augmented by draws (B, 5) if any.
+
+        With draws, the next call may write over them.
+        """
+        n, last, self.last = len(pixels), self.last, len(pixels)
+        if draws is None or not self.cut or self.compiled or pixels.device.type != "cuda" or n > REPLAYED:
+            return self.tokens(pixels, draws)
+        if self.replay is None or self.replay.size != n:
+            if n != last:  # perhaps the last batch of an epoch, which stands alone
+                return self.tokens(pixels, draws)
+            self.replay = None  # whose memory is free to be used again
+            self.replay = Replay(self.tokens, pixels, draws)
+        return self.replay(pixels, draws)
+
+    def tokens(self, pixels: Tensor, draws: Tensor | None) -> Tensor:
         images = self.model.preprocess.normalize(pixels)
-        return self.tokens(images if draws is None else augment(images, draws), stop=self.cut, only_read=True)
+        return self.run(images if draws is None else augment(images, draws), stop=self.cut, only_read=True)
 
     def view(self, _: int, pixels: Source, draws: Tensor, stopped: Callable[[], bool]) -> Tensor | None:
         """Return the tokens (n, N, D) of one view of all photos, augmented by its draws (n, 5)."""
@@ -141,6 +157,33 @@ class Frozen:
                 yield found if keep else self(found)
 
         return tokens
+
+
+class Replay:
+    """A function of CUDA tensors of one size: its kernels are recorded once, and started together each time.
+
+    A result is written over by the next. Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    def __init__(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+        self.size, self.inputs, self.graph = len(inputs[0]), [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        ours, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(ours)
+        with torch.cuda.stream(side):
+            function(*self.inputs)  # sets up what cannot be recorded
+            torch.cuda.empty_cache()  # as what is recorded has memory of its own
+            self.graph.capture_begin(capture_error_mode="thread_local")  # other threads may copy to the device meanwhile
+            try:
+                self.result = function(*self.inputs)
+            finally:
+                self.graph.capture_end()
+        ours.wait_stream(side)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for held, given in zip(self.inputs, inputs):
+            held.copy_(given)
+        self.graph.replay()
+        return self.result
 
 
 class KnownTokens:

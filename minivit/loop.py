@@ -30,7 +30,7 @@ from .errors import UserError
 from .frozen import Frozen, Source, Tail, follow, on_device, take, token_gib, working_copy
 from .metrics import best_row, confusion_matrix, summarize
 from .model import ViT
-from .optim import lr_at
+from .optim import AdamW, lr_at
 from .state import State, begin
 
 MAX_GRAD_NORM = 1.0
@@ -38,7 +38,7 @@ MAX_GRAD_NORM = 1.0
 
 def train_step(
     net: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,  # or one of torch's
     scaler: torch.amp.GradScaler,
     inputs: Callable[[slice], Tensor],
     labels: Tensor,
@@ -58,7 +58,7 @@ def train_step(
     """
     shared, batch, device = isinstance(net, DistributedDataParallel), batch or len(labels), labels.device
     while True:
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss = torch.zeros((), device=device)
         try:
             for start in range(0, len(labels), micro_batch):
@@ -97,10 +97,10 @@ def rehearse(
     """
     device, state = model.cls_token.device, begin(model, amp=amp, weight_decay=0.0)
     share = math.ceil(batch_size / parallel.world())
-    grey, draws = torch.full((share, 3, *model.config.img_size), 128, dtype=torch.uint8), torch.full((share, 5), 0.5)
-    pixels, labels = grey.to(device), torch.zeros(share, dtype=torch.long, device=device)
+    pixels = torch.full((share, 3, *model.config.img_size), 128, dtype=torch.uint8, device=device)
+    draws, labels = torch.full((share, 5), 0.5, device=device), torch.zeros(share, dtype=torch.long, device=device)
     frozen = Frozen(model, cut, batch=share)
-    for _ in range(2):  # from the second on, AdamW's moments are there all along
+    for _ in range(2):  # in the second, what is frozen may be replayed
         inputs = lambda part: frozen(pixels[part], draws[part])  # noqa: E731
         *_, micro_batch = train_step(
             Tail(model, cut), state.optimizer, state.scaler, inputs, labels, micro_batch=micro_batch, amp=amp
@@ -112,7 +112,7 @@ def rehearse(
     else:
         photos, scored = sum(map(len, (data.train, data.val, data.test))), len(data.train) + len(data.val)
         tokens = token_gib(model, scored, cut)
-        peak += photos * grey[0].numel() / 2**30 + (tokens if tokens <= cache_gib else 0)
+        peak += photos * pixels[0].numel() / 2**30 + (tokens if tokens <= cache_gib else 0)
     return micro_batch, peak
 
 
@@ -167,6 +167,7 @@ def fit(
     frozen = frozen or Frozen(model, cut, batch=eval_batch(device, batch_size, micro_batch), compile=compile)
     tail, evaluated = Tail(model, cut), working_copy(model, device, model.cls_token.dtype, train=False)
     if compile:
+        torch.backends.cuda.enable_cudnn_sdp(True)  # which pays in as long a run
         tail.compile()
     own = [(name, split, parallel.shard(torch.arange(len(split[1])))) for name, split in (("train", train), ("val", val))]
     splits = [(name, frozen.evaluation(split[0], mine, keep=keep), split[1]) for name, split, mine in own]

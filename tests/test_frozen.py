@@ -205,3 +205,17 @@ def test_rows_are_taken_as_by_an_index_from_photos_and_from_tokens(pixels):  # n
     index = torch.tensor([3, 0, 2])
     for source in (pixels[0], torch.randn(5, 3, 2)):
         assert torch.equal(frozen.take(source, index, CPU), source[index])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_replayed_kernels_give_the_very_tokens(tiny):
+    model = frozen.working_copy(tiny, torch.device("cuda"), torch.bfloat16, train=False)
+    compute = frozen.Frozen(model, 1, batch=8)
+    replayed = []
+    for size in (4, 4, 4, 3, 4, 4, 3, 3, 3):  # one photo's tokens and another's differ, so what is left over shows
+        images = torch.randint(256, (size, 3, *model.config.img_size), dtype=torch.uint8, device="cuda")
+        draws = torch.rand(size, 5, device="cuda")
+        with torch.no_grad():
+            assert torch.equal(compute(images, draws), compute.tokens(images, draws))
+        replayed.append(compute.replay.size if compute.replay else 0)
+    assert replayed == [0, 4, 4, 4, 4, 4, 4, 3, 3]  # a last batch of an epoch does not take it away
