@@ -99,7 +99,7 @@ def train(args: argparse.Namespace) -> int:
             cut = optim.freeze_except(model, optim.parse_blocks(args.blocks, model.config.depth))
             print(describe.describe_training(model, photos, on, amp), flush=True)
             net = frozen.working_copy(model, on, amp, train=True)
-            micro_batch = loop.pick_micro_batch(args.micro_batch, args.batch_size, on)
+            micro_batch = device.pick_micro_batch(args.micro_batch, args.batch_size, on)
             if args.dry_run or on.type == "cuda":
                 how = {"batch_size": args.batch_size, "micro_batch": micro_batch, "amp": amp, "cache_gib": args.cache_gib}
                 micro_batch, gib = loop.rehearse(net, photos, cut=cut, **how)
@@ -182,14 +182,14 @@ def finish(
     """Test the best epoch, make sure that what is written is what was tested, and leave everything there is to look at."""
     import torch
 
-    from minivit import files, frozen, hub, loop, metrics, optim, results, runs, state, weights
+    from minivit import device, files, frozen, hub, loop, metrics, optim, results, runs, state, weights
 
-    started, out, device = time.perf_counter(), Path(args.out), run.model.cls_token.device
-    peak_gib, best = loop.peak_gib(device), metrics.best_row(run.rows)
-    batch = loop.eval_batch(device, args.batch_size, micro_batch)
+    started, out, on = time.perf_counter(), Path(args.out), run.model.cls_token.device
+    peak_gib, best = device.peak_gib(on), metrics.best_row(run.rows)
+    batch = device.eval_batch(on, args.batch_size, micro_batch)
     for net in (run.model, model):
         state.set_tail(net, run.best)
-    tested = frozen.working_copy(run.model, device, amp, train=False)
+    tested = frozen.working_copy(run.model, on, amp, train=False)
     run.free()
     # bf16 and fp16: the loss of 30 photos changed by up to 1.7% with what else was in their batch.
     loss, bound = loop.score(loop.predict_photos(tested, val[0], batch=batch), val[1])["loss"], 0.05 if amp else 1e-3
@@ -215,7 +215,7 @@ def finish(
         "peak_gib": peak_gib,
         "base": model.origin.source,
         "base_commit": model.origin.commit,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else on.type,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "precision": str(amp or torch.float32).removeprefix("torch."),
         "settings": vars(args),

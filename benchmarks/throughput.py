@@ -133,7 +133,7 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats(args.device)
             how = (pixels, batch, amp, compiled)
             found = ours(args, kind, *how) if len(KINDS[name]) == 1 else theirs(args, name, kind, *how)
-            gib = f", {loop.peak_gib(args.device):.2f} GiB" if args.device.type == "cuda" else ""
+            gib = f", {device.peak_gib(args.device):.2f} GiB" if args.device.type == "cuda" else ""
             who = f"minivit {kind}" if name == kind else f"{name} {kind}"
             what = f"{who}, batch {batch}, {str(amp or torch.float32)[6:]}{', compiled' if compiled else ''}"
             figures[what] = f"{found:,.1f} images/s{gib}"

@@ -1,4 +1,4 @@
-"""Which device, and which precision on it."""
+"""Which device, which precision on it, how many photos at once, and in how much memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -69,6 +70,25 @@ def product_flops(device: torch.device, amp: torch.dtype | None) -> float:
             c[0, 0].item()  # waits for the device
             best = min(best, time.perf_counter() - started)
     return products * 2 * side**3 / best
+
+
+def pick_micro_batch(asked: int | None, batch_size: int, device: torch.device) -> int:
+    """Return how many photos go through at once in training: as asked, else all of a batch, on a CPU what is fastest there."""
+    return min(asked or (CPU_BATCH if device.type == "cpu" else batch_size), batch_size)
+
+
+def eval_batch(device: torch.device, batch_size: int, micro_batch: int) -> int:
+    """Return how many photos go through at once where no graph takes memory: many, unless micro-batches are asked for."""
+    return CPU_BATCH if device.type == "cpu" else micro_batch if micro_batch < batch_size else 128
+
+
+def peak_gib(device: torch.device) -> float:
+    """Return the most memory used so far, in GiB: of a CUDA device by torch, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def be_deterministic() -> None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from . import parallel
 from .data import Data, draw_augmentation
-from .device import CPU_BATCH, product_flops
+from .device import eval_batch, peak_gib, product_flops
 from .errors import UserError
 from .frozen import Frozen, Source, Tail, follow, on_device, take, token_gib, working_copy
 from .metrics import best_row, confusion_matrix, summarize
@@ -56,22 +56,14 @@ def train_step(
     until the device's memory was enough for it. A norm that is not finite means that the step was skipped, which only a
     scaler (fp16) does.
     """
-    shared, batch, device = isinstance(net, DistributedDataParallel), batch or len(labels), labels.device
+    shared, device = isinstance(net, DistributedDataParallel), labels.device
+    accumulate = partial(
+        _accumulate, net, scaler, inputs, labels, amp=amp, batch=batch or len(labels), smoothing=label_smoothing
+    )
     while True:
         optimizer.zero_grad()
-        loss = torch.zeros((), device=device)
         try:
-            for start in range(0, len(labels), micro_batch):
-                part = slice(start, start + micro_batch)
-                x, y = inputs(part), labels[part]
-                last = part.stop >= len(labels)  # with whose gradients the processes exchange all
-                with net.no_sync() if shared and not last else nullcontext():
-                    with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-                        logits = net(x)  # (b, C)
-                    # Summed, then divided by the whole batch, so that a short last micro-batch weighs what its photos do.
-                    mean = F.cross_entropy(logits.float(), y, reduction="sum", label_smoothing=label_smoothing) / batch
-                    scaler.scale(mean * (parallel.world() if shared else 1)).backward()  # DDP takes the processes' mean
-                loss += mean.detach()
+            loss = accumulate(micro_batch)
             break
         except torch.OutOfMemoryError as error:
             if micro_batch == 1 or shared:  # the other processes would not redo the step
@@ -85,6 +77,33 @@ def train_step(
     scaler.step(optimizer)
     scaler.update()
     return loss, norm, micro_batch
+
+
+def _accumulate(
+    net: nn.Module,
+    scaler: torch.amp.GradScaler,
+    inputs: Callable[[slice], Tensor],
+    labels: Tensor,
+    micro_batch: int,
+    *,
+    amp: torch.dtype | None,
+    batch: float,
+    smoothing: float,
+) -> Tensor:
+    """Add up the gradients of all micro-batches, and return the mean loss; see train_step."""
+    shared, device, loss = isinstance(net, DistributedDataParallel), labels.device, torch.zeros((), device=labels.device)
+    for start in range(0, len(labels), micro_batch):
+        part = slice(start, start + micro_batch)
+        x, y = inputs(part), labels[part]
+        last = part.stop >= len(labels)  # with whose gradients the processes exchange all
+        with net.no_sync() if shared and not last else nullcontext():
+            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                logits = net(x)  # (b, C)
+            # Summed, then divided by the whole batch, so that a short last micro-batch weighs what its photos do.
+            mean = F.cross_entropy(logits.float(), y, reduction="sum", label_smoothing=smoothing) / batch
+            scaler.scale(mean * (parallel.world() if shared else 1)).backward()  # DDP takes the processes' mean
+        loss += mean.detach()
+    return loss
 
 
 def rehearse(
@@ -270,22 +289,3 @@ def predict_photos(model: ViT, pixels: Source, *, batch: int) -> Tensor:
     images = on_device(lambda index: [take(pixels, index, device)], jobs, device)
     bar = tqdm(images, "predicting", len(jobs), unit="batch", leave=False)
     return torch.cat([model(model.preprocess.normalize(found)).float() for (found,) in bar]).cpu()
-
-
-def pick_micro_batch(asked: int | None, batch_size: int, device: torch.device) -> int:
-    """Return how many photos go through at once in training: as asked, else all of a batch, on a CPU what is fastest there."""
-    return min(asked or (CPU_BATCH if device.type == "cpu" else batch_size), batch_size)
-
-
-def eval_batch(device: torch.device, batch_size: int, micro_batch: int) -> int:
-    """Return how many photos go through at once where no graph takes memory: many, unless micro-batches are asked for."""
-    return CPU_BATCH if device.type == "cpu" else micro_batch if micro_batch < batch_size else 128
-
-
-def peak_gib(device: torch.device) -> float:
-    """Return the most memory used so far, in GiB: of a CUDA device by torch, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -58,7 +58,7 @@ def methods(text: str) -> tuple[str, ...]:
 
 def score(args: argparse.Namespace) -> int:
     """Measure every photo, then tell how the maps fall on pet and head, for which photos, and what fine-tuning changed."""
-    from . import data, device, files, frozen, gallery, loop, masks, measure, optim, score_plots, weights
+    from . import data, device, files, frozen, gallery, masks, measure, optim, score_plots, weights
 
     source = cli.default_model(args.model)
     print(f"model: {printable(source)}", file=sys.stderr)
@@ -93,7 +93,7 @@ def score(args: argparse.Namespace) -> int:
     with files.whole_file(out / "score.csv") as partial, partial.open("w", newline="") as file:
         csv.writer(file).writerows([rows[0], *(row.values() for row in rows)])
     about = {"sentence": sentence, "photos": len(split), "left_out": left_out, "pet_area": float(found.area.mean())}
-    about |= {"equal_blocks": found.equal_blocks, "seconds": seconds, "peak_gib": loop.peak_gib(on)}
+    about |= {"equal_blocks": found.equal_blocks, "seconds": seconds, "peak_gib": device.peak_gib(on)}
     about |= {"settings": vars(args) | {"model": source, "device": str(on), "amp": str(amp)}}
     files.write_json(out / "score.json", about | {"scores": [row for row in rows if row["head"] == "mean"]})
     score_plots.draw_scores(out / "score.png", scores, names, sentence)

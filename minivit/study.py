@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def study(args: argparse.Namespace) -> int:
     """Compute all photos' tokens block by block; at each cut train what starts there; tell what came out."""
-    from . import data, device, files, frozen, loop, optim, store, study_plots, weights
+    from . import data, device, files, frozen, optim, store, study_plots, weights
 
     started, out, on = time.perf_counter(), Path(args.out), device.pick_device(args.device)
     amp = device.pick_amp(args.amp, on)
@@ -104,7 +104,7 @@ def study(args: argparse.Namespace) -> int:
         if cells:
             photos, file = store.prepare(splits[0], model.preprocess, workers=args.workers, cap_gib=args.store_gib)
             pixels = store.open_pixels(photos, file, model.preprocess, args.workers)
-            tokens = frozen.KnownTokens(low, pixels, learn, args.views, batch=loop.eval_batch(on, 1, 1))
+            tokens = frozen.KnownTokens(low, pixels, learn, args.views, batch=device.eval_batch(on, 1, 1))
         for cell in sorted(cells, key=lambda cell: cell.cut):
             tokens.advance(cell.cut)
             row = run(cell, model, splits[cell.seed], tokens, args, amp)
@@ -174,7 +174,7 @@ def run(
     """Fine-tune from tokens as train.py does, and test the best epoch; None if a signal came. Leaves the model as it was."""
     import torch
 
-    from . import frozen, loop, metrics, optim, state
+    from . import device, frozen, loop, metrics, optim, state
 
     started, on = time.perf_counter(), tokens.model.cls_token.device
     optim.freeze_except(model, optim.parse_blocks(cell.blocks, model.config.depth))
@@ -183,7 +183,7 @@ def run(
     how = {
         "epochs": cell.epochs,
         "batch_size": args.batch_size,
-        "micro_batch": loop.pick_micro_batch(None, args.batch_size, on),
+        "micro_batch": device.pick_micro_batch(None, args.batch_size, on),
         "lr": args.lr,
         "seed": cell.seed,
         "evaluate_every": evaluate_every(cell.epochs),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+import weakref
 
 import pytest
 import torch
@@ -207,6 +208,38 @@ def test_micro_batches_change_the_update_by_rounding_only(tiny):
         updates.append(tail_of(tiny) - before)
     for update in updates[1:]:  # 1e-6 is of float32's own rounding of the weights
         assert (update - updates[0]).norm() <= 1e-6 * updates[0].norm()
+
+
+class Full(torch.autograd.Function):
+    """The identity, whose backward pass runs out of memory for more than two photos."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if len(gradient) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gradient
+
+
+def test_of_a_step_that_ran_out_of_memory_nothing_is_held_while_it_is_redone(tiny, capsys):
+    images, labels = batch(8)
+    freeze_except(tiny, [10, 11])
+    made, alive = [], []
+
+    def net(x):
+        alive.append(sum(tensor() is not None for tensor in made))
+        logits = Full.apply(tiny(x))
+        made.append(weakref.ref(logits))
+        return logits
+
+    *_, micro_batch = loop.train_step(net, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=8, amp=None)
+    assert micro_batch == 2
+    assert alive[:3] == [0, 0, 0]  # of 8 photos, of 4, of the first 2
+    assert "micro-batches of 4\n" in capsys.readouterr().err
 
 
 def too_much(model, most, name="forward"):
