@@ -1,4 +1,4 @@
-"""The commands beside train.py and infer.py: python -m minivit COMMAND."""
+"""All commands: python -m minivit COMMAND."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from . import cli
 
 COMMANDS = {
     "demo": "the whole story on drawings, without network: fine-tune, then see where attention went",
-    "selfcheck": "numerical self-tests on this machine's own device",
-    "describe": "what a model and a data set are, and where each fact comes from",
+    "train": "fine-tune the last blocks on Oxford-IIIT Pet, or on your own folders of photos: train.py",
+    "infer": "name what is in photos, and draw where each block looks: infer.py",
     "doctor": "check a folder of photos before hours are spent on it",
-    "export": "write a run under the names that timm reads",
-    "study": "how many photos, how many blocks? accuracy over a grid of both",
+    "describe": "what a model and a data set are, and where each fact comes from",
     "score": "does it look at the pet? its attention against masks, in numbers, before and after fine-tuning",
+    "study": "how many photos, how many blocks? accuracy over a grid of both",
+    "export": "write a run under the names that timm reads",
+    "selfcheck": "numerical self-tests on this machine's own device",
 }
 
 

@@ -23,8 +23,10 @@ LR, WEIGHT_DECAY, STORE_GIB = 1e-4, 0.05, 32.0  # of train.py and study
 class Parser(argparse.ArgumentParser):
     """argparse that shows defaults in --help and says what is wrong in one line."""
 
-    def __init__(self, **kwargs) -> None:
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+    def __init__(self, command: str, **kwargs) -> None:
+        script = Path(sys.argv[0]).name
+        prog = script if script in (f"{command}.py", f"minivit-{command}") else f"python -m minivit {command}"
+        super().__init__(prog=prog, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")

@@ -1,7 +1,7 @@
 """The whole story on drawings, without network: a model that names furniture learns to see the animals.
 
 The embedded checkpoint (`--model demo`, made by benchmarks/pretrain_demo.py) was taught to name household objects in
-drawn rooms, animals or not. Its last two blocks are then fine-tuned on breeds, by the same train.py and infer.py.
+drawn rooms, animals or not. Its last two blocks are then fine-tuned on breeds, by the same train and infer.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _draw_pet(folder: Path, breed: str, i: int, seed: int, *, boxed: bool) -> No
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(prog="python -m minivit demo", description=__doc__.partition("\n")[0])
+    parser = cli.Parser("demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything is written")
     parser.add_argument("--seed", type=cli.at_least(0), default=0, help="of the drawings and of training")
     parser.add_argument("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that draw")
@@ -92,16 +92,15 @@ def tell(args: argparse.Namespace) -> int:
         scene = scenes.draw_scene(rng, thing, BREEDS[breed], size=(320, 240), scale=2, animal=(0.45, 0.6))
         with whole_file(photos / f"{breed.replace('_', ' ')} and {thing}.jpg") as partial:
             scene.photo.save(partial, "JPEG", quality=92)
-    look, score = ("infer.py", str(photos), "--top-k", "2", "--out"), ("-m", "minivit", "score")
+    look = ("infer", str(photos), "--top-k", "2", "--out")
     for command in (
         (*look, str(out / "before"), "--model", "demo"),
-        ("train.py", "--model", "demo", "--data", str(data), "--out", str(run), *TRAINING, "--seed", str(args.seed)),
+        ("train", "--model", "demo", "--data", str(data), "--out", str(run), *TRAINING, "--seed", str(args.seed)),
         (*look, str(out / "after"), "--model", str(run), "--compare", "demo", "--html"),
-        (*score, "--model", str(run), "--compare", "demo", "--data", str(data), "--gallery", "3", "--out", str(out / "score")),
+        ("score", "--model", str(run), "--compare", "demo", "--data", str(data), "--gallery", "3", "--out", str(out / "score")),
     ):
-        print(f"\n$ python {shlex.join(command)}", flush=True)
-        found = command if command[0] == "-m" else (str(Path(__file__).parents[1] / command[0]), *command[1:])
-        code = subprocess.run([sys.executable, *found]).returncode
+        print(f"\n$ python -m minivit {shlex.join(command)}", flush=True)
+        code = subprocess.run([sys.executable, "-m", "minivit", *command]).returncode
         if code:
             return code
     print(f"\nthe whole story in {time.perf_counter() - started:.0f} s. Look at")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(prog="python -m minivit describe", description=__doc__)
+    parser = cli.Parser("describe", description=__doc__)
     parser.add_argument("model", nargs="?", default=cli.BASE_MODEL, metavar="MODEL", help="as --model of train.py")
     parser.add_argument("--revision", metavar="REV", help="Hub revision; none: the default branch")
     parser.add_argument("--data", metavar="DIR", help="a data set to describe too, as in train.py")

@@ -11,7 +11,7 @@ from . import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(prog="python -m minivit export", description=__doc__)
+    parser = cli.Parser("export", description=__doc__)
     parser.add_argument("model", metavar="DIR", help="a run, or any model that minivit reads")
     parser.add_argument("--to", choices=("timm",), required=True, help="whose names; written into DIR/timm")
     parser.add_argument("--out", metavar="DIR", help="where else to write; none: DIR/timm")

@@ -33,7 +33,7 @@ MAX_GALLERY = 50
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(prog="python -m minivit score", description=__doc__.partition("\n")[0])
+    parser = cli.Parser("score", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--model", metavar="ID|DIR|demo", help=f"as in train.py; none: {cli.RUN_DIR} if it is there, else {cli.BASE_MODEL}")
     add("--compare", metavar="BASE", help="the model before fine-tuning: scored beside it, with what changed")

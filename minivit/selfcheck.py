@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(prog="python -m minivit selfcheck", description=__doc__.partition(":")[0])
+    parser = cli.Parser("selfcheck", description=__doc__.partition(":")[0])
     parser.add_argument("--model", metavar="ID|DIR|demo", default="demo", help="the checkpoint to check with")
     parser.add_device_flags()
     return cli.run(check, parser, argv)

@@ -48,7 +48,7 @@ class Cell:
 
 
 def make_parser() -> cli.Parser:
-    parser = cli.Parser(prog="python -m minivit study", description=__doc__.partition("\n")[0])
+    parser = cli.Parser("study", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--model", default=cli.BASE_MODEL, metavar="ID|DIR|FILE|demo", help="as in train.py")
     add("--revision", metavar="REV", help="Hub revision; none: the default branch")

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -304,7 +305,7 @@ def test_a_device_without_memory_is_one_line_and_other_runtime_errors_are_ours(m
     monkeypatch.setattr(device, "pick_device", full)
     assert train.main([]) == 2
     line = "out of device memory: CUDA out of memory; free some, or try smaller batches or fewer blocks"
-    assert capsys.readouterr().err == f"train.py: {line}\n"
+    assert capsys.readouterr().err == f"python -m minivit train: {line}\n"
     monkeypatch.setattr(device, "pick_device", lambda _: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError):
         train.main([])
@@ -318,7 +319,7 @@ def test_an_interrupt_ends_with_130(monkeypatch, capsys):
 
     monkeypatch.setattr(device, "pick_device", interrupt)
     assert train.main([]) == 130
-    assert capsys.readouterr().err == "\ntrain.py: interrupted\n"
+    assert capsys.readouterr().err == "\npython -m minivit train: interrupted\n"
 
 
 @pytest.fixture
@@ -554,6 +555,27 @@ def test_help_answers_without_torch_and_import_is_quiet():
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("usage: ") == 2
     assert done.stdout.count("(default: auto)") >= 2
+
+
+@pytest.mark.parametrize("name", ["train", "infer"])
+def test_each_way_to_start_a_command_is_there_and_says_its_own_name(name):
+    script = Path(sys.executable).with_name(f"minivit-{name}")
+    ways = {
+        f"{name}.py": [ROOT / f"{name}.py"],
+        f"minivit-{name}": [script],
+        f"python -m minivit {name}": ["-m", "minivit", name],
+    }
+    for said, way in ways.items():
+        done = subprocess.run([sys.executable, *way, "--device"], capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"{said}: ") and done.stderr.endswith(f"see {said} --help\n")
+
+
+def test_a_wheel_holds_what_minivit_reads():
+    held = re.findall('"([^"]+)"', re.search(r"package-data = .*", (ROOT / "pyproject.toml").read_text())[0])
+    package = ROOT / "minivit"
+    there = {p for p in package.rglob("*") if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts}
+    assert there == {p for pattern in held for p in package.glob(pattern)}
 
 
 def test_the_product_imports_transformers_nowhere():

@@ -15,8 +15,6 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import infer
-import train
 from minivit import __main__, demo, load_pretrained, open_photo, query_maps, scenes
 from minivit.data import load_data
 from minivit.hub import DEMO
@@ -39,9 +37,7 @@ def story(request, tmp_path_factory):
 
 
 def run_here(command):
-    _, script, *flags = command
-    mains = {"-m": lambda argv: __main__.main(argv[1:]), str(ROOT / "train.py"): train.main, str(ROOT / "infer.py"): infer.main}
-    return subprocess.CompletedProcess(command, mains[script](flags))
+    return subprocess.CompletedProcess(command, __main__.main(command[3:]))
 
 
 def attention_on_the_animal(model, data) -> np.ndarray:
@@ -101,8 +97,8 @@ def test_breeds_are_learnt_and_attention_moves_to_the_animal(story):
 
 def test_the_story_is_told_and_points_at_what_is_there(story):
     out, printed, whole = story
-    before, rest = printed.split("$ python train.py")
-    training, after = rest.split("$ python infer.py")
+    before, rest = printed.split("$ python -m minivit train")
+    training, after = rest.split("$ python -m minivit infer")
     for i, (thing, breed, _) in enumerate(demo.STORY):
         names = [re.findall(r"^\d\.\d{3}  (.+)$", part, re.M) for part in (before, after)]  # after: two of either model
         assert [names[0][2 * i], names[1][4 * i]] == [thing, thing]

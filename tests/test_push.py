@@ -145,7 +145,7 @@ def test_training_asks_first_whether_it_may_push_and_a_failed_push_leaves_the_ru
         monkeypatch.setattr("minivit.hub.prepare_push", first)
         monkeypatch.setattr("minivit.hub.push", last)
         assert run_train(tiny_folder, shapes_data, tmp_path / "run", "--epochs", "1", "--push-to-hub", "owner/new") == 2
-        assert capsys.readouterr().err.splitlines()[-1] == "train.py: refused"
+        assert capsys.readouterr().err.splitlines()[-1] == "python -m minivit train: refused"
         assert (tmp_path / "run" / "summary.json").exists() == done
     assert load_pretrained(tmp_path / "run").labels == ("blue", "green", "red")
 

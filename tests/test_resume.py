@@ -107,7 +107,7 @@ def test_a_second_interrupt_ends_at_once(tiny_saved, shapes_data, tmp_path, monk
 
     stop_in_step(monkeypatch, 2, twice)
     assert run_train(tiny_saved, shapes_data, tmp_path / "run", *EPOCHS) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "train.py: interrupted"
+    assert capsys.readouterr().err.splitlines()[-1] == "python -m minivit train: interrupted"
     assert not (tmp_path / "run" / runs.STATE).exists()
 
 
@@ -244,7 +244,10 @@ def test_a_second_run_into_the_same_folder_is_refused_until_the_first_ends(tiny_
         (out / ".1.partial").write_text("left by a killed run")
         other.kill()
     assert code == 2
-    assert capsys.readouterr().err == f"train.py: {out}: another run is writing there; wait for its end or give another --out\n"
+    assert (
+        capsys.readouterr().err
+        == f"python -m minivit train: {out}: another run is writing there; wait for its end or give another --out\n"
+    )
     assert left == [".lock"]
     assert run_train(tiny_saved, shapes_data, out, "--epochs", "1") == 0
     assert not list(out.glob(".*.partial"))
@@ -266,7 +269,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_stays(
         patch.setattr(tensors, "save_file", full)
         assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"train.py: {out / runs.STATE}: cannot be written (No space left on device)"
+    assert last == f"python -m minivit train: {out / runs.STATE}: cannot be written (No space left on device)"
     assert sorted(path.name for path in out.iterdir()) == [".lock", "metrics.jsonl", runs.STATE]
     assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume") == 0
     assert_same_end(out, straight)
@@ -274,7 +277,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_stays(
 
 def test_a_folder_that_cannot_be_written_is_one_line(tiny_saved, shapes_data, capsys):
     assert run_train(tiny_saved, shapes_data, "/sys/run", "--epochs", "1") == 2
-    assert capsys.readouterr().err.startswith("train.py: /sys/run: ")
+    assert capsys.readouterr().err.startswith("python -m minivit train: /sys/run: ")
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_state(tiny_saved, shapes_data, tmp_path, monkeypatch, capsys):
@@ -283,7 +286,11 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_state(tiny_saved, shapes
     monkeypatch.setattr(state, "begin", lambda model, **how: models.append(model) or real(model, **how))
     stop_in_step(monkeypatch, 12, lambda: models[0].head.weight.data.fill_(torch.nan))
     assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("train.py: the loss of epoch 3 is nan; try a lower --lr")
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith("python -m minivit train: the loss of epoch 3 is nan; try a lower --lr")
+    )
     tensors, about = state.read(out / runs.STATE, {})
     assert about["epoch"] == 3
     assert all(tensor.isfinite().all() for tensor in tensors.values())
