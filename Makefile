@@ -21,7 +21,7 @@ infer: setup ## name what is in a photo and draw where blocks 8-11 look (IMAGE=c
 	$(BIN)/python infer.py $(ARGS) "$(IMAGE)"
 
 test: .venv/installed-dev ## hold every output against transformers', offline
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 fuzz: .venv/installed-dev ## open 20,000 broken photos, for ten minutes at most (ARGS="--seed 1")
 	$(BIN)/python tests/test_fuzz.py --cases 20000 --minutes 10 $(ARGS)
