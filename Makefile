@@ -4,7 +4,7 @@ IMAGE ?= cat.jpg
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo train infer test fuzz bench lint clean
+.PHONY: help setup demo train infer test coverage mutants fuzz bench lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -22,6 +22,16 @@ infer: setup ## name what is in a photo and draw where blocks 8-11 look (IMAGE=c
 
 test: .venv/installed-dev ## hold every output against transformers', offline
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+coverage: export COVERAGE_FILE = $(CURDIR)/.cache/coverage/data
+coverage: .venv/installed-dev ## say which lines and branches no test comes by, child processes included
+	mkdir -p .cache/coverage && rm -f .cache/coverage/*
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report --skip-covered -m
+
+mutants: .venv/installed-dev ## break the code in 150 small ways, and see whether a test notices (ARGS="--seed 1")
+	$(BIN)/python tests/mutate.py $(ARGS)
 
 fuzz: .venv/installed-dev ## open 20,000 broken photos, for ten minutes at most (ARGS="--seed 1")
 	$(BIN)/python tests/test_fuzz.py --cases 20000 --minutes 10 $(ARGS)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import infer
 import train
-from minivit import load_pretrained, runs, save_pretrained
+from minivit import __main__, load_pretrained, runs, save_pretrained
 
 
 def open_size(path):
@@ -569,6 +569,15 @@ def test_each_way_to_start_a_command_is_there_and_says_its_own_name(name):
         done = subprocess.run([sys.executable, *way, "--device"], capture_output=True, text=True, cwd=ROOT)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(f"{said}: ") and done.stderr.endswith(f"see {said} --help\n")
+
+
+def test_without_a_command_they_are_listed_and_a_wrong_one_is_refused_in_a_line(capsys):
+    for argv in ([], ["--help"]):
+        assert __main__.main(argv) == 0
+        printed = capsys.readouterr()
+        assert all(f"\n  {name} " in printed.out for name in __main__.COMMANDS) and not printed.err
+    assert __main__.main(["trian"]) == 2
+    assert capsys.readouterr().err == f"python -m minivit: no command trian; expected one of {', '.join(__main__.COMMANDS)}\n"
 
 
 def test_a_wheel_holds_what_minivit_reads():

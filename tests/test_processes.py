@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 import pytest
@@ -39,7 +40,7 @@ def test_what_a_job_raises_is_raised_and_the_next_goes_on(count):
 def test_a_killed_process_is_a_line_and_no_broken_pipe_which_would_mean_that_nobody_reads():
     with processes.working(1, "minivit.preprocess") as begin:
         with pytest.raises(UserError, match="was killed; if memory ran out, try fewer --workers"):
-            begin(os._exit, 9)()
+            begin(signal.raise_signal, signal.SIGKILL)()
         time.sleep(0.2)
         with pytest.raises(UserError, match="was killed"):
             begin(abs, -1)()
