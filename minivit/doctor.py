@@ -224,7 +224,7 @@ def _examine(photo: Photo, found: dict) -> Photo:
         return photo
     camera, turn = "not named", None
     with Image.open(path, formats=FORMATS) as image, contextlib.suppress(Exception):  # EXIF may be broken
-        form, mode, size = {"MPO": "JPEG"}.get(image.format, image.format), image.mode, f"{image.width} x {image.height}"
+        form, mode, size = "JPEG" if image.format == "MPO" else str(image.format), image.mode, f"{image.width} x {image.height}"
         if form != "PNG" or "exif" in image.info:  # else Pillow decodes a PNG again to look behind its pixels
             camera, turn = (image.getexif().get(tag, absent) for tag, absent in ((0x0110, camera), (0x0112, None)))
     odd = {
