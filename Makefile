@@ -40,12 +40,13 @@ bench: .venv/installed-dev ## measure speed on this machine's CPU, against trans
 	$(BIN)/python benchmarks/finetune.py --device cpu --train 60 --test 30 --epochs 1 --runs 1 --no-record \
 		--only transformers,transformers-even,minivit-cold,minivit $(ARGS)
 
-lint: .venv/installed-dev ## check format and style
+lint: .venv/installed-dev ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 clean: ## remove .venv and caches; runs/, data/ and attention/ stay
-	rm -rf .venv .cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml

@@ -6,22 +6,26 @@ A dict has blocks for keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .model import ViT
 
 CLASS_TOKEN = 0
 DOMINANT_SHARE = 0.3  # of a map; Gu et al. 2024, https://arxiv.org/abs/2410.10781, call a token with more of attention a sink
 METHODS = ("attention", "rollout", "relevance")
-FUSIONS = {"mean": Tensor.mean, "max": Tensor.amax, "min": Tensor.amin}
+FUSIONS: dict[str, Callable[..., Tensor]] = {"mean": Tensor.mean, "max": Tensor.amax, "min": Tensor.amin}
 
 
 def method_rows(
-    model: nn.Module,
+    model: ViT,
     images: Tensor,
     blocks: Iterable[int],
     *,
@@ -125,14 +129,15 @@ def relevance(attn: Mapping[int, Tensor], gradients: Mapping[int, Tensor]) -> di
 
 
 def class_relevance(
-    model: nn.Module, images: Tensor, targets: Tensor, blocks: Iterable[int], queries: Sequence[int] = (CLASS_TOKEN,)
+    model: ViT, images: Tensor, targets: Tensor, blocks: Iterable[int], queries: Sequence[int] = (CLASS_TOKEN,)
 ) -> dict[int, Tensor]:
     """Return rows (B, Q, N) of `relevance` from a ViT's block 0 up to each asked for, with one class (B,) an image.
 
     Keeps every block's input, but one block's graph at a time. Parameters get no gradients; frozen ones, no_grad and
     inference_mode make no difference. Raises UserError for a class, block or token that the model does not have.
     """
-    c, N, blocks, inputs, rows = model.config, model.config.num_tokens, sorted(blocks), [], {}
+    c, N, blocks, inputs = model.config, model.config.num_tokens, sorted(blocks), []
+    rows: dict[int, Tensor] = {}
     for name, asked, count in ("block", blocks, c.depth), ("class", targets.tolist(), c.num_classes), ("token", queries, N):
         if not all(0 <= i < count for i in asked):
             raise UserError(f"{name} {asked} is out of range: this model has {count}, counted from 0")
@@ -154,7 +159,7 @@ def class_relevance(
 
 def _chain(added: Mapping[int, Tensor], *, normalize: bool) -> dict[int, Tensor]:
     """Multiply each block's (identity + what is added), (B, N, N), onto the product of those before it."""
-    products = {}
+    products: dict[int, Tensor] = {}
     for i in sorted(added):
         Q, N = added[i].shape[1:]
         if Q != N or (products and i - 1 not in products):

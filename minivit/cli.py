@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import math
 import os
 import signal
@@ -28,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         prog = script if script in (f"{command}.py", f"minivit-{command}") else f"python -m minivit {command}"
         super().__init__(prog=prog, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
 
     def add_device_flags(self) -> None:
@@ -130,7 +131,7 @@ def start(main: Callable[[], int]) -> NoReturn:
         finally:  # even if stderr's reader was interrupted first
             os._exit(130)
 
-    if sys.stdout:
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an old terminal's encoding lacks what names may hold
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):  # else ignored, as in the background

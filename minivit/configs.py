@@ -118,7 +118,7 @@ def sizes_from_tensors(family: Family, tensors: Mapping[str, Tensor], where: str
     """
     google = family is GOOGLE
     width, _, patch, _ = tensors["embedding/kernel" if google else "conv_proj.weight"].shape
-    side = patch * math.isqrt(tensors[family.names["pos_embed"]].shape[1] - 1)
+    side = patch * math.isqrt(tensors[str(family.names["pos_embed"])].shape[1] - 1)
     num_classes = len(tensors.get("head/kernel" if google else "heads.head.weight", ()))
     if width not in NUM_HEADS:
         raise UserError(f"{where}: {width} wide, of which the number of heads is not known; expected one of {list(NUM_HEADS)}")

@@ -153,9 +153,7 @@ def _load_class_folders(root: Path, seed: int) -> Data:
     base = root / "train" if (root / "train").is_dir() else root
     classes = _class_folders(base)
 
-    def load(folder: Path) -> Split | None:
-        if not folder.is_dir():
-            return None
+    def load(folder: Path) -> Split:
         unknown = [name for name in _class_folders(folder) if name not in classes]
         if unknown:
             raise UserError(f"{folder}: class {unknown[0]!r} has no folder in {base}; expected only {', '.join(classes)}")
@@ -164,7 +162,8 @@ def _load_class_folders(root: Path, seed: int) -> Data:
             raise UserError(f"{folder}: no photos in its class folders")
         return Split([p for p, _ in found], [i for _, i in found])
 
-    train, val, test = load(base), *(load(root / name) if base != root else None for name in ("val", "test"))
+    train = load(base)
+    val, test = (load(root / name) if base != root and (root / name).is_dir() else None for name in ("val", "test"))
     if test is None:
         train, test = _hold_out(train, seed)
         print(f"{root}: no test/ folder, so {len(test)} of the photos are set apart for the test", file=sys.stderr)

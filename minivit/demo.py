@@ -48,7 +48,7 @@ def draw_pets(root: Path, *, per_breed: tuple[int, int], seed: int, workers: int
         (folder / part).mkdir(parents=True)
     photos = [(breed, i) for breed in BREEDS for i in range(1, 1 + sum(per_breed))]
     with ThreadPoolExecutor(workers) as pool:  # Pillow lets go of the GIL while it resizes and blurs
-        list(pool.map(lambda photo: _draw_pet(folder, *photo, seed, boxed=photo[1] <= num_trainval), photos))
+        list(pool.map(lambda photo: _draw_pet(folder, photo[0], photo[1], seed, boxed=photo[1] <= num_trainval), photos))
     for split in ("trainval", "test"):
         lines = []
         for breed, i in photos:
@@ -65,7 +65,7 @@ def _draw_pet(folder: Path, breed: str, i: int, seed: int, *, boxed: bool) -> No
     scene = scenes.draw_scene(rng, str(rng.choice(list(scenes.OBJECTS))), BREEDS[breed], animal=ANIMAL)
     scene.photo.save(folder / "images" / f"{stem}.jpg", quality=90)
     scene.mask.save(folder / "annotations" / "trimaps" / f"{stem}.png")
-    if boxed:  # as in the original, which has head boxes for trainval only
+    if boxed and scene.head:  # as in the original, which has head boxes for trainval only
         W, H = scene.photo.size
         text = XML.format(*scene.head, stem=stem, W=W, H=H, species=BREEDS[breed].species)
         (folder / "annotations" / "xmls" / f"{stem}.xml").write_text(text)

@@ -85,7 +85,8 @@ def describe_data(root: str) -> list[tuple[str, str, str]]:
     if not folder.is_dir() or not any(folder.iterdir()):
         raise UserError(f"{root}: no data here to describe; train.py downloads Oxford-IIIT Pet into such a folder")
     data = load_data(folder, seed=0)
-    sizes, formats, splits = [], Counter(), (data.train, data.val, data.test)
+    sizes, splits = [], (data.train, data.val, data.test)
+    formats: Counter[str | None] = Counter()
     for path in itertools.chain.from_iterable(split.paths for split in splits):
         try:
             with Image.open(path) as image:  # only its header

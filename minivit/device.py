@@ -96,7 +96,7 @@ def peak_gib(device: torch.device) -> float:
 def be_deterministic() -> None:
     """From here on give the same bits each time, on CUDA too (https://pytorch.org/docs/stable/notes/randomness.html)."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a slow aid for finding reads of it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property: a slow aid
     torch.use_deterministic_algorithms(True)
 
 

@@ -121,8 +121,8 @@ def check(root: str | os.PathLike[str], *, workers: int) -> tuple[list[Photo], l
         if archive.is_file() and (md5 := _md5(archive)) != ARCHIVES[archive.name]:
             found["archive"][archive.name] = f" has MD5 {md5}"
     sound = [photo for photo in photos if photo.path.is_file() and photo.name not in found["unreadable"]]
-    read = read_ahead(lambda photo: _examine(photo, found), sound, workers)
-    read = list(tqdm(read, total=len(sound), unit="photo", leave=False, disable=None))
+    reading = read_ahead(lambda photo: _examine(photo, found), sound, workers)
+    read = list(tqdm(reading, total=len(sound), unit="photo", leave=False, disable=None))
     if used := [photo for photo in read if photo.split and photo.md5]:
         _find_copies(used, found)
         _find_leaks(used, found)
@@ -145,7 +145,8 @@ def _survey(root: str | os.PathLike[str]) -> tuple[Path, list[Photo], dict]:
 
     That is, by kind, the name of each file or class, and what to add to it; None hides the name.
     """
-    root, found = Path(os.path.expanduser(root)), {kind: {} for kind in KINDS}
+    root = Path(os.path.expanduser(root))
+    found: dict[str, dict[str, str | None]] = {kind: {} for kind in KINDS}
     if (root / "annotations" / "trainval.txt").is_file():
         root = root.resolve().parent
     pets = root / "oxford-iiit-pet"
@@ -223,7 +224,7 @@ def _examine(photo: Photo, found: dict) -> Photo:
         return photo
     camera, turn = "not named", None
     with Image.open(path, formats=FORMATS) as image, contextlib.suppress(Exception):  # EXIF may be broken
-        form, mode, size = {"MPO": "JPEG"}.get(image.format, image.format), image.mode, f"{image.width} x {image.height}"
+        form, mode, size = "JPEG" if image.format == "MPO" else str(image.format), image.mode, f"{image.width} x {image.height}"
         if form != "PNG" or "exif" in image.info:  # else Pillow decodes a PNG again to look behind its pixels
             camera, turn = (image.getexif().get(tag, absent) for tag, absent in ((0x0110, camera), (0x0112, None)))
     odd = {
@@ -264,7 +265,8 @@ def _find_copies(photos: list[Photo], found: dict) -> None:
     edges = (np.diff(thumbs, 2, 1)[:, :, 1:-1] + np.diff(thumbs, 2, 2)[:, 1:-1]).reshape(len(photos), -1)
     edges[edges.std(1) < 5] = 0
     edges /= np.linalg.norm(edges, axis=1, keepdims=True) + 1e-6
-    groups, first = defaultdict(list), {}  # by their first photo's index; that of each MD5 sum, and of each photo
+    groups = defaultdict(list)  # by their first photo's index
+    first: dict[str | int, int] = {}  # that of each MD5 sum, and of each photo
     for start in range(0, len(photos), 512):
         alike = np.tril(edges[start : start + 512] @ edges[: start + 512].T > 0.93, start - 1)
         for i, row in enumerate(alike, start):

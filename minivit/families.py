@@ -27,26 +27,26 @@ class Family:
     title: str
     kind: str  # config.json's model_type; "timm"; "" for files that come without a config
     names: Names
-    head: dict[str, str]
+    head: Names
     unused: tuple[str, ...] = ()  # tensors of the backbone that classification does not use
     prefix: str = ""  # of the backbone's names where there is a head
 
 
-_EMBEDDINGS = {
+_EMBEDDINGS: Names = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj.*": "embeddings.patch_embeddings.projection.*",
     "norm.*": "layernorm.*",
 }
-_ON_DISK = {
+_ON_DISK: Names = {
     "blocks.#.attn.qkv.*": tuple(f"encoder.layer.#.attention.attention.{part}.*" for part in ("query", "key", "value")),
     "blocks.#.attn.proj.*": "encoder.layer.#.attention.output.dense.*",
 }
-_IN_MEMORY = {
+_IN_MEMORY: Names = {
     "blocks.#.attn.qkv.*": tuple(f"encoder.layer.#.attention.{part}_proj.*" for part in "qkv"),
     "blocks.#.attn.proj.*": "encoder.layer.#.attention.o_proj.*",
 }
-_VIT = {
+_VIT: Names = {
     **_EMBEDDINGS,
     **_ON_DISK,
     "blocks.#.norm1.*": "encoder.layer.#.layernorm_before.*",
@@ -54,7 +54,7 @@ _VIT = {
     "blocks.#.mlp.fc1.*": "encoder.layer.#.intermediate.dense.*",
     "blocks.#.mlp.fc2.*": "encoder.layer.#.output.dense.*",
 }
-_VIT_IN_MEMORY = {
+_VIT_IN_MEMORY: Names = {
     **_EMBEDDINGS,
     "blocks.#.attn.qkv.*": tuple(f"layers.#.attention.{part}_proj.*" for part in "qkv"),
     "blocks.#.attn.proj.*": "layers.#.attention.o_proj.*",
@@ -63,7 +63,7 @@ _VIT_IN_MEMORY = {
     "blocks.#.mlp.fc1.*": "layers.#.mlp.fc1.*",
     "blocks.#.mlp.fc2.*": "layers.#.mlp.fc2.*",
 }
-_DINOV2 = {
+_DINOV2: Names = {
     **_EMBEDDINGS,
     "blocks.#.norm1.*": "encoder.layer.#.norm1.*",
     "blocks.#.ls1.gamma": "encoder.layer.#.layer_scale1.lambda1",
@@ -72,12 +72,12 @@ _DINOV2 = {
     "blocks.#.mlp.fc2.*": "encoder.layer.#.mlp.fc2.*",
     "blocks.#.ls2.gamma": "encoder.layer.#.layer_scale2.lambda1",
 }
-_REGISTERS = {**_DINOV2, "reg_token": "embeddings.register_tokens"}
+_REGISTERS: Names = {**_DINOV2, "reg_token": "embeddings.register_tokens"}
 _BLOCK = tuple(f"blocks.#.{part}.*" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"))
-_TIMM = {name: name for name in ("cls_token", "pos_embed", "patch_embed.proj.*", *_BLOCK, "norm.*")}  # ours are timm's
-_TIMM_DINOV2 = {**_TIMM, "blocks.#.ls1.gamma": "blocks.#.ls1.gamma", "blocks.#.ls2.gamma": "blocks.#.ls2.gamma"}
+_TIMM: Names = {name: name for name in ("cls_token", "pos_embed", "patch_embed.proj.*", *_BLOCK, "norm.*")}  # ours are timm's
+_TIMM_DINOV2: Names = {**_TIMM, "blocks.#.ls1.gamma": "blocks.#.ls1.gamma", "blocks.#.ls2.gamma": "blocks.#.ls2.gamma"}
 _LAYER = "encoder.layers.encoder_layer_#."
-_TORCHVISION = {
+_TORCHVISION: Names = {
     "cls_token": "class_token",
     "pos_embed": "encoder.pos_embedding",
     "patch_embed.proj.*": "conv_proj.*",
@@ -98,7 +98,7 @@ def _flax(ours: str, theirs: str, weight: str = "kernel") -> Names:
 
 _FLAX = "Transformer/encoderblock_#"
 _FLAX_ATTENTION = f"{_FLAX}/MultiHeadDotProductAttention_1"
-_GOOGLE = {
+_GOOGLE: Names = {
     "cls_token": "cls",
     "pos_embed": "Transformer/posembed_input/pos_embedding",
     **_flax("patch_embed.proj", "embedding"),
@@ -129,7 +129,7 @@ TIMM_DINOV2 = Family("timm's dinov2", "timm", _TIMM_DINOV2, TIMM.head)
 TIMM_REGISTERS = Family("timm's dinov2 with registers", "timm", _TIMM_DINOV2 | {"reg_token": "reg_token"}, TIMM.head)
 TORCHVISION = Family("torchvision's vit", "", _TORCHVISION, {"head.*": "heads.head.*"})
 GOOGLE = Family("Google's npz", "", _GOOGLE, _flax("head", "head"))
-FAMILIES = (VIT, VIT_IN_MEMORY, DINOV2, DINOV2_IN_MEMORY, REGISTERS, REGISTERS_IN_MEMORY)
+FAMILIES: tuple[Family, ...] = (VIT, VIT_IN_MEMORY, DINOV2, DINOV2_IN_MEMORY, REGISTERS, REGISTERS_IN_MEMORY)
 FAMILIES += (TIMM, TIMM_DINOV2, TIMM_REGISTERS, TORCHVISION, GOOGLE)
 _BLOCK_NUMBER = re.compile(r"(?<=[._])\d+(?=[./])")  # the first of a name
 KINDS = tuple(dict.fromkeys(family.kind for family in FAMILIES if family.kind))
@@ -174,8 +174,8 @@ def layout(model: ViT, family: Family) -> dict[str, tuple[str, ...]]:
     for name in model.state_dict():
         number, leaf = re.search(r"\d+", name), name.rpartition(".")[2]  # of the block; weight, bias, gamma, ...
         pattern = re.sub(r"^blocks\.\d+\.", "blocks.#.", name)
-        parts = _parts(table.get(pattern) or table[pattern.removesuffix(leaf) + "*"])
-        parts = [part.replace("#", number[0] if number else "").replace("*", leaf) for part in parts]
+        theirs = _parts(table.get(pattern) or table[pattern.removesuffix(leaf) + "*"])
+        parts = [part.replace("#", number[0] if number else "").replace("*", leaf) for part in theirs]
         found[name] = tuple(part if name.startswith("head.") else prefix + part for part in parts)
     return found
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,8 @@ class Frozen:
     def __init__(self, model: ViT, cut: int, *, batch: int, compile: bool = False) -> None:
         self.model, self.cut, self.batch, self.compiled = model, cut, batch, compile
         self.run = torch.compile(model.tokens) if compile else model.tokens
-        self.last, self.replay = 0, None
+        self.last = 0
+        self.replay: Replay | None = None
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, draws: Tensor | None = None) -> Tensor:
@@ -124,6 +126,12 @@ class Frozen:
     def view(self, _: int, pixels: Source, draws: Tensor, stopped: Callable[[], bool]) -> Tensor | None:
         """Return the tokens (n, N, D) of one view of all photos, augmented by its draws (n, 5)."""
         return self.keep(pixels, torch.arange(len(draws)), draws, stopped)
+
+    @overload
+    def keep(self, pixels: Source, own: Tensor, draws: Tensor | None = None) -> Tensor: ...
+
+    @overload
+    def keep(self, pixels: Source, own: Tensor, draws: Tensor | None, stopped: Callable[[], bool]) -> Tensor | None: ...
 
     def keep(
         self, pixels: Source, own: Tensor, draws: Tensor | None = None, stopped: Callable[[], bool] = bool

@@ -53,7 +53,7 @@ def fetch(source: str, revision: str | None, *, weights: bool = True) -> Files:
 
     config = need("config.json")
     preprocessor = need("preprocessor_config.json") if "model_type" in read_json(config) else None
-    found = (need(*WEIGHTS),) if weights else ()
+    found: tuple[Path, ...] = (need(*WEIGHTS),) if weights else ()
     if found and found[0].name == WEIGHTS[1]:
         found = tuple(need(name) for name in _shards(found[0]))
     return Files(config, preprocessor, found, hub.revision if hub else None)

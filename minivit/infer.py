@@ -87,14 +87,15 @@ def infer(args: argparse.Namespace) -> int:
     drawers = min(args.workers, len(jobs)) if len(jobs) >= POOL_FROM else 0
     unreadable, size = 0, batch_size(models[0], blocks, args, cpu=on.type == "cpu")
     with progress_bar(len(jobs)) as progress, processes.working(drawers, "minivit.plots") as draw:
-        found, drawn = ahead.read_ahead(read, jobs, args.workers), deque()
+        found = ahead.read_ahead(read, jobs, args.workers)
+        drawn: deque[tuple[Callable[[], None], dict]] = deque()
         while batch := list(itertools.islice(found, size)):
             for path, _, error in batch:
                 if isinstance(error, UserError):
                     say(error if isinstance(error, photos.PhotoError) else f"{path}: {error}", sys.stderr)
                     unreadable += 1
                     progress.update()
-            if not (sound := [job for job in batch if isinstance(job[-1], look.Photo)]):
+            if not (sound := [(path, figure, photo) for path, figure, photo in batch if isinstance(photo, look.Photo)]):
                 continue
             decoded, asked = [photo for *_, photo in sound], {"methods": methods, "all_rows": args.html}
             looks = [look.look_at(model, decoded, i, blocks, target=targets[i], **asked) for i, model in enumerate(models)]

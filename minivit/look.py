@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -200,7 +201,8 @@ def summary(a: Look, top_k: int, method: str) -> dict:
 def pane(photo: Photo, a: Look, top_k: int) -> Pane:
     """Return one model's side of the page."""
     scale = [small / side for small, side in zip(photo.picture.size, photo.size)] * 2
-    box = tuple(edge * factor for edge, factor in zip(a.model.preprocess.box(photo.size), scale))
+    left, top, right, bottom = (edge * factor for edge, factor in zip(a.model.preprocess.box(photo.size), scale))
+    box = left, top, right, bottom
     methods = {method: {block: rows[0] for block, rows in a.rows[method].items()} for method in a.rows if method != "attention"}
     if "relevance" in methods:
         methods["relevance"] = {block: _map(a, "relevance", rows[0]) for block, rows in methods["relevance"].items()}
@@ -215,9 +217,9 @@ def write_arrays(path: Path, photo: Photo, looks: Sequence[Look], method: str) -
     `probabilities` (C,). With two models, those of the other are `base_rows` and `base_probabilities`.
     """
     model, last = looks[-1].model, looks[-1]
-    arrays = {"blocks": list(last.rows[method]), "queries": list(last.tokens[method]), "grid": model.config.grid}
-    arrays |= {"box": model.preprocess.box(photo.size), "photo_size": photo.size}
+    arrays: dict[str, Any] = {"blocks": list(last.rows[method]), "queries": list(last.tokens[method])}
+    arrays |= {"grid": model.config.grid, "box": model.preprocess.box(photo.size), "photo_size": photo.size}
     for prefix, a in zip(("base_", "")[-len(looks) :], looks):
         arrays |= {f"{prefix}rows": torch.stack(list(a.rows[method].values())), f"{prefix}probabilities": a.probabilities}
     with whole_file(path) as partial, partial.open("wb") as file:
-        np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})
+        np.savez(file, **arrays)

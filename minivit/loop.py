@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -71,10 +72,11 @@ def train_step(
         micro_batch = max(1, min(micro_batch, len(labels)) // 2)  # out here, where no exception holds on to tensors
         torch.cuda.empty_cache()
         print(f"{device}: out of memory; the step is redone in micro-batches of {micro_batch}", file=sys.stderr)
-    scaler.unscale_(optimizer)
+    torchs = cast(torch.optim.Optimizer, optimizer)  # ours has what a scaler asks for: groups, and a step
+    scaler.unscale_(torchs)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
-    scaler.step(optimizer)
+    scaler.step(torchs)
     scaler.update()
     return loss, norm, micro_batch
 
@@ -96,7 +98,7 @@ def _accumulate(
         part = slice(start, start + micro_batch)
         x, y = inputs(part), labels[part]
         last = part.stop >= len(labels)  # with whose gradients the processes exchange all
-        with net.no_sync() if shared and not last else nullcontext():
+        with net.no_sync() if isinstance(net, DistributedDataParallel) and not last else nullcontext():
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 logits = net(x)  # (b, C)
             # Summed, then divided by the whole batch, so that a short last micro-batch weighs what its photos do.
@@ -201,7 +203,7 @@ def fit(
                 views[view] = frozen.view(view, train[0], _draw(n, seed, view + 1)[1], stop_requested)
             source = train[0] if view is None else views[view]
             state.stopped = source is None
-            if state.stopped:
+            if source is None:
                 return
             inputs = frozen if view is None else (lambda there, _: there)
             batches = [(index, draws[index]) for index in order.split(batch_size)]
@@ -229,7 +231,7 @@ def fit(
 
 
 def _patience_ends(state: State, patience: int | None) -> bool:
-    return bool(patience and state.rows) and state.epoch > patience + best_row(state.rows)["epoch"]
+    return bool(patience and state.rows and state.epoch > patience + best_row(state.rows)["epoch"])
 
 
 def _train_epoch(

@@ -53,7 +53,9 @@ def measure(
     equal = min((count_equal_blocks(model, other) for other in others), default=0)
     per_block = 1 + model.config.num_heads
     num_equal, last = per_block * sum(b < equal for b in blocks), per_block * len(blocks) - 1  # of the maps
-    device, kept, left_out, areas, answers = model.cls_token.device, [], {}, [], []
+    device, areas, answers = model.cls_token.device, [], []
+    kept: list[int] = []
+    left_out: dict[str, list[Path]] = {}
     num_maps = len(map_keys(blocks, model.config.num_heads, methods))
     # At once, since kept tensors in between those of batches would keep the memory in pieces, and growing.
     rows = {which: torch.empty(len(paths), num_maps, 2, 4, device=device) for which in models}
@@ -61,8 +63,8 @@ def measure(
     differ = torch.zeros(num_equal, dtype=torch.bool, device=device)
     with torch.inference_mode(), tqdm(total=len(paths), unit="photo", leave=False) as progress:
         for batch in read_photos(paths, model, workers=workers, left_out=left_out):
-            indices, pixels, regions = zip(*batch)
-            images, regions = model.preprocess.normalize(torch.stack(pixels).to(device)), torch.stack(regions)
+            indices, pixels, shares = zip(*batch)
+            images, regions = model.preprocess.normalize(torch.stack(pixels).to(device)), torch.stack(shares)
             absent, regions, found = not regions[:, 1].any(), regions.to(device), {}  # (B, 2, 2, P); no head box at all
             here = slice(len(kept), len(kept) + len(batch))
             for which, each in models.items():
@@ -84,10 +86,10 @@ def measure(
         block = blocks[int(differ.nonzero()[0]) // per_block]
         raise RuntimeError(f"block {block}: its maps differ, though it and all before it have equal weights")
     probability, predicted = (torch.cat(parts).cpu().numpy() for parts in zip(*answers))
-    rows = {which: values[: len(kept)].cpu().numpy() for which, values in rows.items()}
+    scores = {which: values[: len(kept)].cpu().numpy() for which, values in rows.items()}
     maps = {which: values[: len(kept)].cpu() for which, values in maps.items()}
-    times = {which: values[:, last, 0, 1] for which, values in rows.items()}
-    return Measured(kept, left_out, rows, maps, times, torch.cat(areas).cpu().numpy(), predicted, probability, equal)
+    times = {which: values[:, last, 0, 1] for which, values in scores.items()}
+    return Measured(kept, left_out, scores, maps, times, torch.cat(areas).cpu().numpy(), predicted, probability, equal)
 
 
 def model_maps(model: ViT, images: Tensor, blocks: Sequence[int], methods: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -138,7 +140,7 @@ def read_photos(
             if isinstance(found, str):
                 left_out.setdefault(found, []).append(paths[i])
             else:
-                yield i, *map(torch.from_numpy, found)
+                yield i, torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
     with processes.working(processes.worth_starting(n, workers), "minivit.masks") as begin:
         found = scorable(begin)

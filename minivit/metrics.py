@@ -57,7 +57,7 @@ def overfits_from(rows: Sequence[Mapping[str, float]]) -> int | None:
     """Return the first epoch after validation loss was lowest, if it has risen since while training loss fell; else None."""
     lowest, last = min(rows, key=lambda row: row["val_loss"]), rows[-1]
     rises = last["val_loss"] > RISE * lowest["val_loss"] and last["train_loss"] < lowest["train_loss"]
-    return lowest["epoch"] + 1 if rises else None
+    return int(lowest["epoch"]) + 1 if rises else None
 
 
 def verdict(rows: Sequence[Mapping[str, float]]) -> str:

@@ -11,12 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .preprocess import Preprocess
+    from .weights import Origin
 
 MAX_SIZE = 65_536  # of anything in a config: what is larger is a broken file
 
@@ -100,15 +105,14 @@ class Attention(nn.Module):
         attn = self._weights(asking if queries is None or only_cls else q[:, :, queries], k)
         return self._mix(q, k, v, attn[:, :, : q.shape[2]] if queries is None and attn.requires_grad else None), attn
 
-    def _qkv(self, x: Tensor, only_cls: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, x: Tensor, only_cls: bool) -> tuple[Tensor, ...]:
         return self._project(x[:, :1], 0, 1) + self._project(x, 1, 3) if only_cls else self._project(x, 0, 3)
 
     def _project(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         """Return some of q, k and v, those from `start` to `stop`, each (B, H, N, K)."""
         B, N, D = x.shape
-        weight, bias = self.qkv.weight, self.qkv.bias
-        if stop - start < 3:
-            weight, bias = weight[start * D : stop * D], None if bias is None else bias[start * D : stop * D]
+        whole, own = stop - start == 3, slice(start * D, stop * D)
+        weight, bias = [p if whole or p is None else p[own] for p in (self.qkv.weight, self.qkv.bias)]
         parts = F.linear(x, weight, bias).view(B, N, stop - start, self.num_heads, D // self.num_heads)
         return parts.permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -126,8 +130,7 @@ class Attention(nn.Module):
         with torch.autocast(q.device.type, enabled=False):
             q, k = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype)
             few = 4 * q.shape[2] < k.shape[2]  # for few rows cuBLAS is faster the other way round
-            scores = (k @ q.mT).mT if few else q @ k.mT  # (B, H, Q, N)
-            return scores.softmax(dim=-1)
+            return ((k @ q.mT).mT if few else q @ k.mT).softmax(dim=-1)  # (B, H, Q, N)
 
 
 class MLP(nn.Module):
@@ -177,8 +180,8 @@ class ViT(nn.Module):
     """A Vision Transformer for images (B, 3, *img_size), normalised as its checkpoint asks."""
 
     labels: tuple[str, ...] = ()  # class names in index order; like the next two, set with the weights (weights.py)
-    preprocess = None
-    origin = None
+    preprocess: Preprocess = None  # type: ignore[assignment]  # None only before that, for a model without weights
+    origin: Origin = None  # type: ignore[assignment]  # likewise
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -188,15 +191,13 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.pos_grid[0] * self.pos_grid[1], c.embed_dim))
         self.reg_token = nn.Parameter(torch.zeros(1, c.num_registers, c.embed_dim)) if c.num_registers else None
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.blocks = cast(Sequence[Block], nn.ModuleList(Block(c) for _ in range(c.depth)))
         self.norm = nn.LayerNorm(c.embed_dim, eps=c.eps)
         self.head = self._new_head()
         for name, parameter in self.named_parameters():  # weights of std 0.02 and biases of 0, as timm starts a ViT
-            if parameter.is_meta:
-                continue  # which would only make torch 2.11 import its compiler, for a second
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif "norm" not in name and "ls" not in name:
+            elif "norm" not in name and "ls" not in name and not parameter.is_meta:  # or torch 2.11 imports its compiler
                 nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -245,10 +246,9 @@ class ViT(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the embeddings (B, N, D) of images (B, 3, *img_size): class token, registers, placed patches."""
-        if images.ndim != 4 or images.shape[1:] != (3, *self.config.img_size):
-            raise UserError(
-                f"expected images (B, 3, {self.config.img_size[0]}, {self.config.img_size[1]}), found {tuple(images.shape)}"
-            )
+        h, w = self.config.img_size
+        if images.ndim != 4 or images.shape[1:] != (3, h, w):
+            raise UserError(f"expected images (B, 3, {h}, {w}), found {tuple(images.shape)}")
         patches = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
         x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.positions()  # (B, N - R, D)
         if self.reg_token is None:
@@ -273,10 +273,9 @@ class ViT(nn.Module):
     def resample(self, pos_embed: Tensor) -> Tensor:
         if self.pos_grid == self.config.grid:
             return pos_embed
-        cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
-        patches = patches.unflatten(1, self.pos_grid).permute(0, 3, 1, 2).float()  # (1, D, gh, gw)
+        patches = pos_embed[:, 1:].unflatten(1, self.pos_grid).permute(0, 3, 1, 2).float()  # (1, D, gh, gw)
         patches = F.interpolate(patches, self.config.grid, mode="bicubic", antialias=self.config.pos_antialias)
-        return torch.cat([cls, patches.flatten(2).mT.to(cls.dtype)], dim=1)
+        return torch.cat([pos_embed[:, :1], patches.flatten(2).mT.to(pos_embed.dtype)], dim=1)
 
     def reset_head(self, num_classes: int) -> None:
         """Put a fresh head on, all zeros as in the ViT paper's fine-tuning; 0 takes the head off."""
@@ -297,6 +296,5 @@ class ViT(nn.Module):
 
     @staticmethod
     def _check_index(name: str, indices: Iterable[int], count: int) -> None:
-        for i in indices:
-            if not 0 <= i < count:
-                raise UserError(f"{name} {i} is out of range: this model has 0 to {count - 1}")
+        if wrong := [i for i in indices if not 0 <= i < count]:
+            raise UserError(f"{name} {wrong[0]} is out of range: this model has 0 to {count - 1}")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .model import ViT
 
 WARMUP = 0.1  # of all steps
 
@@ -30,7 +34,7 @@ def parse_blocks(text: str, depth: int) -> list[int]:
     return sorted(blocks)
 
 
-def freeze_except(model: nn.Module, blocks: Sequence[int]) -> int:
+def freeze_except(model: ViT, blocks: Sequence[int]) -> int:
     """Let only these blocks, the final norm and the head train; return the cut, the first block that needs a graph.
 
     Without blocks the cut is the model's depth: what comes before it is frozen and may be computed once.
@@ -46,7 +50,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+def parameter_groups(model: ViT, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
     """Group what trains for AdamW: matrices decay, biases and the scales of norms and LayerScale do not.
 
     A group's learning rate is `lr_scale` times the step's: 1 for norm and head, and for block i `layer_decay` to the power

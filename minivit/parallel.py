@@ -122,8 +122,9 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number, frame) -> None:
-        if came and number == signal.SIGINT and world() == 1 and callable(before[number]):
-            before[number](number, frame)
+        earlier = before[number]
+        if came and number == signal.SIGINT and world() == 1 and callable(earlier):
+            earlier(number, frame)
         came.append(number)
 
     for number, handler in before.items():

@@ -87,7 +87,7 @@ def _decode(data: bytes) -> Image.Image:
             raise ValueError("more EXIF than a JPEG can hold")
         photo, turn = _to_rgb(image), None
         with contextlib.suppress(Exception):  # a photo with broken EXIF stays as it lies, as in photo viewers
-            turn = TURN.get(image.getexif().get(274))
+            turn = TURN.get(image.getexif().get(274, 1))
         return photo if turn is None else photo.transpose(turn)
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -180,7 +181,7 @@ def draw_confusion(
     ax = figure.subplots()
     shaded = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     names = [shorten(name, 28) for name in classes]
-    turned = {"rotation": 60 if C > 3 else 20, "ha": "right", "rotation_mode": "anchor"}
+    turned: dict[str, Any] = {"rotation": 60 if C > 3 else 20, "ha": "right", "rotation_mode": "anchor"}
     ax.set_xticks(range(C), names, fontsize=8, parse_math=False, **turned)
     ax.set_yticks(range(C), names, fontsize=8, parse_math=False)
     ax.set(xlabel="predicted", ylabel="true")

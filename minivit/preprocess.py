@@ -36,14 +36,17 @@ class Preprocess:
     resize: tuple[int, int] | int = (224, 224)
     crop: tuple[int, int] | None = None
     resample: int = 2
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of each channel
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
     round_margins: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
         """The model's input (h, w) in pixels."""
-        return self.crop or self.resize
+        if self.crop is not None:
+            return self.crop
+        assert isinstance(self.resize, tuple)  # a shortest edge comes with a crop
+        return self.resize
 
     def __call__(self, photo: Image.Image) -> Tensor:
         """Return one photo as a model's input, float32 (3, h, w); stack several for a batch."""
@@ -101,7 +104,7 @@ class Preprocess:
         else:
             w, h = (int(self.resize * side / short) for side in photo_size)  # truncated, as transformers does
         whole = round if self.round_margins else math.floor
-        return whole((w - self.crop[1]) / 2), whole((h - self.crop[0]) / 2), w, h
+        return whole((w - self.size[1]) / 2), whole((h - self.size[0]) / 2), w, h
 
     def to_photo(self, values: Tensor, photo_size: tuple[int, int], shape: tuple[int, int] | None = None) -> np.ndarray:
         """Bring a map (gh, gw) back onto a photo of (W, H) pixels: float32 (H, W), smoothly upsampled.
@@ -130,11 +133,10 @@ class Preprocess:
         if self.crop is None:
             return replace(self, resize=size)
         scale = max(size[0] / self.crop[0], size[1] / self.crop[1])
-        squash = isinstance(self.resize, tuple)
-        resize = (
-            tuple(int(r * side / c) for r, side, c in zip(self.resize, size, self.crop)) if squash else int(self.resize * scale)
-        )
-        return replace(self, resize=resize, crop=size)
+        if not isinstance(self.resize, tuple):
+            return replace(self, resize=int(self.resize * scale), crop=size)
+        h, w = (int(r * side / c) for r, side, c in zip(self.resize, size, self.crop))
+        return replace(self, resize=(h, w), crop=size)
 
     @classmethod
     def from_config(cls, config: dict) -> Preprocess:
@@ -154,7 +156,7 @@ class Preprocess:
         if isinstance(size, dict) and "shortest_edge" in size:
             if crop is None:
                 raise UserError('preprocessor_config.json: "shortest_edge" without a centre crop gives no fixed input size')
-            resize = int(size["shortest_edge"])
+            resize: tuple[int, int] | int = int(size["shortest_edge"])
         else:
             resize = _pair(size)
         if crop and any(c > r for c, r in zip(crop, resize if isinstance(resize, tuple) else (resize, resize))):
@@ -171,13 +173,13 @@ class Preprocess:
 
     def to_config(self) -> dict:
         """Return what transformers reads back as the same preprocessing, but for round_margins, which it does not have."""
-        squash = isinstance(self.resize, tuple)
-        kind = "BitImageProcessor" if not squash else "DeiTImageProcessor" if self.crop else "ViTImageProcessor"
+        squashed = self.resize if isinstance(self.resize, tuple) else None
+        kind = "BitImageProcessor" if not squashed else "DeiTImageProcessor" if self.crop else "ViTImageProcessor"
         return {
             "image_processor_type": kind,
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": dict(zip(("height", "width"), self.resize)) if squash else {"shortest_edge": self.resize},
+            "size": dict(zip(("height", "width"), squashed)) if squashed else {"shortest_edge": self.resize},
             "resample": self.resample,
             "do_center_crop": self.crop is not None,
             **({"crop_size": dict(zip(("height", "width"), self.crop))} if self.crop else {}),
@@ -201,7 +203,7 @@ def decode_into(file: Path, place: int, paths: Sequence[Path], preprocess: Prepr
             else:
                 reasons.append("")
                 out.seek(place + i * pixels.nbytes)
-                out.write(pixels)
+                out.write(pixels.data)
     return reasons
 
 

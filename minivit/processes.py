@@ -87,7 +87,7 @@ def work_for(pipe: Connection, module: str) -> None:
         while True:
             job, args, kwargs = pipe.recv()
             try:
-                answer = job(*args, **kwargs), None
+                answer: tuple[object, Exception | None] = job(*args, **kwargs), None
             except Exception as error:
                 answer = None, error
             pipe.send(answer)

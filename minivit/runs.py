@@ -12,8 +12,8 @@ from pathlib import Path
 from . import files, state
 from .metrics import overfits_from
 
-RUN_FILES = ("model.safetensors", "config.json", "preprocessor_config.json", "tail.safetensors", "metrics.jsonl")
-RUN_FILES += ("summary.json", "curves.png", "confusion.png", "predictions.png", "classes.csv", "README.md")
+RUN_FILES: tuple[str, ...] = ("model.safetensors", "config.json", "preprocessor_config.json", "tail.safetensors")
+RUN_FILES += ("metrics.jsonl", "summary.json", "curves.png", "confusion.png", "predictions.png", "classes.csv", "README.md")
 STATE = "state.safetensors"  # there until the run is finished
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
 T = TypeVar("T")
-Shape = list  # [kind, colour, numbers…]; a line's first number is its width
+Shape = Sequence  # [kind, colour, numbers…]; a line's first number is its width
 PATTERNS = ("plain", "stripes", "spots", "patches", "saddle")  # of coats
 PET, BACKGROUND, BORDER = 1, 2, 3  # a mask's values, Oxford-IIIT Pet's
 SIZES = ((320, 240), (320, 240), (240, 320), (272, 272))  # W, H
@@ -81,8 +81,8 @@ def random_breed(rng: np.random.Generator) -> Breed:
     """Return an animal of no breed: parts and colours at random, furs and fantasies alike."""
     mixed = [astuple(_pick(rng, list(BREEDS.values())))[i] for i in range(12)]
     colours = ["#" + bytes(rng.integers(20, 250, 3).tolist()).hex() for _ in range(9)]
-    pattern = _pick(rng, PATTERNS)
-    return Breed(*mixed[:2], pattern, *(c if rng.random() < 0.3 else m for c, m in zip(colours, mixed[3:])))
+    mixed[2] = _pick(rng, PATTERNS)
+    return Breed(*mixed[:3], *(c if rng.random() < 0.3 else m for c, m in zip(colours, mixed[3:])))
 
 
 def draw_scene(
@@ -112,7 +112,8 @@ def draw_scene(
         at = _stand(photo, body, x, y)
         mask.paste(body.getchannel("A"), at)
         box = face.getbbox() or (0, 0, *body.size)
-        head = tuple(int(min(max(v + at[i % 2], 0), (W, H)[i % 2])) for i, v in enumerate(box))
+        left, top, right, bottom = (int(min(max(v + at[i % 2], 0), (W, H)[i % 2])) for i, v in enumerate(box))
+        head = left, top, right, bottom
         if rng.random() < 0.3:  # something in front of the animal
             sprite = _pick(rng, CLUTTER).draw(rng, unit)
             at = _stand(photo, sprite, x + rng.uniform(-0.25, 0.25) * unit, min(y + 0.04 * H, H))
@@ -127,7 +128,7 @@ def _trimap(alpha: Image.Image, width: float) -> Image.Image:
 
 
 def _pick(rng: np.random.Generator, some: Sequence[T]) -> T:
-    return some[rng.integers(len(some))]
+    return some[int(rng.integers(len(some)))]
 
 
 def _jitter(rng: np.random.Generator, colour: str, by: float) -> tuple[int, ...]:

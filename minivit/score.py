@@ -146,7 +146,8 @@ def summarize(
 
     Of each metric, the mean and its 95% interval; "change", where there are two models, is each photo's, then likewise.
     """
-    rows, scores = dict(rows), {}
+    rows = dict(rows)
+    scores: dict[tuple, dict[str, float]] = {}
     if "base" in rows:
         rows["change"] = rows["model"] - rows["base"]
     groups = {group: groups[group] for group in GROUPS if group in groups}
@@ -156,7 +157,7 @@ def summarize(
         if len(chosen):
             for key, cell in zip(keys, np.stack(bootstrap(chosen), -1).tolist()):  # (4, 3)
                 row = {m + end: x for m, line in zip(METRICS, cell) for end, x in zip(("", "_low", "_high"), line)}
-                scores[(of, region, group, *key)] = {"photos": len(chosen), **row}
+                scores |= {(of, region, group, *key): {"photos": len(chosen), **row}}
     return scores
 
 
@@ -170,7 +171,8 @@ def bootstrap(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for row in times:
         row[:] = np.bincount(rng.integers(n, size=n), minlength=n)
     low, high = np.quantile(times @ flat / n, (0.025, 0.975), axis=0) if n > 1 else np.full((2, flat.shape[1]), np.nan)
-    return tuple(part.reshape(values.shape[1:]) for part in (flat.mean(0), low, high))
+    mean, low, high = (part.reshape(values.shape[1:]) for part in (flat.mean(0), low, high))
+    return mean, low, high
 
 
 def describe(
@@ -187,8 +189,8 @@ def describe(
     yield f"{covers}: chance for mass, average precision and, about, pointing"
     if "base" in names:
         equal, scored = found.equal_blocks, sum(block < found.equal_blocks for block in blocks)
-        said = {0: "block 0 or the embeddings changed", 1: "block 0 has equal weights"}
-        said = said.get(equal, f"blocks 0-{equal - 1} have equal weights")
+        few = {0: "block 0 or the embeddings changed", 1: "block 0 has equal weights"}
+        said = few.get(equal, f"blocks 0-{equal - 1} have equal weights")
         said += f", {scored} of them scored: identical maps, photo by photo" if scored else ", so any map may change"
         yield f"before: {printable(names['base'])}; {said}"
 
@@ -214,7 +216,7 @@ def tables(scores: Mapping[tuple, Mapping[str, float]], methods: Sequence[str]) 
             line += f"  {row['mass']:5.3f}  {row['pointing']:8.3f}  {row['average_precision']:5.3f}  "
             line += "".join(f"{rows['model', group, block, 'mean']['times_chance']:7.2f}" for group in groups)
             times = {head: rows["model", "all", block, head]["times_chance"] for head in heads}
-            head = max(heads, key=times.get, default=None)
+            head = max(heads, key=times.__getitem__, default=None)
             yield f"{block:5}  {line}" + (f"  {head:4}: {times[head]:.2f}" if heads else "")
 
 
@@ -227,12 +229,14 @@ def interval(row: Mapping[str, float], signed: bool = False) -> str:
 
 def say(scores: Mapping[tuple, Mapping[str, float]], block: int, names: Mapping[str, str]) -> str:
     """Say in one sentence how much of its attention a block puts on the pet, and whether fine-tuning changed that."""
-    row, base, change = (scores.get((of, "pet", "all", "attention", block, "mean")) for of in ("model", "base", "change"))
+    rows = {of: row for (of, *key), row in scores.items() if key == ["pet", "all", "attention", block, "mean"]}
+    row = rows["model"]
     low, high = row["times_chance_low"], row["times_chance_high"]
     said = f"block {block} of {printable(names['model'])} puts {row['times_chance']:.2f} times chance on the pet "
     said += f"(95% interval {low:.2f} to {high:.2f})"
-    if not base:
+    if "base" not in rows:
         return said
+    base, change = rows["base"], rows["change"]
     by, low, high = (change["times_chance" + end] for end in ("", "_low", "_high"))
     verdict = "more" if low > 0 else "less" if high < 0 else "no clear change" if by else "no change"
     return f"{said}, before tuning {base['times_chance']:.2f}: {verdict} ({by:+.2f}, {low:+.2f} to {high:+.2f})"

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from . import cli
 
@@ -39,7 +39,7 @@ def check(args: argparse.Namespace) -> int:
     device.be_deterministic()
     torch.manual_seed(0)
     model = weights.load_pretrained(args.model, labels=[f"class {i}" for i in range(5)]).to(on)
-    torch.nn.init.trunc_normal_(model.head.weight, std=0.02)
+    torch.nn.init.trunc_normal_(model.get_parameter("head.weight"), std=0.02)
     images = torch.randn(7, 3, *model.config.img_size, device=on)
     print(f"{args.model} on {torch.cuda.get_device_name(on) if on.type == 'cuda' else on}, torch {torch.__version__}\n")
     print(f"{'':58} {'measured':>9} {'bound':>9}")
@@ -101,7 +101,7 @@ def accumulation(model: ViT, images: torch.Tensor, micro_batch: int) -> float:
         optim.freeze_except(twin, [model.config.depth - 1])
         run = state.begin(twin, amp=None, weight_decay=0.0)
         loop.train_step(twin, run.optimizer, run.scaler, images.__getitem__, labels, micro_batch=size, amp=None)
-        found.append(torch.cat([p.grad.flatten() for p in optim.trainable(twin).values()]))
+        found.append(torch.cat([cast(torch.Tensor, p.grad).flatten() for p in optim.trainable(twin).values()]))
     return difference(found[1], found[0])
 
 
@@ -113,7 +113,7 @@ def resume(model: ViT, amp: torch.dtype | None, folder: Path) -> float:
 
     last = model.config.depth - 1
     photos = torch.randint(256, (8, 3, *model.config.img_size), dtype=torch.uint8), torch.arange(8) % 5
-    how = {"epochs": 2, "batch_size": 4, "micro_batch": 4, "lr": 1e-3, "seed": 0, "amp": amp, "cut": last}
+    how: dict[str, Any] = {"epochs": 2, "batch_size": 4, "micro_batch": 4, "lr": 1e-3, "seed": 0, "amp": amp, "cut": last}
 
     def begin() -> state.State:
         twin = copy.deepcopy(model)

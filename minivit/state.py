@@ -119,5 +119,5 @@ def checksum(*tensors: Tensor) -> str:
     """Return a short name for the contents of tensors."""
     crc = 0
     for tensor in tensors:
-        crc = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), crc)
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().numpy().data, crc)
     return f"{crc:08x}"

@@ -44,7 +44,8 @@ class Pixels:
         stored: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> None:
-        self.paths, self.preprocess, self.workers, self.stored, self.rows = paths, preprocess, workers, stored, rows
+        self.paths, self.preprocess, self.workers, self.stored = paths, preprocess, workers, stored
+        self.rows = torch.arange(len(paths)) if rows is None else rows  # of `stored`
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -106,7 +107,7 @@ def open_pixels(data: Data, file: Path | None, preprocess: Preprocess, workers: 
     """Return the pixels of all photos of the data that `prepare` returned, in the file that it made."""
     paths = data.paths()
     stored = None if file is None else torch.from_numpy(np.load(file, mmap_mode="c"))
-    return Pixels(paths, preprocess, workers, stored, torch.arange(len(paths)))
+    return Pixels(paths, preprocess, workers, stored)
 
 
 def checksum(*splits: tuple[Sequence[Path], Sequence[int]]) -> str:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import cli
 from .errors import UserError, printable
@@ -112,8 +112,8 @@ def study(args: argparse.Namespace) -> int:
                 print(f"\ninterrupted; what is done is in {out}: the same command goes on", file=sys.stderr)
                 return 130
             rows.append({name: str(row[name]) for name in COLUMNS})
-            with files.whole_file(out / "study.csv") as partial, partial.open("w", newline="", encoding="utf-8") as table:
-                csv.writer(table, lineterminator="\n").writerows([COLUMNS, *(row.values() for row in rows)])
+            with files.whole_file(out / "study.csv") as partial, partial.open("w", newline="", encoding="utf-8") as sheet:
+                csv.writer(sheet, lineterminator="\n").writerows([COLUMNS, *(row.values() for row in rows)])
             print("{shots:>4} photos a class, blocks {blocks}, seed {seed}: training {train_accuracy:.3f}, validation "
                   "{val_accuracy:.3f}, test {test_accuracy:.3f} · {seconds:.0f} s".format(**row), flush=True)  # fmt: skip
     table = summarize(rows)
@@ -170,7 +170,7 @@ def evaluate_every(epochs: int) -> int:
 
 def run(
     cell: Cell, model: ViT, split: Data, tokens: KnownTokens, args: argparse.Namespace, amp: torch.dtype | None
-) -> dict[str, object] | None:
+) -> dict[str, Any] | None:
     """Fine-tune from tokens as train.py does, and test the best epoch; None if a signal came. Leaves the model as it was."""
     import torch
 
@@ -180,7 +180,7 @@ def run(
     optim.freeze_except(model, optim.parse_blocks(cell.blocks, model.config.depth))
     going = state.begin(frozen.working_copy(model, on, amp, train=True), amp=amp, weight_decay=cli.WEIGHT_DECAY)
     before, (train, val, test) = going.tail(), ((s.paths, torch.tensor(s.labels)) for s in (cell.train, split.val, split.test))
-    how = {
+    how: dict[str, Any] = {
         "epochs": cell.epochs,
         "batch_size": args.batch_size,
         "micro_batch": device.pick_micro_batch(None, args.batch_size, on),
@@ -188,8 +188,8 @@ def run(
         "seed": cell.seed,
         "evaluate_every": evaluate_every(cell.epochs),
     }
-    how |= {"cache_views": args.views, "frozen": tokens}
-    for row in loop.fit(going, train, val, cut=cell.cut, amp=amp, **how):
+    how |= {"cache_views": args.views, "frozen": tokens, "train": train, "val": val}  # photos by path, as tokens knows them
+    for row in loop.fit(going, cut=cell.cut, amp=amp, **how):
         if metrics.best_row(going.rows) is row:
             going.best = going.tail()
     if going.stopped:

@@ -222,8 +222,7 @@ def finish(
         "versions": {"minivit": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     pets = any(photos.train.paths[0].parent.parent.glob("annotations/trainval.txt"))
-    called = {"name": args.push_to_hub or out.resolve().name, "pets": pets}
-    results.write_tables(out, photos, logits, summary, **called)
+    results.write_tables(out, photos, logits, summary, name=args.push_to_hub or out.resolve().name, pets=pets)
     for wait in drawn:
         wait()
     files.write_json(out / "summary.json", summary)

@@ -56,7 +56,7 @@ def load_pretrained(
     model = _load(source, revision, img_size) if tail is None else _load_with_tail(source, tail, img_size)
     _align(model)
     if labels is not None or num_classes is not None:
-        wanted = tuple(labels) if labels is not None else tuple(f"class {i}" for i in range(num_classes))
+        wanted = tuple(labels) if labels is not None else tuple(f"class {i}" for i in range(num_classes or 0))
         if len(wanted) != len(model.labels) or (labels is not None and wanted != model.labels):
             had = f"the checkpoint's {len(model.labels)}" if model.labels else "none"
             print(f"new head for {len(wanted)} classes, in place of {had}", file=sys.stderr)
@@ -125,7 +125,7 @@ def _understand(
     try:
         if files.preprocessor:
             return hub_sizes(config, read_json(files.preprocessor))
-        return timm_sizes(config) if files.config else sizes_from_tensors(family, tensors, source)
+        return timm_sizes(config) if files.config or family is None else sizes_from_tensors(family, tensors, source)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except KeyError as error:
@@ -227,12 +227,15 @@ def _fill(model: ViT, family: Family, tensors: dict[str, Tensor], path: Path) ->
     for name, parameter in model.state_dict().items():
         theirs = names[name]
         shape = (parameter.shape[0] // len(theirs), *parameter.shape[1:])
-        parts = [tensors.pop(part, None) for part in theirs]
-        for part, tensor in zip(theirs, parts):
+        parts = []
+        for part in theirs:
+            tensor = tensors.pop(part, None)
             if tensor is None:
                 missing.append(part)
             elif tuple(tensor.shape) != shape or not tensor.is_floating_point() or tensor.layout is not torch.strided:
                 misshapen.append(f"{part}: expected {shape}, found {tuple(tensor.shape)} {tensor.dtype}")
+            else:
+                parts.append(tensor)
         if not missing and not misshapen:
             state[name] = (parts[0] if len(parts) == 1 else torch.cat(parts)).float()
     if missing or misshapen or tensors:
