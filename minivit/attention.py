@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cli import METHODS
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 CLASS_TOKEN = 0
 DOMINANT_SHARE = 0.3  # of a map; Gu et al. 2024, https://arxiv.org/abs/2410.10781, call a token with more of attention a sink
-METHODS = ("attention", "rollout", "relevance")
 FUSIONS: dict[str, Callable[..., Tensor]] = {"mean": Tensor.mean, "max": Tensor.amax, "min": Tensor.amin}
 
 

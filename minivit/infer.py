@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--layers", default="8-11", metavar="RANGE", help="blocks to draw, from 0: 8-11, 10,11, all")
     add(
         "--method",
-        choices=("attention", "rollout", "relevance"),
+        choices=cli.METHODS,
         default="attention",
         help="what is drawn of a block: its attention, attention followed up to it, or what spoke for a class up to it",
     )
@@ -127,7 +127,6 @@ def load_models(args: argparse.Namespace, *, quiet: bool) -> list[ViT]:
 
 def check_flags(args: argparse.Namespace, models: Sequence[ViT], blocks: Sequence[int]) -> list[str]:
     """Return the methods that are needed. Raises UserError for flags that would mean nothing, or that the models lack."""
-    from .attention import METHODS
     from .errors import UserError
 
     bare = [model.origin.source for model in models if not model.labels]
@@ -144,7 +143,7 @@ def check_flags(args: argparse.Namespace, models: Sequence[ViT], blocks: Sequenc
     for message, wrong in refused.items():
         if wrong:
             raise UserError(message)
-    return [method for method in METHODS if method == args.method or (args.html and not (bare and method == "relevance"))]
+    return [method for method in cli.METHODS if method == args.method or (args.html and not (bare and method == "relevance"))]
 
 
 def find_target(name: str | None, model: ViT, models: Sequence[ViT]) -> int | None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .attention import CLASS_TOKEN, DOMINANT_SHARE, METHODS, difference, method_rows, query_maps, shares, sinks
+from .attention import CLASS_TOKEN, DOMINANT_SHARE, difference, method_rows, query_maps, shares, sinks
 from .files import whole_file
 from .model import ViT
 from .photos import open_photo
@@ -87,7 +87,7 @@ def look_at(
     which: int,
     blocks: Sequence[int],
     *,
-    methods: Sequence[str] = METHODS[:1],
+    methods: Sequence[str] = ("attention",),
     all_rows: bool = False,
     target: int | None = None,
 ) -> list[Look]:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .measure import Measured
     from .model import ViT
 
-METHODS = ("attention", "rollout", "relevance")
 REGIONS = ("pet", "head box")
 METRICS = ("mass", "times_chance", "pointing", "average_precision")
 GROUPS = ("all", "right", "wrong", "cats", "dogs")  # of photos
@@ -40,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data", default="data", metavar="DIR", help="holds oxford-iiit-pet, annotations included")
     add("--split", choices=("test", "trainval", "train", "val"), default="test", help="only trainval has head boxes")
     add("--blocks", default="all", metavar="RANGE", help="blocks to score, from 0: 8-11, 10,11, all")
-    add("--methods", type=methods, default="attention", metavar="LIST", help=f"some of {','.join(METHODS)}, or all (slower)")
+    add(
+        "--methods", type=methods, default="attention", metavar="LIST", help=f"some of {','.join(cli.METHODS)}, or all (slower)"
+    )
     add("--gallery", type=cli.at_least(0), default=0, metavar="N", help="show N photos of each kind that is worth a look")
     parser.add_device_flags()
     add("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that decode photos")
@@ -49,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def methods(text: str) -> tuple[str, ...]:
-    """An argparse type: some of METHODS; attention always is one of them."""
-    asked = METHODS if text == "all" else text.split(",")
-    if unknown := sorted(set(asked) - set(METHODS)):
-        raise argparse.ArgumentTypeError(f"expected all, or some of {','.join(METHODS)}; found {unknown[0]!r}")
-    return tuple(name for name in METHODS if name in asked or name == "attention")
+    """An argparse type: some of cli.METHODS; attention always is one of them."""
+    asked = cli.METHODS if text == "all" else text.split(",")
+    if unknown := sorted(set(asked) - set(cli.METHODS)):
+        raise argparse.ArgumentTypeError(f"expected all, or some of {','.join(cli.METHODS)}; found {unknown[0]!r}")
+    return tuple(name for name in cli.METHODS if name in asked or name == "attention")
 
 
 def score(args: argparse.Namespace) -> int:

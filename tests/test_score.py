@@ -16,7 +16,7 @@ from conftest import ROOT, randomize
 from PIL import Image
 from torch.testing import assert_close
 
-from minivit import Preprocess, ViT, ViTConfig, gallery, masks, measure, processes, query_maps, save_pretrained, score
+from minivit import Preprocess, ViT, ViTConfig, cli, gallery, masks, measure, processes, query_maps, save_pretrained, score
 from minivit.attention import class_relevance, region_scores, rollout
 
 CROP = Preprocess(36, (32, 32), 3)
@@ -421,8 +421,8 @@ def test_maps_that_differ_under_equal_weights_are_a_loud_failure(pets, folders, 
 def test_maps_are_those_of_the_functions_that_are_tested_by_themselves(tiny):
     images, blocks = torch.randn(2, 3, 32, 32), [2, 5]
     with torch.inference_mode():
-        logits, maps = measure.model_maps(tiny, images, blocks, score.METHODS)
-    keys = measure.map_keys(blocks, 3, score.METHODS)
+        logits, maps = measure.model_maps(tiny, images, blocks, cli.METHODS)
+    keys = measure.map_keys(blocks, 3, cli.METHODS)
     assert maps.shape == (2, len(keys), 16) and len(keys) == 2 * 4 + 2 + 2
     assert_close(logits, tiny(images))
     with torch.no_grad():
