@@ -40,6 +40,12 @@ class Preprocess:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     round_margins: bool = False
 
+    def __post_init__(self) -> None:
+        if self.crop is None and not isinstance(self.resize, tuple):
+            raise UserError("a shortest edge without a centre crop gives no fixed input size")
+        if not (len(self.mean) == len(self.std) == 3 and all(map(math.isfinite, self.mean + self.std)) and min(self.std) > 0):
+            raise UserError(f"mean {self.mean} and std {self.std} of the pixels: expected three numbers each")
+
     @property
     def size(self) -> tuple[int, int]:
         """The model's input (h, w) in pixels."""
@@ -153,19 +159,13 @@ class Preprocess:
         size, crop = config.get("size", 256 if deit else 224), None
         if config.get("do_center_crop", deit or (isinstance(size, dict) and "shortest_edge" in size)):
             crop = _pair(config.get("crop_size", 224))
-        if isinstance(size, dict) and "shortest_edge" in size:
-            if crop is None:
-                raise UserError('preprocessor_config.json: "shortest_edge" without a centre crop gives no fixed input size')
-            resize: tuple[int, int] | int = int(size["shortest_edge"])
-        else:
-            resize = _pair(size)
+        edge = isinstance(size, dict) and "shortest_edge" in size
+        resize: tuple[int, int] | int = int(size["shortest_edge"]) if edge else _pair(size)
         if crop and any(c > r for c, r in zip(crop, resize if isinstance(resize, tuple) else (resize, resize))):
             kind = "size" if isinstance(resize, tuple) else "shortest edge"
             raise UserError(f"preprocessor_config.json: a crop of {crop} does not fit a {kind} of {resize}")
         half = (0.5, 0.5, 0.5)  # Google's, where nothing is said
         mean, std = (tuple(map(float, config.get(f"image_{name}", half))) for name in ("mean", "std"))
-        if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)):
-            raise UserError(f"preprocessor_config.json: image_mean {mean} and image_std {std}; expected three numbers each")
         resample = config.get("resample", 3 if deit else 2)
         if resample not in list(Image.Resampling):
             raise UserError(f"preprocessor_config.json: resample is {resample!r}; expected one of Pillow's filters, 0 to 5")

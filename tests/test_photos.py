@@ -353,6 +353,14 @@ def test_config_goes_there_and_back():
         Preprocess.from_config({"size": {"shortest_edge": 200}, "do_center_crop": False})
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"mean": (0.5,)}, {"std": (0.5, 0.5, 0.0)}, {"std": (1.0,) * 4}, {"mean": (0.5, 0.5, float("nan"))}]
+)
+def test_mean_and_std_are_three_numbers_each_whoever_says_them(wrong):
+    with pytest.raises(UserError, match="expected three numbers each"):
+        Preprocess(**wrong)
+
+
 def test_normalizing_undoes_to_the_stated_mean_and_std():
     pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1)
     assert SQUASH.normalize(pixels).flatten().tolist() == pytest.approx([-1, -0.6, 1])
