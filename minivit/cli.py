@@ -19,7 +19,7 @@ from .files import unfinished
 BASE_MODEL = "google/vit-base-patch16-224"
 RUN_DIR = "runs/pets"
 METHODS = ("attention", "rollout", "relevance")  # of attention.py; here, as its torch takes a second to import
-LR, WEIGHT_DECAY, STORE_GIB = 1e-4, 0.05, 32.0  # of train.py and study
+LR, WEIGHT_DECAY, STORE_GIB, MIN_STEPS = 1e-4, 0.05, 32.0, 60  # of train.py and study; fewer steps teach little
 
 
 class Parser(argparse.ArgumentParser):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .frozen import KnownTokens
     from .model import ViT
 
-MIN_STEPS, MIN_EPOCHS = 60, 5  # of a run: few photos take more epochs
+MIN_EPOCHS = 5  # of a run: few photos take more
 COLUMNS = ("shots", "blocks", "seed", "photos", "epochs", "train_accuracy", "val_accuracy", "test_accuracy", "seconds")
 NAMES = {"none": "the head alone", "all": "all blocks"}
 SETTINGS = ("model", "revision", "epochs", "batch_size", "lr", "views", "amp")  # a study goes on only with the same
@@ -57,7 +57,7 @@ def make_parser() -> cli.Parser:
     blocks = ["none", "11", "10-11", "8-11", "all"]
     add("--blocks", nargs="+", default=blocks, metavar="RANGE", help="blocks to train, as in train.py; all takes longest")
     add("--seeds", type=cli.at_least(1), default=3, help="how often each is repeated, with other photos in another order")
-    add("--epochs", type=cli.at_least(1), help=f"none: {MIN_EPOCHS}, or as many as {MIN_STEPS} steps take")
+    add("--epochs", type=cli.at_least(1), help=f"none: {MIN_EPOCHS}, or as many as {cli.MIN_STEPS} steps take")
     add("--batch-size", type=cli.at_least(1), default=16, help="photos per optimiser step")
     add("--lr", type=cli.positive, default=cli.LR, help="peak learning rate")
     add("--views", type=cli.at_least(1), default=4, metavar="K", help="augmented views of each photo that are kept")
@@ -139,7 +139,7 @@ def plan(args: argparse.Namespace, splits: Sequence[Data], cuts: Mapping[str, in
                 of_class.setdefault(split.train.labels[i], []).append(i)
             chosen = sorted(i for found in of_class.values() for i in found[: None if count == "all" else int(count)])
             steps = math.ceil(len(chosen) / args.batch_size)
-            epochs = args.epochs or max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps))
+            epochs = args.epochs or max(MIN_EPOCHS, math.ceil(cli.MIN_STEPS / steps))
             cells += [Cell(count, blocks, seed, cut, epochs, split.train.take(chosen)) for blocks, cut in cuts.items()]
     return cells
 

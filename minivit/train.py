@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import platform
 import sys
@@ -97,6 +98,10 @@ def train(args: argparse.Namespace) -> int:
             model = weights.load_pretrained(args.model, revision=args.revision, labels=photos.classes, img_size=args.img_size)
             cut = optim.freeze_except(model, optim.parse_blocks(args.blocks, model.config.depth))
             print(describe.describe_training(model, photos, on, amp), flush=True)
+            steps = math.ceil(len(photos.train) / args.batch_size)
+            if args.epochs * steps < cli.MIN_STEPS and first:
+                enough = f"--epochs {math.ceil(cli.MIN_STEPS / steps)} --cache-views 4, of which most cost little"
+                print(f"{args.epochs * steps} steps teach little; for so few photos try {enough}", file=sys.stderr)
             net = frozen.working_copy(model, on, amp, train=True)
             micro_batch = device.pick_micro_batch(args.micro_batch, args.batch_size, on)
             if args.dry_run or on.type == "cuda":
@@ -181,7 +186,7 @@ def finish(
     """Test the best epoch, make sure that what is written is what was tested, and leave everything there is to look at."""
     import torch
 
-    from . import device, files, frozen, hub, loop, metrics, optim, results, runs, state, weights
+    from . import device, files, frozen, hub, loop, metrics, optim, results, runs, state
 
     started, out, on = time.perf_counter(), Path(args.out), run.model.cls_token.device
     peak_gib, best = device.peak_gib(on), metrics.best_row(run.rows)
@@ -198,12 +203,7 @@ def finish(
     scores = loop.score(logits, test[1])
     drawn = results.draw_figures(out, run.rows, photos, logits, begin)
 
-    weights.save_tail(model, out / "tail.safetensors")
-    weights.save_pretrained(model, out)
-    reread = weights.load_pretrained(out)
-    ours, theirs = (dict(net.named_parameters()) | {"pos_embed": net.positions()} for net in (model, reread))
-    if changed := [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]:
-        raise RuntimeError(f"{out}: read back, weights are not those that were tested: {', '.join(changed)}")
+    write_weights(model, out)
     summary = {f"test_{name}": value for name, value in scores.items()} | {
         "test_photos": len(test[1]),
         "best_epoch": best["epoch"],
@@ -230,6 +230,20 @@ def finish(
     if args.push_to_hub:
         print(f"pushed: {hub.push(out, args.push_to_hub, runs.RUN_FILES)}", file=sys.stderr)
     print(summary["verdict"], runs.result(summary, out), sep="\n")
+
+
+def write_weights(model: ViT, out: Path) -> None:
+    """Write what was trained and the whole model, and make sure that what is read back is what was written."""
+    import torch
+
+    from . import weights
+
+    weights.save_tail(model, out / "tail.safetensors")
+    weights.save_pretrained(model, out)
+    reread = weights.load_pretrained(out)
+    ours, theirs = (dict(net.named_parameters()) | {"pos_embed": net.positions()} for net in (model, reread))
+    if changed := [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]:
+        raise RuntimeError(f"{out}: read back, weights are not those that were tested: {', '.join(changed)}")
 
 
 def command() -> NoReturn:

@@ -151,6 +151,15 @@ def test_weights_that_do_not_validate_as_they_did_are_named(tiny_saved, shapes_d
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.parametrize(
+    "batch, hint", [("33", "5 steps teach little; for so few photos try --epochs 60 --cache-views 4"), ("2", "")]
+)
+def test_too_few_steps_are_named_with_how_many_epochs_would_do(tiny_saved, shapes_data, tmp_path, capsys, batch, hint):
+    assert run_train(tiny_saved, shapes_data, tmp_path / "run", "--batch-size", batch, "--dry-run") == 0
+    said = capsys.readouterr().err
+    assert hint in said and ("steps" in said) == bool(hint)
+
+
 def test_a_model_of_another_input_size_is_read_back_as_it_was(tiny_saved, shapes_data, tmp_path, no_figures):
     assert run_train(tiny_saved, shapes_data, tmp_path / "run", "--epochs", "1", "--img-size", "40x48", "--amp", "bf16") == 0
 
