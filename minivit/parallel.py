@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -78,6 +79,7 @@ def from_first(compute: Callable[[], T]) -> T:
     if box[1]:
         if rank() == 0:
             raise box[1]
+        time.sleep(5)  # as torchrun ends all as soon as one has ended, and rank 0 must have spoken
         sys.exit(2)
     return box[0]
 
