@@ -54,15 +54,13 @@ def joined(device: torch.device) -> Iterator[None]:
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=processes)
-    try:
-        with contextlib.ExitStack() as silence:
-            if rank():
-                nowhere = silence.enter_context(Path(os.devnull).open("w"))
-                silence.enter_context(contextlib.redirect_stdout(nowhere))
-                silence.enter_context(contextlib.redirect_stderr(nowhere))
-            yield
-    finally:
-        dist.destroy_process_group()
+    with contextlib.ExitStack() as silence:
+        if rank():
+            nowhere = silence.enter_context(Path(os.devnull).open("w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+    dist.destroy_process_group()  # not after a mistake, where torch 2.6 may wait for the others forever
 
 
 def from_first(compute: Callable[[], T]) -> T:
