@@ -116,3 +116,15 @@ def test_the_last_block_works_for_the_class_token_alone_where_that_alone_is_read
     hook = both.blocks[11].mlp.register_forward_hook(lambda *io: seen.append(io[1][0].shape[1]))
     both(images)
     assert seen[-1] == 17
+
+
+def test_floating_point_operations_are_those_of_the_matrix_products():
+    """ViT-B/16, by hand: of the last block's output only the class token is read."""
+    with torch.device("meta"):
+        model = ViT(ViTConfig())
+    N, D, M = 197, 768, 3072
+    block = 2 * N * (4 * D * D + 2 * D * M) + 4 * N * N * D
+    last = 2 * N * 2 * D * D + 2 * (2 * D * D + 2 * D * M) + 4 * N * D
+    assert model.flops() == 2 * 196 * 3 * 16 * 16 * D + 11 * block + last
+    assert model.flops(10) == block + last
+    assert model.flops(12) == 0
