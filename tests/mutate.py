@@ -23,7 +23,7 @@ from queue import SimpleQueue
 ROOT = Path(__file__).parents[1]
 TESTS = {
     "model": ["model", "attention", "parity"],
-    "attention": ["attention", "look"],
+    "attention": ["attention", "score", "look"],
     "weights": ["weights", "families", "export", "corruptions"],
     "metrics": ["metrics", "loop"],
     "loop": ["loop", "frozen"],
