@@ -175,7 +175,8 @@ class Replay:
 
     def __init__(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
         self.size, self.inputs, self.graph = len(inputs[0]), [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-        ours, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        device = inputs[0].device  # which need not be the first
+        ours, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         side.wait_stream(ours)
         with torch.cuda.stream(side):
             function(*self.inputs)  # sets up what cannot be recorded
