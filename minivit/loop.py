@@ -167,16 +167,17 @@ def fit(
     cache_gib: float = math.inf,
     compile: bool = False,
     evaluate_every: int = 1,
+    scored: Sequence[str] = ("train", "val"),
     frozen: Frozen | None = None,
 ) -> Iterator[dict[str, float]]:
     """Go on with a run from where it stands, and yield a row of metrics.jsonl after each epoch, the model being that epoch's.
 
     `train` and `val` are pixels, uint8 (n, 3, h, w), and labels (n,). One seed gives one data order and augmentation,
     whatever the sizes of batches and the number of processes; of `cache_views` epochs the tokens at the cut are kept, and
-    the epochs after them have their augmentation again. Rows are of each `evaluate_every`th epoch and the last. Ends early
-    after `patience` epochs without a better one, and, with state.stopped set, at the end of the step during which SIGINT or
-    SIGTERM came. Raises UserError as soon as an epoch's loss is not finite, and if the views' tokens take more than
-    `cache_gib` of memory. `frozen` may know the tokens already.
+    the epochs after them have their augmentation again. Rows are of each `evaluate_every`th epoch and the last, and of the
+    splits in `scored`. Ends early after `patience` epochs without a better one, and, with state.stopped set, at the end of the
+    step during which SIGINT or SIGTERM came. Raises UserError as soon as an epoch's loss is not finite, and if the views'
+    tokens take more than `cache_gib` of memory. `frozen` may know the tokens already.
     """
     model, device, n = state.model, state.model.cls_token.device, len(train[1])
     need = token_gib(model, n * cache_views, cut)
@@ -191,7 +192,7 @@ def fit(
         torch.backends.cuda.enable_cudnn_sdp(True)  # which pays in as long a run
         tail.compile()
     own = [(name, split, parallel.shard(torch.arange(len(split[1])))) for name, split in (("train", train), ("val", val))]
-    splits = [(name, frozen.evaluation(split[0], mine, keep=keep), split[1]) for name, split, mine in own]
+    splits = [(name, frozen.evaluation(split[0], mine, keep=keep), split[1]) for name, split, mine in own if name in scored]
     step = partial(train_step, parallel.wrap(tail), state.optimizer, state.scaler, amp=amp, label_smoothing=label_smoothing)
     schedule, views = partial(lr_at, peak=lr, total=epochs * math.ceil(n / batch_size)), {}
     with parallel.stop_requests() as stop_requested:

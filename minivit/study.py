@@ -159,7 +159,7 @@ def estimate(low: ViT, cells: Sequence[Cell], splits: Sequence[Data], views: int
     for cell in cells:
         n, val, test = len(cell.train), len(splits[cell.seed].val), len(splits[cell.seed].test)
         evaluations = math.ceil(cell.epochs / evaluate_every(cell.epochs))
-        work += low.flops(cell.cut) * (cell.epochs * 3 * n + evaluations * (n + val) + test)
+        work += low.flops(cell.cut) * (cell.epochs * 3 * n + evaluations * val + n + test)
     return work / speed
 
 
@@ -187,6 +187,7 @@ def run(
         "lr": args.lr,
         "seed": cell.seed,
         "evaluate_every": evaluate_every(cell.epochs),
+        "scored": ["val"],
     }
     how |= {"cache_views": args.views, "frozen": tokens, "train": train, "val": val}  # photos by path, as tokens knows them
     for row in loop.fit(going, cut=cell.cut, amp=amp, **how):
@@ -196,13 +197,14 @@ def run(
         return None
     state.set_tail(going.model, going.best)
     tuned = frozen.working_copy(going.model, on, amp, train=False)
-    logits = loop.predict(tuned, tokens.evaluation(test[0], torch.arange(len(test[1])))(), cut=cell.cut)
+    accuracy = {"val": metrics.best_row(going.rows)["val_accuracy"]}
+    for name, (photos, labels) in (("train", train), ("test", test)):
+        logits = loop.predict(tuned, tokens.evaluation(photos, torch.arange(len(labels)))(), cut=cell.cut)
+        accuracy[name] = loop.score(logits, labels)["accuracy"]
     state.set_tail(going.model, before)  # of which the model has the memory, where nothing is cast
-    best = metrics.best_row(going.rows)
     found = {name: vars(cell)[name] for name in ("shots", "blocks", "seed", "epochs")} | {"photos": len(cell.train)}
-    found |= {"train_accuracy": best["train_accuracy"], "val_accuracy": best["val_accuracy"]}
-    accuracy = loop.score(logits, test[1])["accuracy"]
-    return found | {"test_accuracy": accuracy, "seconds": time.perf_counter() - started}
+    found |= {f"{name}_accuracy": value for name, value in accuracy.items()}
+    return found | {"seconds": time.perf_counter() - started}
 
 
 def earlier(out: Path, settings: Mapping[str, object]) -> list[dict[str, str]]:

@@ -57,6 +57,8 @@ def test_a_cell_is_train_pys_run_with_the_same_settings(whole, tiny_saved, shape
         cell = next(r for r in rows_of(whole) if (r["shots"], r["blocks"], r["seed"]) == ("all", blocks, "1"))
         found = json.loads((out / "summary.json").read_text())
         assert float(cell["test_accuracy"]) == pytest.approx(found["test_accuracy"], abs=2 / 12)
+        best = json.loads((out / "metrics.jsonl").read_text().splitlines()[found["best_epoch"] - 1])
+        assert float(cell["train_accuracy"]) == pytest.approx(best["train_accuracy"], abs=3 / 33)
 
 
 def test_tokens_at_each_cut_are_those_of_the_model(tiny_saved, shapes_data):
@@ -147,7 +149,7 @@ def test_an_estimate_counts_steps_evaluations_and_the_test(tiny_saved, shapes_da
     monkeypatch.setattr(study.time, "perf_counter", itertools.count().__next__)  # 32 photos' forward pass in a second
     n, val, test = (len(part) for part in (split.train, split.val, split.test))
     tokens = (n + val + test + 4 * n) * (low.flops() - low.flops(11))
-    work = low.flops(11) * (10 * 3 * n + 5 * (n + val) + test)  # a backward pass is two forward
+    work = low.flops(11) * (10 * 3 * n + 5 * val + n + test)  # a backward pass is two forward
     assert study.estimate(low, [cell], [split], views=4) == pytest.approx((tokens + work) / (32 * low.flops()))
 
 
