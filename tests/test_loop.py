@@ -163,6 +163,26 @@ def test_a_loss_that_is_not_finite_stops_with_a_clear_line(pixels):
         fit(model, pixels)
 
 
+def test_an_epoch_of_nothing_but_skipped_steps_stops_too(pixels, monkeypatch):
+    monkeypatch.setattr(loop, "train_step", lambda *_, **__: (torch.tensor(math.inf), torch.tensor(math.inf), 4))
+    with pytest.raises(UserError, match="the loss of epoch 1 is inf; try a lower --lr than 0.001"):
+        fit(fresh(), pixels, amp=torch.float16)
+
+
+def test_mfu_is_the_share_that_the_models_products_take_of_the_devices(pixels, monkeypatch):
+    monkeypatch.setattr(loop, "product_flops", lambda *_: 1e9)
+    model = fresh()
+    for row, whole in zip(fit(model, pixels, cache_views=1), (model.flops(), model.flops(10)), strict=True):
+        passes = whole + 2 * model.flops(10)  # forward, and backward through what trains, which takes twice as much
+        assert row["mfu"] == pytest.approx(row["images_per_s"] * passes / 1e9)
+
+
+def test_what_is_not_scored_is_left_out_and_nothing_else_changes(pixels):
+    for row, both in zip(fit(fresh(), pixels, scored=["val"]), fit(fresh(), pixels), strict=True):
+        assert {name: value for name, value in both.items() if not name.startswith("train_")}.keys() == row.keys()
+        assert all(row[name] == both[name] for name in row.keys() - TIMES)
+
+
 def test_the_learning_rate_warms_up_and_ends_at_0():
     rates = [lr_at(step, peak=1.0, total=40) for step in range(41)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
