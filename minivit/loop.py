@@ -109,7 +109,7 @@ def _accumulate(
 
 
 def rehearse(
-    model: ViT, data: Data, *, cut: int, batch_size: int, micro_batch: int, amp: torch.dtype | None, cache_gib: float = 0.0
+    model: ViT, data: Data, *, cut: int, batch_size: int, micro_batch: int, amp: torch.dtype | None, cache_gib: float
 ) -> tuple[int, float]:
     """Take two steps on grey photos at a learning rate of 0, which changes nothing.
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from minivit import ViT, ViTConfig, load_pretrained, query_maps
-from minivit.attention import DOMINANT_SHARE, class_relevance, difference, relevance, rollout, shares, sinks
+from minivit.attention import DOMINANT_SHARE, class_relevance, difference, method_rows, relevance, rollout, shares, sinks
 from minivit.errors import UserError
 
 TARGETS = torch.tensor([1, 3])
@@ -304,6 +304,7 @@ def test_a_sink_is_what_the_class_token_keeps_and_what_one_patch_takes_of_the_re
         "block": (lambda m, a: class_relevance(m, torch.zeros(2, 3, 32, 32), TARGETS, [3, 12]), "block .* this model has 12"),
         "negative": (lambda m, a: class_relevance(m, torch.zeros(2, 3, 32, 32), TARGETS, [-1]), "block .* this model has 12"),
         "class": (lambda m, a: class_relevance(m, torch.zeros(2, 3, 32, 32), TARGETS + 2, [3]), "class .* this model has 5"),
+        "method": (lambda m, a: method_rows(m, torch.zeros(2, 3, 32, 32), [3], method="rolout"), "method is .*, not 'rolout'"),
         "token": (lambda m, a: class_relevance(m, torch.zeros(2, 3, 32, 32), TARGETS, [3], [17]), "token .* this model has 17"),
     }.values(),
 )

@@ -126,6 +126,12 @@ def test_a_run_from_views_that_stopped_goes_on_to_the_same_bits(pixels, tmp_path
     assert torch.equal(tail_of(second.model), tail_of(whole.model))
 
 
+def test_a_view_that_is_stopped_ends_with_the_batch_under_way(pixels):  # noqa: F811
+    compute, asked = frozen.Frozen(fresh(), 10, batch=2), []
+    assert compute.view(0, pixels[0], torch.full((9, 5), 0.5), lambda: asked.append(0) or len(asked) == 2) is None
+    assert len(asked) == 2  # of 5 batches
+
+
 def test_views_that_need_more_memory_than_allowed_are_refused(pixels):  # noqa: F811
     with pytest.raises(UserError, match=r"the tokens of 3 views take .* GiB; raise --cache-gib 1e-05, or keep fewer"):
         fit(run_of(fresh()), pixels, cache_views=3, cache_gib=1e-5)

@@ -388,7 +388,7 @@ def test_a_rehearsal_changes_nothing_and_says_what_fits(tiny, capsys):
     split = Split([None] * 10, [0] * 10)
     seen = too_much(tiny, 2, "logits")
     micro_batch, gib = loop.rehearse(
-        tiny, Data(("a", "b"), split, split, split, None), cut=10, batch_size=8, micro_batch=8, amp=None
+        tiny, Data(("a", "b"), split, split, split, None), cut=10, batch_size=8, micro_batch=8, amp=None, cache_gib=0
     )
     assert micro_batch == max(seen[-8:]) == 2
     assert 0.1 < gib < 5

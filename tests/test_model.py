@@ -38,6 +38,17 @@ def test_attention_has_its_stated_shape_and_its_rows_sum_to_1(tiny):
 
 
 @torch.no_grad()
+def test_blocks_may_be_asked_for_in_any_order_and_twice(tiny):
+    images = torch.randn(2, 3, 32, 32)
+    _, attn = tiny.forward_with_attention(images, [3, 11])
+    for blocks in ([11, 3], [11, 3, 11], iter((11, 3))):
+        logits, again = tiny.forward_with_attention(images, blocks)
+        assert torch.equal(logits, tiny(images))
+        assert list(again) == [3, 11]
+        assert all(torch.equal(rows, attn[block]) for block, rows in again.items())
+
+
+@torch.no_grad()
 def test_attention_is_what_mixes_the_values(tiny):
     block = tiny.blocks[4]
     x = block.norm1(torch.randn(2, 17, 24))
