@@ -39,6 +39,7 @@ def describe(args: argparse.Namespace) -> int:
 def describe_model(source: str, revision: str | None) -> list[tuple[str, str, str]]:
     """Return rows (what, fact, where it comes from) of a model."""
     import torch
+    from PIL import Image
 
     from . import optim, weights
     from .model import ViT
@@ -46,9 +47,16 @@ def describe_model(source: str, revision: str | None) -> list[tuple[str, str, st
     said = weights.read_configs(source, revision)
     if said is None:  # a file that says nothing but by its tensors
         model = weights.load_pretrained(source, revision=revision)
-        c, p, labels, where, commit = model.config, model.preprocess, model.labels, "tensors", model.origin.commit
+        c, p, labels, commit, where, by = (
+            model.config,
+            model.preprocess,
+            model.labels,
+            model.origin.commit,
+            "tensors",
+            "tensors",
+        )
     else:
-        c, p, labels, where, commit = said
+        (c, p, labels, by, commit), where = said, "config.json"
         with torch.device("meta"):
             model = ViT(c)
     trained = [i for i in (10, 11) if i < c.depth] or [c.depth - 1]
@@ -57,7 +65,6 @@ def describe_model(source: str, revision: str | None) -> list[tuple[str, str, st
     extras = ", LayerScale" * c.layer_scale + f", {c.num_registers} registers" * bool(c.num_registers)
     how = f"squashed to {p.resize[0]} x {p.resize[1]}" if isinstance(p.resize, tuple) else f"shortest edge to {p.resize}"
     how += f", then the central {p.crop[0]} x {p.crop[1]}" if p.crop else ""
-    by = "preprocessor_config.json" if where == "config.json" else where
     named = f"{len(labels)}: {', '.join(labels[:3])}{', ...' * (len(labels) > 3)}" if labels else "none: a backbone"
     return [
         ("model", source, f"commit {commit}" if commit else ""),
@@ -65,7 +72,7 @@ def describe_model(source: str, revision: str | None) -> list[tuple[str, str, st
         ("blocks", f"{c.depth} of {c.num_heads} heads, {c.embed_dim} wide, MLP {c.mlp_dim}", where),
         ("input", f"{c.img_size[0]} x {c.img_size[1]} pixels: {c.grid[0]} x {c.grid[1]} patches of {c.patch_size}", by),
         ("tokens", f"{c.num_tokens}; positions learned on {model.pos_grid[0]} x {model.pos_grid[1]} patches", where),
-        ("resizing", f"{how}; Pillow's filter {p.resample}", by),
+        ("resizing", f"{how}; {Image.Resampling(p.resample).name.lower()}", by),
         ("normalisation", f"mean {', '.join(f'{m:.4g}' for m in p.mean)}; std {', '.join(f'{s:.4g}' for s in p.std)}", by),
         ("parameters", f"{total:,}", "counted from the sizes"),
         ("trainable", f"{count:,} with blocks {trained[0]}-{trained[-1]}, norm and head", "counted from the sizes"),

@@ -154,7 +154,8 @@ def recognise(kind: str, names: Collection[str], where: str) -> Family:
         problem = f"config.json is of {best.title}, but the tensors' names are those of {nearest.title}; "
         problem += "one of the two files belongs to another model"
     elif distance(best) > distance(nearest):
-        problem = f"its names are those of {nearest.title}, of which minivit reads folders, with config.json"
+        problem = f"its names are those of {nearest.title}, of which minivit reads folders, with config.json: "
+        problem += "timm.models.save_for_hf(model, FOLDER)"
     elif not kind and distance(best):
         problem = f"not a ViT that minivit reads; {differs}"
     else:

@@ -16,7 +16,7 @@ from .files import read_json
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # the first that is there is read
 DEMO = Path(__file__).with_name("demo_model")  # the checkpoint that comes with minivit
 TIMEOUT_S = 6  # for the Hub's first answer; without network a person waits no longer than this
-SUFFIXES = (".safetensors", ".npz", ".bin", ".pth", ".pt")
+SUFFIXES = (".safetensors", ".npz", ".bin", ".pth", ".pt", ".tar")  # timm names its checkpoints .pth.tar
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: holds more than tensors, which could execute code, or is damaged; save it as safetensors"
+            f"{path}: holds more than tensors, which could execute code, or is damaged; save the model alone, as safetensors"
         ) from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read as {path.suffix[1:]} ({error}); is the file complete?") from error

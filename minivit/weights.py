@@ -101,7 +101,7 @@ def _align(model: ViT) -> None:
 
 
 def read_configs(source: str, revision: str | None) -> tuple[ViTConfig, Preprocess, tuple[str, ...], str, str | None] | None:
-    """Return what a checkpoint's configs say without its weights: sizes, preprocessing, labels, whence, commit.
+    """Return what a checkpoint's configs say without its weights: sizes, preprocessing, labels, the file of that, commit.
 
     None for a file, which has no config. Raises UserError as load_pretrained.
     """
@@ -111,7 +111,7 @@ def read_configs(source: str, revision: str | None) -> tuple[ViTConfig, Preproce
     config = read_json(files.config)
     if _kind(config) not in KINDS:
         raise UserError(f"{source}: config.json has model_type {_kind(config)!r}; expected one of {', '.join(KINDS)}")
-    return *_understand(source, files, config, None, {}), "config.json", files.commit
+    return *_understand(source, files, config, None, {}), (files.preprocessor or files.config).name, files.commit
 
 
 def _kind(config: dict) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 from dataclasses import replace
@@ -259,7 +260,7 @@ REFUSED = {
         {"class_token": None},
         r"not a ViT that minivit reads; nearest is torchvision's vit, .*1 missing \(class_token",
     ),
-    "timm's names": ("timm", "names are those of timm's vit, of which minivit reads folders, with config.json"),
+    "timm's names": ("timm", "names are those of timm's vit, of which minivit reads folders, .*: timm.models.save_for_hf"),
 }
 
 
@@ -277,6 +278,13 @@ def test_a_file_of_no_family_is_refused_with_the_nearest_and_what_differs(change
     torch.save(tensors, tmp_path / "model.pth")
     with pytest.raises(UserError, match=message):
         load_pretrained(tmp_path / "model.pth")
+
+
+def test_what_timms_trainer_saves_is_refused_with_what_to_do(tiny, tmp_path):
+    saved = {"state_dict": tiny.state_dict(), "args": argparse.Namespace(model="vit_tiny_patch16_224")}
+    torch.save(saved, tmp_path / "model_best.pth.tar")
+    with pytest.raises(UserError, match="holds more than tensors, .*; save the model alone, as safetensors"):
+        load_pretrained(tmp_path / "model_best.pth.tar")
 
 
 def test_torchvisions_own_preprocessing_is_ours(photos, torchvision_vit, tmp_path):

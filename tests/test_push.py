@@ -10,7 +10,7 @@ from hub_server import COMMIT, TOKEN, serve
 from test_commands import run_train
 from test_hub import assert_one_line, run_python
 
-from minivit import card, describe, load_pretrained, runs
+from minivit import card, describe, export, load_pretrained, runs
 from minivit.errors import UserError
 
 SUMMARY = {
@@ -182,6 +182,15 @@ def test_describe_tells_files_by_their_tensors(tiny_folder, tmp_path, capsys):
 
     fine_tune(tiny_folder, tmp_path / "run")
     assert "3: Abyssinian, boxer, Egyptian Mau" in described(capsys, str(tmp_path / "run" / "tail.safetensors"))
+
+
+def test_describe_says_which_of_a_folders_files_it_has_a_fact_from(tiny_folder, tmp_path, capsys):
+    assert export.main([str(tiny_folder), "--to", "timm", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    for folder, source in ((tiny_folder, "preprocessor_config.json"), (tmp_path, "config.json")):
+        rows = {line[:18].strip(): line[19:] for line in described(capsys, str(folder)).splitlines()}
+        assert rows["resizing"].endswith(f"; bilinear  ({source})")
+        assert rows["blocks"].endswith("MLP 48  (config.json)")
 
 
 def test_describe_tells_a_data_set(shapes_data, capsys):
