@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UserError
+from .pets import read_listing
 from .photos import is_photo, list_photos
 
 VAL_FRACTION = 0.1
@@ -112,21 +113,9 @@ def _load_pets(folder: Path, seed: int) -> Data:
     names: dict[int, str] = {}
     splits = {}
     for split in ("trainval", "test"):
-        listing = folder / "annotations" / f"{split}.txt"
-        if not listing.is_file():
-            raise UserError(f"{listing}: no such file; remove {folder} to have it downloaded again")
-        found = Split([], [])
-        for line in listing.read_text(encoding="utf-8", errors="backslashreplace").splitlines():
-            if line.startswith("#") or not line.strip():
-                continue
-            try:
-                stem, label, _species, _breed = line.split()
-                names[int(label) - 1] = " ".join(part.title() for part in stem.rsplit("_", 1)[0].split("_"))
-            except ValueError:
-                raise UserError(f"{listing}: expected lines as `Abyssinian_1 1 1 1`, found {line!r}") from None
-            found.paths.append(folder / "images" / f"{stem}.jpg")
-            found.labels.append(int(label) - 1)
-        splits[split] = found
+        listed = read_listing(folder, split)
+        names |= {n - 1: " ".join(part.title() for part in stem.rsplit("_", 1)[0].split("_")) for stem, n, _ in listed}
+        splits[split] = Split([folder / "images" / f"{stem}.jpg" for stem, *_ in listed], [n - 1 for _, n, _ in listed])
     missing = [path for split in splits.values() for path in split.paths if not path.is_file()]
     if missing:
         raise UserError(

@@ -167,14 +167,18 @@ def _survey(root: str | os.PathLike[str]) -> tuple[Path, list[Photo], dict]:
 
 
 def _list_pets(folder: Path, found: dict) -> list[Photo]:
+    from .pets import read_listing
+
     images, trimaps, photos = folder / "images", folder / "annotations" / "trimaps", []
     for split in ("trainval", "test"):
-        listing = folder / "annotations" / f"{split}.txt"
-        if not listing.is_file():
-            found["missing"][listing.name] = ""
+        if not (folder / "annotations" / f"{split}.txt").is_file():
+            found["missing"][f"{split}.txt"] = ""
             continue
-        lines = listing.read_text("utf-8", "backslashreplace").splitlines()
-        stems = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+        try:
+            stems = [stem for stem, *_ in read_listing(folder, split)]
+        except UserError as error:
+            found["layout"][str(error)] = ""
+            continue
         photos += [Photo(f"{stem}.jpg", images / f"{stem}.jpg", stem.rsplit("_", 1)[0], split) for stem in stems]
     numbers = Counter((photo.label, photo.split) for photo in photos)
     breeds = {label: (numbers[label, "trainval"], numbers[label, "test"]) for label, _ in numbers}
@@ -212,7 +216,7 @@ def _list_class_folders(root: Path, found: dict) -> list[Photo]:
 
 
 def _examine(photo: Photo, found: dict) -> Photo:
-    from .masks import annotation, read_mask
+    from .pets import annotation, read_mask
     from .photos import FORMATS, PhotoError, open_photo
 
     name, path, _, split = photo[:4]

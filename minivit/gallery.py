@@ -18,8 +18,8 @@ from PIL import Image, ImageFilter
 
 from .errors import printable
 from .files import whole_file
-from .masks import read_mask
 from .measure import Measured
+from .pets import read_mask
 from .photos import open_photo
 from .plots import HEAT, overlay, save, show, value_range
 from .preprocess import Preprocess

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from . import processes
 from .attention import CLASS_TOKEN, class_relevance, method_rows, query_maps, region_scores
 from .errors import UserError
-from .masks import read_pets
 from .model import ViT
+from .pets import read_pets
 
 BATCH, CHUNK = 64, 8  # photos that the model takes at once; that a process reads in one go
 
@@ -142,7 +142,7 @@ def read_photos(
             else:
                 yield i, torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
-    with processes.working(processes.worth_starting(n, workers), "minivit.masks") as begin:
+    with processes.working(processes.worth_starting(n, workers), "minivit.pets") as begin:
         found = scorable(begin)
         while batch := list(itertools.islice(found, BATCH)):
             yield batch

@@ -59,7 +59,7 @@ def methods(text: str) -> tuple[str, ...]:
 
 def score(args: argparse.Namespace) -> int:
     """Measure every photo, then tell how the maps fall on pet and head, for which photos, and what fine-tuning changed."""
-    from . import data, device, files, frozen, gallery, masks, measure, optim, score_plots, weights
+    from . import data, device, files, frozen, gallery, measure, optim, pets, score_plots, weights
 
     source = cli.default_model(args.model)
     print(f"model: {printable(source)}", file=sys.stderr)
@@ -67,7 +67,7 @@ def score(args: argparse.Namespace) -> int:
     amp, train, val = device.pick_amp(args.amp, on), photos.train, photos.val
     trainval = data.Split(train.paths + val.paths, train.labels + val.labels)
     split = trainval if args.split == "trainval" else getattr(photos, args.split)
-    if not any(masks.annotation(path, "trimaps", ".png").is_file() for path in split.paths):
+    if not any(pets.annotation(path, "trimaps", ".png").is_file() for path in split.paths):
         raise UserError(f"{args.data}: no photo of {args.split} has a mask; score needs Oxford-IIIT Pet's annotations/trimaps")
     names = {"model": source, **({"base": args.compare} if args.compare else {})}
     models = {which: weights.load_pretrained(name) for which, name in names.items()}
@@ -132,10 +132,11 @@ def check(
 
 def group_photos(paths: Sequence[Path], right: np.ndarray | None) -> dict[str, np.ndarray]:
     """Return which photos (n,) are in each of GROUPS; cats and dogs as Oxford-IIIT Pet lists them."""
-    from .masks import read_species
+    from .pets import read_listing
 
-    species = read_species(paths[0].parents[1])
-    cats = np.array([species[path.stem] == "cat" for path in paths])
+    listed = [row for split in ("trainval", "test") for row in read_listing(paths[0].parents[1], split)]
+    stems = {stem for stem, _, species in listed if species == "cat"}
+    cats = np.array([path.stem in stems for path in paths])
     groups = {"all": np.ones(len(paths), bool), "cats": cats, "dogs": ~cats}
     return groups if right is None else {**groups, "right": right, "wrong": ~right}
 

@@ -16,7 +16,8 @@ from conftest import ROOT, randomize
 from PIL import Image
 from torch.testing import assert_close
 
-from minivit import Preprocess, ViT, ViTConfig, cli, gallery, masks, measure, processes, query_maps, save_pretrained, score
+from minivit import Preprocess, ViT, ViTConfig, cli, gallery, measure, processes, query_maps, save_pretrained, score
+from minivit import pets as oxford
 from minivit.attention import class_relevance, region_scores, rollout
 
 CROP = Preprocess(36, (32, 32), 3)
@@ -24,7 +25,7 @@ XML = "<annotation><object><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax>
 
 
 def read_regions(*args):
-    return torch.from_numpy(masks.read_regions(*args))
+    return torch.from_numpy(oxford.read_regions(*args))
 
 
 # Metrics
@@ -439,8 +440,8 @@ def test_maps_are_those_of_the_functions_that_are_tested_by_themselves(tiny):
 def test_photos_are_read_a_little_ahead_and_scored_alike_in_batches_of_any_size(pets, folders, monkeypatch):
     model = looking_model(1)
     paths = sorted((pets / "images").iterdir())
-    opened, honest = [], masks.open_photo
-    monkeypatch.setattr(masks, "open_photo", lambda path: opened.append(path) or honest(path))
+    opened, honest = [], oxford.open_photo
+    monkeypatch.setattr(oxford, "open_photo", lambda path: opened.append(path) or honest(path))
     whole = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
     monkeypatch.setattr(measure, "BATCH", 3)
     parts = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
