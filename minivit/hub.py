@@ -7,11 +7,15 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UserError
 from .files import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # the first that is there is read
 DEMO = Path(__file__).with_name("demo_model")  # the checkpoint that comes with minivit
@@ -27,6 +31,17 @@ class Files:
     preprocessor: Path | None  # timm keeps it in config.json
     weights: tuple[Path, ...]
     commit: str | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from, and what its file held that classification does not use (written back untouched)."""
+
+    source: str = ""  # Hub id, folder or file
+    commit: str | None = None  # of the Hub repository
+    family: str = ""  # whose layout it had
+    unused: dict[str, Tensor] = field(default_factory=dict)
+    hashes: dict[frozenset[str], str] = field(default_factory=dict)  # of what is frozen, by the names of what is not
 
 
 def fetch(source: str, revision: str | None, *, weights: bool = True) -> Files:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,22 +16,11 @@ from .configs import hub_config, hub_family, hub_sizes, keeps_positions, sizes_f
 from .errors import UserError
 from .families import KINDS, TIMM_REGISTERS, Family, layout, listed, num_blocks, recognise
 from .files import read_json, write_json
-from .hub import Files, fetch
+from .hub import Files, Origin, fetch
 from .model import ViT, ViTConfig
 from .optim import trainable
 from .preprocess import Preprocess
 from .tensors import content_hash, read_tensors, save_tensors, tail_metadata
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a model came from, and what its file held that classification does not use (written back untouched)."""
-
-    source: str = ""  # Hub id, folder or file
-    commit: str | None = None  # of the Hub repository
-    family: str = ""  # whose layout it had
-    unused: dict[str, Tensor] = field(default_factory=dict)
-    hashes: dict[frozenset[str], str] = field(default_factory=dict)  # of what is frozen, by the names of what is not
 
 
 def load_pretrained(

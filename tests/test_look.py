@@ -20,7 +20,7 @@ import infer
 from minivit import Preprocess, ViT, ViTConfig, cli, load_pretrained, look, open_photo, plots, save_pretrained
 from minivit.attention import class_relevance, query_maps, rollout
 from minivit.errors import UserError
-from minivit.weights import Origin
+from minivit.hub import Origin
 
 CPU = ["--device", "cpu", "--amp", "off"]
 
