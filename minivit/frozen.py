@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .ahead import Job, read_ahead
-from .data import augment, draw_augmentation
+from .data import Data, augment, draw_augmentation
 from .model import ViT
 from .store import Pixels
 
@@ -233,6 +233,14 @@ def tokens_shape(model: ViT, cut: int) -> tuple[int, int]:
     """Return the shape (N, D) of a photo's tokens at the cut: behind all blocks, those that the head reads."""
     c = model.config
     return (1 if cut == c.depth and c.pool == "cls" else c.num_tokens), c.embed_dim
+
+
+def held_gib(model: ViT, data: Data, cut: int, *, cache_gib: float, store_gib: float) -> float:
+    """Return what training holds in host memory: decoded photos, and the tokens to evaluate with, each if within its limit."""
+    scored = len(data.train) + len(data.val)
+    pixels = (scored + len(data.test)) * 3 * math.prod(model.config.img_size) / 2**30
+    tokens = token_gib(model, scored, cut)
+    return (pixels if pixels <= store_gib else 0) + (tokens if tokens <= cache_gib else 0)
 
 
 def token_gib(model: ViT, n: int, cut: int = 0) -> float:

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from . import parallel
-from .data import Data, draw_augmentation
+from .data import draw_augmentation
 from .device import eval_batch, peak_gib, product_flops
 from .errors import UserError
 from .frozen import Frozen, Source, Tail, follow, on_device, take, token_gib, working_copy
@@ -108,13 +108,11 @@ def _accumulate(
     return loss
 
 
-def rehearse(
-    model: ViT, data: Data, *, cut: int, batch_size: int, micro_batch: int, amp: torch.dtype | None, cache_gib: float
-) -> tuple[int, float]:
+def rehearse(model: ViT, *, cut: int, batch_size: int, micro_batch: int, amp: torch.dtype | None) -> tuple[int, float]:
     """Take two steps on grey photos at a learning rate of 0, which changes nothing.
 
-    Returns the micro-batch, halved until it fits into the device's memory, and the most memory, in GiB, that training on
-    the data will use: on CUDA of the device; else of this process, which also holds photos and up to `cache_gib` of tokens.
+    Returns the micro-batch, halved until it fits into the device's memory, and the most memory, in GiB, that steps take: on
+    CUDA of the device, else of this process.
     """
     device, state = model.cls_token.device, begin(model, amp=amp, weight_decay=0.0)
     share = math.ceil(batch_size / parallel.world())
@@ -130,10 +128,6 @@ def rehearse(
     model.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        photos, scored = sum(map(len, (data.train, data.val, data.test))), len(data.train) + len(data.val)
-        tokens = token_gib(model, scored, cut)
-        peak += photos * pixels[0].numel() / 2**30 + (tokens if tokens <= cache_gib else 0)
     return micro_batch, peak
 
 

@@ -105,8 +105,10 @@ def train(args: argparse.Namespace) -> int:
             net = frozen.working_copy(model, on, amp, train=True)
             micro_batch = device.pick_micro_batch(args.micro_batch, args.batch_size, on)
             if args.dry_run or on.type == "cuda":
-                how = {"batch_size": args.batch_size, "micro_batch": micro_batch, "amp": amp, "cache_gib": args.cache_gib}
-                micro_batch, gib = loop.rehearse(net, photos, cut=cut, **how)
+                how = {"batch_size": args.batch_size, "micro_batch": micro_batch, "amp": amp}
+                micro_batch, gib = loop.rehearse(net, cut=cut, **how)
+                if on.type != "cuda":  # whose photos and kept tokens lie in host memory
+                    gib += frozen.held_gib(net, photos, cut, cache_gib=args.cache_gib, store_gib=args.store_gib)
                 print(f"up to {gib:.2f} GiB of memory, with {micro_batch} photos at a time\n", flush=True)
             if args.dry_run:
                 return 0

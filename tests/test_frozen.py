@@ -9,6 +9,7 @@ from test_loop import TIMES, fresh, pixels, tail_of  # noqa: F401 - a fixture am
 from torch.testing import assert_close
 
 from minivit import ViT, frozen, loop, parallel
+from minivit.data import Data, Split
 from minivit.errors import UserError
 from minivit.optim import freeze_except, trainable
 from minivit.state import begin, read, set_tail
@@ -225,3 +226,11 @@ def test_replayed_kernels_give_the_very_tokens(tiny):
             assert torch.equal(compute(images, draws), compute.tokens(images, draws))
         replayed.append(compute.replay.size if compute.replay else 0)
     assert replayed == [0, 4, 4, 4, 4, 4, 4, 3, 3]  # a last batch of an epoch does not take it away
+
+
+def test_what_is_held_counts_photos_and_tokens_each_within_its_limit(tiny):
+    train, rest = Split([None] * 2**20, [0] * 2**20), Split([None] * 2**19, [0] * 2**19)
+    data = Data(("a", "b"), train, rest, rest, None)
+    photos, tokens = 2 * 3 * 32 * 32 / 2**10, 1.5 * 17 * 24 * 4 / 2**10  # GiB, of 2 and 1.5 million photos
+    for cache_gib, store_gib, expected in ((4, 8, photos + tokens), (2, 8, photos), (4, 5, tokens), (2, 5, 0)):
+        assert frozen.held_gib(tiny, data, 10, cache_gib=cache_gib, store_gib=store_gib) == pytest.approx(expected)

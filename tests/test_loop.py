@@ -11,7 +11,6 @@ from conftest import TINY, randomize
 from torch.testing import assert_close
 
 from minivit import Preprocess, ViT, load_pretrained, loop
-from minivit.data import Data, Split
 from minivit.errors import UserError
 from minivit.optim import freeze_except, lr_at, parameter_groups, parse_blocks, trainable
 from minivit.state import begin
@@ -385,11 +384,8 @@ def test_the_mean_loss_weighs_a_short_last_batch_by_its_photos(pixels, monkeypat
 def test_a_rehearsal_changes_nothing_and_says_what_fits(tiny, capsys):
     freeze_except(tiny, [10, 11])
     tiny.labels, before = ("a", "b"), {name: p.detach().clone() for name, p in tiny.named_parameters()}
-    split = Split([None] * 10, [0] * 10)
     seen = too_much(tiny, 2, "logits")
-    micro_batch, gib = loop.rehearse(
-        tiny, Data(("a", "b"), split, split, split, None), cut=10, batch_size=8, micro_batch=8, amp=None, cache_gib=0
-    )
+    micro_batch, gib = loop.rehearse(tiny, cut=10, batch_size=8, micro_batch=8, amp=None)
     assert micro_batch == max(seen[-8:]) == 2
     assert 0.1 < gib < 5
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in tiny.named_parameters())
