@@ -47,7 +47,8 @@ def draw_scores(path: Path, scores: Mapping[tuple, Mapping[str, float]], names: 
             rows = [pet[of, method, block, "mean"] for block in blocks]
             mean, low, high = (np.array([row["times_chance" + end] for row in rows]) for end in ("", "_low", "_high"))
             at = np.arange(len(blocks)) + shift  # beside each other, so that intervals do not hide one another
-            ax.errorbar(at, mean, [mean - low, high - mean], fmt=line, color=colour, capsize=3, markersize=4, label=label)
+            ends = [(mean - low).tolist(), (high - mean).tolist()]  # lists: of arrays of one block, matplotlib 3.10 warns
+            ax.errorbar(at, mean, ends, fmt=line, color=colour, capsize=3, markersize=4, label=label)
         ax.axhline(1, color="0.4", linestyle=":", label="chance")
         ax.set_xticks(range(len(blocks)), blocks, fontsize=8)
         ax.set(xlabel="block", ylabel="times chance, with 95% intervals", title=f"{method}, mean of heads")
