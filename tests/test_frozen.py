@@ -106,7 +106,7 @@ def test_epochs_after_the_views_take_their_tokens_and_run_no_frozen_block(pixels
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("stop", [1, 4, 8, 9])
+@pytest.mark.parametrize("stop", [0, 1, 4, 8, 9])
 def test_a_run_from_views_that_stopped_goes_on_to_the_same_bits(pixels, tmp_path, monkeypatch, stop):  # noqa: F811
     how = {"cache_views": 2, "epochs": 4}
     whole = run_of(fresh())
