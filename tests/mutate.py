@@ -22,7 +22,7 @@ from queue import SimpleQueue
 
 ROOT = Path(__file__).parents[1]
 TESTS = {
-    "model": ["model", "attention", "parity"],
+    "model": ["model", "attention", "parity", "families"],
     "attention": ["attention", "score", "look"],
     "weights": ["weights", "families", "export", "corruptions"],
     "metrics": ["metrics", "loop"],
