@@ -291,6 +291,14 @@ def test_out_of_memory_halves_the_micro_batch_and_redoes_the_step(tiny, capsys):
     assert capsys.readouterr().err.count("out of memory; the step is redone in micro-batches of ") == 2
 
 
+def test_a_step_is_tried_down_to_one_photo_at_a_time(tiny):
+    images, labels = batch(4)
+    freeze_except(tiny, [10, 11])
+    seen = too_much(tiny, 1)
+    loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=4, amp=None)
+    assert seen == [4, 2, 1, 1, 1, 1]
+
+
 def test_out_of_memory_in_the_middle_of_a_step_leaves_no_gradient_behind(tiny):
     images, labels = batch(7)
     freeze_except(tiny, [10, 11])

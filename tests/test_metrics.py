@@ -35,6 +35,11 @@ def test_a_class_that_neither_is_nor_was_predicted_does_not_count_in_macro_f1():
     assert summarize(confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 1]), 4))["macro_f1"] == 1
 
 
+def test_a_class_of_one_photo_that_was_predicted_once_is_all_right():
+    confusion = confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 1]), 2)
+    assert [scores.tolist() for scores in per_class(confusion)] == [[1, 1]] * 3
+
+
 def test_a_class_that_was_predicted_but_never_is_counts_in_macro_f1():
     assert summarize(confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 0]), 3))["macro_f1"] == pytest.approx(2 / 3 / 2)
 
