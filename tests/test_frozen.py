@@ -152,6 +152,16 @@ def test_compiled_training_is_the_same_but_for_rounding(pixels, monkeypatch):  #
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-5)
 
 
+def test_nothing_is_compiled_that_was_not_asked_for(pixels, monkeypatch):  # noqa: F811
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_: asked.append(0))
+    monkeypatch.setattr(torch, "compile", lambda function: asked.append(0) or function)
+    fit(run_of(fresh()), pixels, epochs=1)
+    assert not asked
+    fit(run_of(fresh()), pixels, epochs=1, compile=True)
+    assert len(asked) == 2  # what is frozen, and what trains
+
+
 def test_blocks_that_stay_frozen_among_those_that_train_take_part_in_low_precision(pixels):  # noqa: F811
     model = fresh()
     cut = freeze_except(model, [8, 11])
