@@ -47,14 +47,8 @@ def describe_model(source: str, revision: str | None) -> list[tuple[str, str, st
     said = weights.read_configs(source, revision)
     if said is None:  # a file that says nothing but by its tensors
         model = weights.load_pretrained(source, revision=revision)
-        c, p, labels, commit, where, by = (
-            model.config,
-            model.preprocess,
-            model.labels,
-            model.origin.commit,
-            "tensors",
-            "tensors",
-        )
+        c, p, labels, commit = model.config, model.preprocess, model.labels, model.origin.commit
+        where = by = "tensors"
     else:
         (c, p, labels, by, commit), where = said, "config.json"
         with torch.device("meta"):
