@@ -21,12 +21,14 @@ from pathlib import Path
 from one_photo import MODEL, ROOT, run
 from results import parse, record
 
+from minivit.cli import cores
+
 COLUMNS = {"seconds": ".1f", "images/s": ",.0f", "device GiB": ".2f", "host MiB": ",.0f"}
 
 
 def variants(bf16: bool) -> dict[str, tuple[str, ...]]:
     """Return each program's flags, by a name that begins with whose it is; bf16: this device is good at it."""
-    tuned = ("--workers", str(os.cpu_count()), "--persistent", "--resize-first", *["--bf16"] * bf16)
+    tuned = ("--workers", str(cores()), "--persistent", "--resize-first", *["--bf16"] * bf16)
     return {
         "transformers": (),
         "transformers-bf16": ("--bf16", "--batch", "64"),
@@ -51,7 +53,7 @@ def make_folders(source: Path, out: Path, counts: dict[str, int]) -> None:
     if not any((source / part).exists() for part in ("oxford-iiit-pet", "annotations", "train")):
         source, number = out.with_name("drawn"), [math.ceil(counts[split] / len(BREEDS)) for split in ("train", "test")]
         print(f"no photos there: drawing {len(BREEDS) * sum(number)}", flush=True)
-        draw_pets(source, per_breed=number, seed=0, workers=os.cpu_count())
+        draw_pets(source, per_breed=number, seed=0, workers=cores())
     data = load_data(source, seed=0)
     for split, count in counts.items():
         photos: dict[int, list[Path]] = {}
@@ -103,7 +105,7 @@ def main() -> None:
         photos, out = Path(folder) / "photos", Path(folder) / "run"
         make_folders(args.data, photos, {"train": args.train, "val": math.ceil(args.train / 10), "test": args.test})
         # Decoded once, which also fills the disk's cache, as --help does with libraries.
-        how = {"workers": os.cpu_count(), "cap_gib": math.inf}
+        how = {"workers": cores(), "cap_gib": math.inf}
         store.prepare(data.load_data(photos, seed=0), weights.read_configs(str(args.model), None)[1], **how)
         run([sys.executable, str(ROOT / "benchmarks" / "finetune_transformers.py"), "--help"])
         common = ["--model", str(args.model), "--device", args.device.type, "--epochs", str(args.epochs)]

@@ -1,7 +1,6 @@
 """What the benchmarks that add to RESULTS.md share: their flags, and a row for each figure with how to measure it again."""
 
 import argparse
-import os
 import platform
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import transformers
 from one_photo import MODEL, ROOT, write_random_vit
 
 sys.path.insert(0, str(ROOT))
+from minivit.cli import cores
 from minivit.device import pick_device
 
 WRITTEN = {"--record", "--plot"}  # say where, not what is measured
@@ -52,7 +52,7 @@ def record(args: argparse.Namespace, figures: dict[str, str]) -> None:
     versions = ", ".join([f"Python {platform.python_version()}", *(f"{k} {v.__version__}" for k, v in libraries.items())])
     words = [word for before, word in zip(["", *sys.argv], sys.argv) if not WRITTEN & {before, word}]
     command = " ".join(["python", f"benchmarks/{Path(words[0]).name}", *words[1:]])
-    about = f"{time.strftime('%Y-%m-%d')} | {machine}, {os.cpu_count()} cores | {versions} | {commit} | `{command}`"
+    about = f"{time.strftime('%Y-%m-%d')} | {machine}, {cores()} cores | {versions} | {commit} | `{command}`"
     rows = "".join(f"| {about} | {what} | {figure} |\n" for what, figure in figures.items())
     print(f"\n{about}")
     if not args.no_record:

@@ -42,6 +42,14 @@ class Parser(argparse.ArgumentParser):
             help="precision; auto: bf16 where the device is good at it, fp16 on older GPUs, else float32 (off)",
         )
 
+    def add_workers(self, they: str) -> None:
+        self.add_argument("--workers", type=at_least(1), default=cores(), help=they)
+
+
+def cores() -> int:
+    """Return how many cores this process may use: fewer than there are under Slurm, taskset or Docker's --cpuset-cpus."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 def default_model(asked: str | None) -> str:
     """Return the model asked for, else the last run's, else the base."""

@@ -7,7 +7,6 @@ drawn rooms, animals or not. Its last two blocks are then fine-tuned on breeds, 
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import shutil
 import subprocess
@@ -75,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything is written")
     parser.add_argument("--seed", type=cli.at_least(0), default=0, help="of the drawings and of training")
-    parser.add_argument("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that draw")
+    parser.add_workers("threads that draw")
     return cli.run(tell, parser, argv)
 
 

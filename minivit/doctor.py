@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("doctor", description=__doc__)
     parser.add_argument("--data", default="data", metavar="DIR", help="holds oxford-iiit-pet or class folders, as for train.py")
     parser.add_argument("--json", action="store_true", help="print one JSON object, which names every file")
-    parser.add_argument("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that read photos")
+    parser.add_workers("threads that read photos")
     return cli.run(report, parser, argv)
 
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--html", action="store_true", help="also write <stem>.html, to point at any patch of any block and head")
     add("--npz", action="store_true", help="also write <stem>.npz, the rows of attention as arrays; with --html, all rows")
     add("--json", action="store_true", help="print one JSON object a photo")
-    add("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that decode, and processes that draw")
+    parser.add_workers("threads that decode, and processes that draw")
     parser.add_device_flags()
     return cli.run(infer, parser, argv)
 

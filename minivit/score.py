@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--gallery", type=cli.at_least(0), default=0, metavar="N", help="show N photos of each kind that is worth a look")
     parser.add_device_flags()
-    add("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that decode photos")
+    parser.add_workers("threads that decode photos")
     add("--out", default="score", metavar="DIR", help="where score.csv, score.json, score.png and the gallery are written")
     return cli.run(score, parser, argv)
 

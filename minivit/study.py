@@ -9,7 +9,6 @@ import argparse
 import csv
 import json
 import math
-import os
 import random
 import statistics
 import sys
@@ -64,7 +63,7 @@ def make_parser() -> cli.Parser:
     add("--cache-gib", type=cli.positive, default=8.0, metavar="X", help="memory for what frozen blocks make of photos")
     add("--store-gib", type=cli.positive, default=cli.STORE_GIB, metavar="X", help="disk for decoded photos, beside the data")
     parser.add_device_flags()
-    add("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that decode photos")
+    parser.add_workers("threads that decode photos")
     add("--out", default="study", metavar="DIR", help="where study.csv and study.png are written; an interrupted study goes on")
     add("--dry-run", action="store_true", help="say how long it will take; train nothing")
     return parser

@@ -55,7 +55,7 @@ def make_parser() -> cli.Parser:
     add("--store-gib", type=cli.positive, default=cli.STORE_GIB, metavar="X", help="disk for decoded photos, beside the data")
     add("--compile", action="store_true", help="torch.compile: faster steps after a minute or two, so for long runs")
     add("--deterministic", action="store_true", help="the same bits each time on CUDA too, a little slower")
-    add("--workers", type=cli.at_least(1), default=os.cpu_count(), help="threads that decode photos")
+    parser.add_workers("threads that decode photos")
     add("--seed", type=cli.at_least(0), default=0, help="of the validation split, the data order and augmentation")
     add("--skip-bad", action="store_true", help="go on without photos that cannot be read")
     add("--out", default=cli.RUN_DIR, metavar="DIR", help="where everything is written")

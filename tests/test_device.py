@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from minivit import device
+from minivit import device, train
 from minivit.errors import UserError
 
 
@@ -36,3 +37,14 @@ def test_gpus_before_ampere_get_fp16_by_themselves_and_are_refused_bf16(monkeypa
     if major < 8:
         with pytest.raises(UserError, match="older than Ampere"):
             device.pick_amp("bf16", torch.device("cuda"))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no taskset here")
+def test_as_many_workers_as_this_process_may_use_cores():
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert train.make_parser().parse_args([]).workers == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert train.make_parser().parse_args([]).workers == len(allowed)
