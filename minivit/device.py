@@ -16,7 +16,7 @@ import torch.utils.deterministic
 from .errors import UserError
 
 CONTEXT_GIB = 0.7  # of a CUDA device are taken by CUDA itself, its kernels and its libraries
-CPU_BATCH = 8  # photos at once on a CPU: of more, what they make of a block leaves the caches
+CPU_BATCH = 8  # photos at once on a CPU: of more, what they make of a block leaves the caches; in bf16 twice as many fit
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
@@ -74,14 +74,19 @@ def product_flops(device: torch.device, amp: torch.dtype | None) -> float:
     return products * 2 * side**3 / best
 
 
-def pick_micro_batch(asked: int | None, batch_size: int, device: torch.device) -> int:
+def cpu_batch(amp: torch.dtype | None) -> int:
+    """Return how many photos at once are fastest on a CPU."""
+    return CPU_BATCH * 2 if amp else CPU_BATCH
+
+
+def pick_micro_batch(asked: int | None, batch_size: int, device: torch.device, amp: torch.dtype | None) -> int:
     """Return how many photos go through at once in training: as asked, else all of a batch, on a CPU what is fastest there."""
-    return min(asked or (CPU_BATCH if device.type == "cpu" else batch_size), batch_size)
+    return min(asked or (cpu_batch(amp) if device.type == "cpu" else batch_size), batch_size)
 
 
-def eval_batch(device: torch.device, batch_size: int, micro_batch: int) -> int:
+def eval_batch(device: torch.device, batch_size: int, micro_batch: int, amp: torch.dtype | None) -> int:
     """Return how many photos go through at once where no graph takes memory: many, unless micro-batches are asked for."""
-    return CPU_BATCH if device.type == "cpu" else micro_batch if micro_batch < batch_size else 128
+    return cpu_batch(amp) if device.type == "cpu" else micro_batch if micro_batch < batch_size else 128
 
 
 def peak_gib(device: torch.device) -> float:

@@ -180,7 +180,7 @@ def fit(
             f"the tokens of {cache_views} views take {need:.1f} GiB; raise --cache-gib {cache_gib:g}, or keep fewer"
         )
     keep = need + token_gib(model, n + len(val[1]), cut) <= cache_gib
-    frozen = frozen or Frozen(model, cut, batch=eval_batch(device, batch_size, micro_batch), compile=compile)
+    frozen = frozen or Frozen(model, cut, batch=eval_batch(device, batch_size, micro_batch, amp), compile=compile)
     tail, evaluated = Tail(model, cut), working_copy(model, device, model.cls_token.dtype, train=False)
     if compile:
         torch.backends.cuda.enable_cudnn_sdp(True)  # which pays in as long a run

@@ -103,7 +103,7 @@ def study(args: argparse.Namespace) -> int:
         if cells:
             photos, file = store.prepare(splits[0], model.preprocess, workers=args.workers, cap_gib=args.store_gib)
             pixels = store.open_pixels(photos, file, model.preprocess, args.workers)
-            tokens = frozen.KnownTokens(low, pixels, learn, args.views, batch=device.eval_batch(on, 1, 1))
+            tokens = frozen.KnownTokens(low, pixels, learn, args.views, batch=device.eval_batch(on, 1, 1, amp))
         for cell in sorted(cells, key=lambda cell: cell.cut):
             tokens.advance(cell.cut)
             row = run(cell, model, splits[cell.seed], tokens, args, amp)
@@ -182,7 +182,7 @@ def run(
     how: dict[str, Any] = {
         "epochs": cell.epochs,
         "batch_size": args.batch_size,
-        "micro_batch": device.pick_micro_batch(None, args.batch_size, on),
+        "micro_batch": device.pick_micro_batch(None, args.batch_size, on, amp),
         "lr": args.lr,
         "seed": cell.seed,
         "evaluate_every": evaluate_every(cell.epochs),

@@ -103,7 +103,7 @@ def train(args: argparse.Namespace) -> int:
                 enough = f"--epochs {math.ceil(cli.MIN_STEPS / steps)} --cache-views 4, of which most cost little"
                 print(f"{args.epochs * steps} steps teach little; for so few photos try {enough}", file=sys.stderr)
             net = frozen.working_copy(model, on, amp, train=True)
-            micro_batch = device.pick_micro_batch(args.micro_batch, args.batch_size, on)
+            micro_batch = device.pick_micro_batch(args.micro_batch, args.batch_size, on, amp)
             if args.dry_run or on.type == "cuda":
                 how = {"batch_size": args.batch_size, "micro_batch": micro_batch, "amp": amp}
                 micro_batch, gib = loop.rehearse(net, cut=cut, **how)
@@ -192,7 +192,7 @@ def finish(
 
     started, out, on = time.perf_counter(), Path(args.out), run.model.cls_token.device
     peak_gib, best = device.peak_gib(on), metrics.best_row(run.rows)
-    batch = device.eval_batch(on, args.batch_size, micro_batch)
+    batch = device.eval_batch(on, args.batch_size, micro_batch, amp)
     for net in (run.model, model):
         state.set_tail(net, run.best)
     tested = frozen.working_copy(run.model, on, amp, train=False)

@@ -39,6 +39,14 @@ def test_gpus_before_ampere_get_fp16_by_themselves_and_are_refused_bf16(monkeypa
             device.pick_amp("bf16", torch.device("cuda"))
 
 
+@pytest.mark.parametrize("amp, expected", [(None, 8), (torch.bfloat16, 16)])
+def test_a_cpu_computes_few_photos_at_once_and_more_in_bf16(amp, expected):
+    cpu = torch.device("cpu")
+    assert device.pick_micro_batch(None, 64, cpu, amp) == device.eval_batch(cpu, 64, 64, amp) == expected
+    assert device.pick_micro_batch(None, 4, cpu, amp) == 4
+    assert device.pick_micro_batch(32, 64, cpu, amp) == 32
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no taskset here")
 def test_as_many_workers_as_this_process_may_use_cores():
     allowed = os.sched_getaffinity(0)
