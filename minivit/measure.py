@@ -142,7 +142,7 @@ def read_photos(
             else:
                 yield i, torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
-    with processes.working(processes.worth_starting(n, workers), "minivit.pets") as begin:
+    with processes.working(processes.worth_starting(paths, workers), "minivit.pets") as begin:
         found = scorable(begin)
         while batch := list(itertools.islice(found, BATCH)):
             yield batch

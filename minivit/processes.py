@@ -8,18 +8,19 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from .errors import UserError
 
-MANY = 64  # photos, from which on it takes longer to decode them than to start processes
+MUCH = 16 * 2**20  # bytes of photos, from which on it takes longer to decode them than to start processes
 
 
-def worth_starting(photos: int, workers: int) -> int:
-    """Return how many processes to decode so many photos in: none for few, and never one for fewer than eight."""
-    return min(workers, photos // 8) if photos >= MANY else 0
+def worth_starting(paths: Sequence[Path], workers: int) -> int:
+    """Return how many processes to decode photos in: none if that is done sooner, and never one for fewer than eight."""
+    return min(workers, len(paths) // 8) if sum(path.stat().st_size for path in paths) >= MUCH else 0
 
 
 @contextlib.contextmanager

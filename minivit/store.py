@@ -125,7 +125,7 @@ def _write(file: Path, paths: Sequence[Path], preprocess: Preprocess, workers: i
         out.flush()
         jobs = ((decode_into, partial, place + i * size, paths[i : i + CHUNK], preprocess) for i in range(0, n, CHUNK))
         with (
-            processes.working(processes.worth_starting(n, workers), "minivit.preprocess") as begin,
+            processes.working(processes.worth_starting(paths, workers), "minivit.preprocess") as begin,
             tqdm(total=n, desc="decoding", unit="photo", leave=False) as bar,
         ):
             for found in processes.in_turn(begin, jobs, ahead=2 * workers):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # What --resume keeps to.
 MATHEMATICS = ("epochs", "batch_size", "lr", "weight_decay", "layer_decay", "label_smoothing", "cache_views", "seed")
 
+DRAWN_APART = 64  # test photos: drawing figures takes as long as testing these
+
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser("train", description=__doc__)
@@ -121,7 +123,8 @@ def train(args: argparse.Namespace) -> int:
                 print(f"\ninterrupted; all is saved in {out}: the same command with --resume goes on", file=sys.stderr)
             return 130
         if first:
-            with processes.working(3 if len(photos.test) >= processes.MANY else 0, "minivit.plots") as begin:  # a figure each
+            figures = 3 if len(photos.test) >= DRAWN_APART else 0  # one each
+            with processes.working(figures, "minivit.plots") as begin:
                 finish(args, model, run, photos, val, test, amp=amp, micro_batch=micro_batch, begin=begin)
     return 0
 

@@ -63,3 +63,14 @@ def test_what_a_write_behind_raises_is_raised_before_the_next_begins_and_at_the_
     assert written == [1]
     with pytest.raises(FileNotFoundError), ahead.write_behind() as begin:
         begin(os.stat, "/no/such/file")
+
+
+def test_processes_are_started_for_many_photos_or_large_ones_only(tmp_path):
+    small, large = tmp_path / "small.jpg", tmp_path / "large.jpg"
+    small.write_bytes(b"1")
+    with large.open("wb") as file:
+        file.truncate(2**20)
+    assert processes.worth_starting([small] * 1000, workers=4) == 0
+    assert processes.worth_starting([large] * 15, workers=4) == 0
+    assert processes.worth_starting([large] * 17, workers=4) == 2
+    assert processes.worth_starting([large] * 100, workers=4) == 4

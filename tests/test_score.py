@@ -460,7 +460,7 @@ def test_processes_read_the_same_and_leave_out_the_same(pets, monkeypatch):
     (pets / "annotations" / "trimaps" / f"{paths[3].stem}.png").unlink()
     paths[5].write_bytes(b"no photo")
     here = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
-    monkeypatch.setattr(processes, "MANY", 1)
+    monkeypatch.setattr(processes, "MUCH", 1)
     there = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
     np.testing.assert_array_equal(here.rows["model"], there.rows["model"])
     assert here.left_out == there.left_out == {"mask missing": [paths[3]], "photo cannot be read": [paths[5]]}

@@ -60,7 +60,7 @@ def assert_aligned(data, decoded):
 @pytest.fixture
 def two_processes(monkeypatch):
     """Decoding in processes, as where photos are many: five at a time."""
-    monkeypatch.setattr(processes, "MANY", 1)
+    monkeypatch.setattr(processes, "MUCH", 1)
     monkeypatch.setattr(store, "CHUNK", 5)
 
 
