@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UserError
-from .pets import read_listing
+from .pets import SPLITS, read_listing
 from .photos import is_photo, list_photos
 
 VAL_FRACTION = 0.1
@@ -112,7 +112,7 @@ def download_pets(root: Path) -> None:
 def _load_pets(folder: Path, seed: int) -> Data:
     names: dict[int, str] = {}
     splits = {}
-    for split in ("trainval", "test"):
+    for split in SPLITS:
         listed = read_listing(folder, split)
         names |= {n - 1: " ".join(part.title() for part in stem.rsplit("_", 1)[0].split("_")) for stem, n, _ in listed}
         splits[split] = Split([folder / "images" / f"{stem}.jpg" for stem, *_ in listed], [n - 1 for _, n, _ in listed])

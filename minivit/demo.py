@@ -20,6 +20,7 @@ import numpy as np
 
 from . import cli, scenes
 from .files import whole_file
+from .pets import SPLITS
 
 NAMES = ("Ginger_Tabby", "Siamese", "Tuxedo_Cat", "Beagle", "Golden_Retriever", "Husky")  # eight stayed below 0.95
 BREEDS = {name: scenes.BREEDS[name] for name in NAMES}
@@ -48,7 +49,7 @@ def draw_pets(root: Path, *, per_breed: tuple[int, int], seed: int, workers: int
     photos = [(breed, i) for breed in BREEDS for i in range(1, 1 + sum(per_breed))]
     with ThreadPoolExecutor(workers) as pool:  # Pillow lets go of the GIL while it resizes and blurs
         list(pool.map(lambda photo: _draw_pet(folder, photo[0], photo[1], seed, boxed=photo[1] <= num_trainval), photos))
-    for split in ("trainval", "test"):
+    for split in SPLITS:
         lines = []
         for breed, i in photos:
             if (i <= num_trainval) == (split == "trainval"):

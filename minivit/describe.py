@@ -80,7 +80,7 @@ def describe_data(root: str) -> list[tuple[str, str, str]]:
 
     from .data import load_data
     from .errors import UserError
-    from .pets import read_listing
+    from .pets import SPLITS, read_listing
 
     folder = Path(root).expanduser()
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -98,7 +98,7 @@ def describe_data(root: str) -> list[tuple[str, str, str]]:
     rows = [("data", root, ""), ("photos", _count(data), "seed 0")]
     licence = ("not stated in class folders", "")
     if (pets := data.root / "oxford-iiit-pet").is_dir():
-        kinds = Counter(kind for split in ("trainval", "test") for *_, kind in read_listing(pets, split))
+        kinds = Counter(kind for split in SPLITS for *_, kind in read_listing(pets, split))
         licence = ("CC BY-SA 4.0", "www.robots.ox.ac.uk/~vgg/data/pets")
         rows.append(("cats and dogs", f"{kinds['cat']:,} cats, {kinds['dog']:,} dogs", "annotations/trainval.txt and test.txt"))
     for name, values in zip(("width", "height"), zip(*sizes)):

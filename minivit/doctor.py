@@ -167,10 +167,10 @@ def _survey(root: str | os.PathLike[str]) -> tuple[Path, list[Photo], dict]:
 
 
 def _list_pets(folder: Path, found: dict) -> list[Photo]:
-    from .pets import read_listing
+    from .pets import SPLITS, read_listing
 
     images, trimaps, photos = folder / "images", folder / "annotations" / "trimaps", []
-    for split in ("trainval", "test"):
+    for split in SPLITS:
         if not (folder / "annotations" / f"{split}.txt").is_file():
             found["missing"][f"{split}.txt"] = ""
             continue

@@ -16,6 +16,8 @@ from .errors import UserError
 from .photos import PhotoError, open_photo
 from .preprocess import Preprocess
 
+SPLITS = ("trainval", "test")  # as Oxford-IIIT Pet lists them
+
 
 def read_pets(
     paths: Sequence[Path], preprocess: Preprocess, grid: tuple[int, int]

@@ -131,9 +131,9 @@ def check(
 
 def group_photos(paths: Sequence[Path], right: np.ndarray | None) -> dict[str, np.ndarray]:
     """Return which photos (n,) are in each of GROUPS; cats and dogs as Oxford-IIIT Pet lists them."""
-    from .pets import read_listing
+    from .pets import SPLITS, read_listing
 
-    listed = [row for split in ("trainval", "test") for row in read_listing(paths[0].parents[1], split)]
+    listed = [row for split in SPLITS for row in read_listing(paths[0].parents[1], split)]
     stems = {stem for stem, _, species in listed if species == "cat"}
     cats = np.array([path.stem in stems for path in paths])
     groups = {"all": np.ones(len(paths), bool), "cats": cats, "dogs": ~cats}
