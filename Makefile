@@ -37,8 +37,8 @@ fuzz: .venv/installed-dev ## open 20,000 broken photos, for ten minutes at most 
 	$(BIN)/python tests/test_fuzz.py --cases 20000 --minutes 10 $(ARGS)
 
 bench: .venv/installed-dev ## measure speed on this machine's CPU, against transformers (ARGS="--train 3680 --test 3669")
-	$(BIN)/python benchmarks/finetune.py --device cpu --train 60 --test 30 --epochs 1 --runs 1 --no-record \
-		--only transformers,transformers-even,minivit-cold,minivit $(ARGS)
+	$(BIN)/python benchmarks/finetune.py --device cpu --train 20 --test 20 --runs 1 --no-record \
+		--only transformers,transformers-even,minivit-cold,minivit-views1 $(ARGS)
 
 lint: .venv/installed-dev ## check format, style and types
 	$(BIN)/ruff format --check .
