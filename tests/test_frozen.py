@@ -8,7 +8,7 @@ from conftest import TINY, randomize
 from test_loop import TIMES, fresh, pixels, tail_of  # noqa: F401 - a fixture among them
 from torch.testing import assert_close
 
-from minivit import ViT, frozen, loop, parallel
+from minivit import ViT, device, frozen, loop, parallel
 from minivit.data import Data, Split
 from minivit.errors import UserError
 from minivit.optim import freeze_except, trainable
@@ -205,7 +205,8 @@ def test_each_epoch_is_evaluated_with_that_epochs_weights_in_low_precision_too(p
         run, pixels, pixels, cut=10, amp=torch.bfloat16, epochs=2, batch_size=4, micro_batch=4, lr=1e-2, seed=0
     ):
         copy = frozen.working_copy(run.model, CPU, torch.bfloat16, train=False)
-        assert row["val_loss"] == loop.score(loop.predict_photos(copy, pixels[0], batch=8), pixels[1])["loss"]
+        logits = loop.predict_photos(copy, pixels[0], batch=device.cpu_batch(torch.bfloat16))
+        assert row["val_loss"] == loop.score(logits, pixels[1])["loss"]
 
 
 def test_views_come_first_in_the_memory_allowed_and_other_tokens_are_kept_if_there_is_room(pixels, monkeypatch):  # noqa: F811
