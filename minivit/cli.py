@@ -42,8 +42,8 @@ class Parser(argparse.ArgumentParser):
             help="precision; auto: bf16 where the device is good at it, fp16 on older GPUs, else float32 (off)",
         )
 
-    def add_workers(self, they: str) -> None:
-        self.add_argument("--workers", type=at_least(1), default=cores(), help=they)
+    def add_workers(self, what: str) -> None:
+        self.add_argument("--workers", type=at_least(1), default=cores(), help=what)
 
 
 def cores() -> int:

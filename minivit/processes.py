@@ -16,11 +16,13 @@ from pathlib import Path
 from .errors import UserError
 
 MUCH = 16 * 2**20  # bytes of photos, from which on it takes longer to decode them than to start processes
+LEAST = 2**14  # bytes: what a photo takes that is smaller, as it too is opened and resized
 
 
 def worth_starting(paths: Sequence[Path], workers: int) -> int:
     """Return how many processes to decode photos in: none if that is done sooner, and never one for fewer than eight."""
-    return min(workers, len(paths) // 8) if sum(path.stat().st_size for path in paths) >= MUCH else 0
+    sizes = (max(LEAST, path.stat().st_size if path.is_file() else 0) for path in paths)  # asked for until they are enough
+    return min(workers, len(paths) // 8) if any(total >= MUCH for total in itertools.accumulate(sizes)) else 0
 
 
 @contextlib.contextmanager

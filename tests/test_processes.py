@@ -71,6 +71,8 @@ def test_processes_are_started_for_many_photos_or_large_ones_only(tmp_path):
     with large.open("wb") as file:
         file.truncate(2**20)
     assert processes.worth_starting([small] * 1000, workers=4) == 0
+    assert processes.worth_starting([small] * 1024, workers=4) == 4
+    assert processes.worth_starting([tmp_path / "gone.jpg", *[large] * 15], workers=4) == 0
     assert processes.worth_starting([large] * 15, workers=4) == 0
     assert processes.worth_starting([large] * 17, workers=4) == 2
     assert processes.worth_starting([large] * 100, workers=4) == 4
