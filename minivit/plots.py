@@ -160,7 +160,8 @@ def draw_curves(
             ax.axvspan(overfits_from - 0.5, epochs[-1] + 0.5, color="#fdb863", alpha=0.3, label="overfitting", hatch="//", lw=0)
         ax.set(xlabel="epoch", ylabel="cross-entropy loss" if what == "loss" else "accuracy", title=what)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.set_ylim(bottom=0 if what == "loss" else None, top=None if what == "loss" else 1.005)
+        highest = max(row[f"{split}_loss"] for row in rows for split in ("train", "val"))
+        ax.set_ylim((0, 1.05 * highest) if what == "loss" else (None, 1.02))  # with room for markers
         ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     figure.suptitle("\n".join(textwrap.wrap(verdict, 115)), fontsize=10, parse_math=False)

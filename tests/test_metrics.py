@@ -122,3 +122,16 @@ def test_the_table_of_classes_is_scikit_learns(tmp_path):
         ['b,"c"\n', "3", "0.7500", "1.0000", "0.8571"],
         ["d", "1", "0.0000", "0.0000", "0.0000"],
     ]
+
+
+def test_curves_leave_room_above_for_losses_that_hardly_fall_and_for_an_accuracy_of_1(monkeypatch):
+    from minivit import plots
+
+    figures, row = [], {"train_loss": 1.78, "val_loss": 1.79, "train_accuracy": 1.0, "val_accuracy": 0.0}
+    monkeypatch.setattr(plots, "save", lambda figure, _: figures.append(figure))
+    plots.draw_curves(None, [row | {"epoch": i} for i in (1, 2)], 2)
+    (loss, accuracy), marker = figures[0].axes, 0.01  # of an axis, half a marker
+    assert loss.get_ylim()[0] == 0
+    for ax, most in ((loss, 1.79), (accuracy, 1.0)):
+        low, high = ax.get_ylim()
+        assert most + marker * (high - low) < high < 1.1 * most
