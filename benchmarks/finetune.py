@@ -47,8 +47,8 @@ def variants(bf16: bool) -> dict[str, tuple[str, ...]]:
 
 def make_folders(source: Path, out: Path, counts: dict[str, int]) -> None:
     """Link so many photos of a data set into out/<split>/<class>, class by class in turn; train from its train and val."""
-    from minivit.data import load_data
-    from minivit.demo import BREEDS, draw_pets
+    from minivit.data.datasets import load_data
+    from minivit.tools.demo.command import BREEDS, draw_pets
 
     if not any((source / part).exists() for part in ("oxford-iiit-pet", "annotations", "train")):
         source, number = out.with_name("drawn"), [math.ceil(counts[split] / len(BREEDS)) for split in ("train", "test")]
@@ -95,7 +95,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--only", metavar="NAME,...", help=f"none: all of {', '.join(variants(True))}")
     args = parse(parser)
-    from minivit import data, device, store, weights
+    from minivit.checkpoints import weights
+    from minivit.data import datasets as data
+    from minivit.data import store
+    from minivit.system import device
 
     known = variants(device.pick_amp("auto", args.device) is not None)
     names = args.only.split(",") if args.only else list(known)

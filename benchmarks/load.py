@@ -41,7 +41,8 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from minivit import Preprocess, ViT, ViTConfig, export, save_pretrained
+    from minivit import Preprocess, ViT, ViTConfig, save_pretrained
+    from minivit.tools import export
 
     programs = {name: code for name, code in PROGRAMS.items() if importlib.util.find_spec(name)}
     with tempfile.TemporaryDirectory() as folder:

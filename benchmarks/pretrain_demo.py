@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from minivit import Preprocess, ViT, ViTConfig, save_pretrained, scenes
-from minivit.data import augment, draw_augmentation
-from minivit.device import pick_amp, pick_device
-from minivit.optim import lr_at, parameter_groups
+from minivit import Preprocess, ViT, ViTConfig, save_pretrained
+from minivit.data.datasets import augment, draw_augmentation
+from minivit.system.device import pick_amp, pick_device
+from minivit.tools.demo import scenes
+from minivit.training.optimizer import lr_at, parameter_groups
 
 CONFIG = ViTConfig(embed_dim=96, depth=12, num_heads=3, mlp_dim=384, num_classes=len(scenes.OBJECTS), eps=1e-6)
 PREPROCESS, THINGS, CUT = Preprocess(), list(scenes.OBJECTS), 10

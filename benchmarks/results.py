@@ -14,7 +14,7 @@ from one_photo import MODEL, ROOT, write_random_vit
 
 sys.path.insert(0, str(ROOT))
 from minivit.cli import cores
-from minivit.device import pick_device
+from minivit.system.device import pick_device
 
 WRITTEN = {"--record", "--plot"}  # say where, not what is measured
 

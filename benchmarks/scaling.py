@@ -24,7 +24,8 @@ from one_photo import MODEL, ROOT
 from results import parse, record
 from throughput import fit
 
-from minivit import device, load_pretrained
+from minivit import load_pretrained
+from minivit.system import device
 
 CACHES = {"nothing kept": 1e-9, "up to 4 GiB kept": 4.0}
 CHUNK = 256  # photos that are written again and again

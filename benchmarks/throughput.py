@@ -22,8 +22,12 @@ from results import parse, record
 from torch import Tensor, nn
 from transformers import ViTForImageClassification
 
-from minivit import device, load_pretrained, loop, optim, state
-from minivit.frozen import working_copy
+from minivit import load_pretrained
+from minivit.system import device
+from minivit.training import optimizer as optim
+from minivit.training import state
+from minivit.training import step as loop
+from minivit.training.features import working_copy
 
 CLASSES, WARM_UP = 37, 3
 LOW = "forward, weights in low precision"

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .attention import query_maps
+    from .checkpoints.weights import load_pretrained, save_pretrained
+    from .data.photos import open_photo
+    from .data.preprocess import Preprocess
     from .model import ViT, ViTConfig
-    from .photos import open_photo
-    from .preprocess import Preprocess
-    from .weights import load_pretrained, save_pretrained
 
 __version__ = "0.1.0"
 __all__ = ["Preprocess", "ViT", "ViTConfig", "load_pretrained", "open_photo", "query_maps", "save_pretrained"]
 
 _HOMES = {
     "attention": ("query_maps",),
+    "checkpoints.weights": ("load_pretrained", "save_pretrained"),
+    "data.photos": ("open_photo",),
+    "data.preprocess": ("Preprocess",),
     "model": ("ViT", "ViTConfig"),
-    "photos": ("open_photo",),
-    "preprocess": ("Preprocess",),
-    "weights": ("load_pretrained", "save_pretrained"),
 }
 
 

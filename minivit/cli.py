@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import UserError, printable
-from .files import unfinished
+from .system.files import unfinished
 
 BASE_MODEL = "google/vit-base-patch16-224"
 RUN_DIR = "runs/pets"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from . import cli  # torch comes in with the job, so that --help and a mistyped flag answer at once
 
 if TYPE_CHECKING:
-    from .look import Look, Photo
+    from .explain import Look, Photo
     from .model import ViT
 
 POOL_FROM = 8  # photos; figures of fewer are drawn before processes that draw would have started
@@ -65,8 +65,15 @@ def pixel(text: str) -> tuple[float, float]:
 
 def infer(args: argparse.Namespace) -> int:
     """Batch by batch: photos, what the models make of them, figures; photo by photo: names and what was written."""
-    from . import ahead, device, frozen, look, optim, parallel, photos, processes
+    from . import explain as look
+    from .data import photos
     from .errors import UserError
+    from .system import device
+    from .system import distributed as parallel
+    from .system import prefetch as ahead
+    from .system import workers as processes
+    from .training import features as frozen
+    from .training import optimizer as optim
 
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     jobs = list(place(expand(args.photos), Path(args.out)))[rank::world]  # torchrun's processes share them out
@@ -86,7 +93,7 @@ def infer(args: argparse.Namespace) -> int:
 
     drawers = min(args.workers, len(jobs)) if len(jobs) >= POOL_FROM else 0
     unreadable, size = 0, batch_size(models[0], blocks, args, cpu=on.type == "cpu")
-    with progress_bar(len(jobs)) as progress, processes.working(drawers, "minivit.plots") as draw:
+    with progress_bar(len(jobs)) as progress, processes.working(drawers, "minivit.figures.plots") as draw:
         found = ahead.read_ahead(read, jobs, args.workers)
         drawn: deque[tuple[Callable[[], None], dict]] = deque()
         while batch := list(itertools.islice(found, size)):
@@ -112,7 +119,7 @@ def infer(args: argparse.Namespace) -> int:
 
 def load_models(args: argparse.Namespace, *, quiet: bool) -> list[ViT]:
     """Load the model, after the one to compare it with if there is one, and say which on stderr."""
-    from . import weights
+    from .checkpoints import weights
 
     source = cli.default_model(args.model)
     if not quiet:
@@ -163,7 +170,7 @@ def find_target(name: str | None, model: ViT, models: Sequence[ViT]) -> int | No
 
 def batch_size(model: ViT, blocks: Sequence[int], args: argparse.Namespace, *, cpu: bool) -> int:
     """Return how many photos go through the models at once; of a CPU few, so that the first figure is there soon."""
-    from .device import CPU_BATCH
+    from .system.device import CPU_BATCH
 
     N, size = model.config.num_tokens, CPU_BATCH if cpu else 32
     if args.method == "attention" and not args.html:
@@ -176,7 +183,9 @@ def write(
     args: argparse.Namespace, job: tuple[Path, Path, Photo], looks: Sequence[Look], blocks: Sequence[int], draw: Callable
 ) -> tuple[Callable[[], None], dict]:
     """Begin to draw a photo's figure and write what goes beside it; return what waits for the figure, and the answer."""
-    from . import look, plots, report
+    from . import explain as look
+    from .figures import explorer as report
+    from .figures import plots
 
     path, figure, photo = job
     layout = look.figure_rows(photo, looks, args.method, blocks, heads=args.heads)
@@ -244,8 +253,8 @@ def wait_for_others() -> None:
 
 def expand(arguments: Iterable[str]) -> Iterator[Path]:
     """Yield the photos that are meant: a folder stands for those right inside it, and must have some."""
+    from .data.photos import SUFFIXES, list_photos
     from .errors import UserError
-    from .photos import SUFFIXES, list_photos
 
     for path in map(Path, arguments):
         try:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .hub import Origin
-    from .preprocess import Preprocess
+    from .checkpoints.hub import Origin
+    from .data.preprocess import Preprocess
 
 MAX_SIZE = 65_536  # of anything in a config: what is larger is a broken file
 

@@ -13,15 +13,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from . import __version__, cli  # torch comes in with the job, so that --help and a mistyped flag answer at once
+from . import (
+    __version__,  # torch comes in with the job, so that --help and a mistyped flag answer at once
+    cli,  # torch comes in with the job, so that --help and a mistyped flag answer at once
+)
 
 if TYPE_CHECKING:
     import torch
 
     from . import ViT
-    from .data import Data
-    from .state import State
-    from .store import Pixels
+    from .data.datasets import Data
+    from .data.store import Pixels
+    from .training.state import State
 
 # What --resume keeps to.
 MATHEMATICS = ("epochs", "batch_size", "lr", "weight_decay", "layer_decay", "label_smoothing", "cache_views", "seed")
@@ -75,8 +78,18 @@ def train(args: argparse.Namespace) -> int:
     """The whole job: data and model in, epochs with the state on disk after each, and what the best one achieves."""
     import torch
 
-    from . import data, describe, device, doctor, frozen, hub, loop, optim, parallel, processes, runs, store, weights
+    from .checkpoints import hub, weights
+    from .data import datasets as data
+    from .data import store
     from .errors import UserError
+    from .system import device
+    from .system import distributed as parallel
+    from .system import workers as processes
+    from .tools import describe, doctor
+    from .training import features as frozen
+    from .training import optimizer as optim
+    from .training import run_folder as runs
+    from .training import step as loop
 
     started, out, on = time.perf_counter(), Path(args.out), device.pick_device(parallel.own_device(args.device))
     amp = device.pick_amp(args.amp, on)
@@ -124,7 +137,7 @@ def train(args: argparse.Namespace) -> int:
             return 130
         if first:
             figures = 3 if len(photos.test) >= DRAWN_APART else 0  # one each
-            with processes.working(figures, "minivit.plots") as begin:
+            with processes.working(figures, "minivit.figures.plots") as begin:
                 finish(args, model, run, photos, val, test, amp=amp, micro_batch=micro_batch, begin=begin)
     return 0
 
@@ -142,7 +155,13 @@ def learn(
     started: float,
 ) -> State:
     """Train from the first epoch, or from where the run in --out stands; leave the state after each epoch on disk."""
-    from . import ahead, loop, metrics, parallel, runs, state, store, tensors, weights
+    from .checkpoints import tensors, weights
+    from .data import store
+    from .system import distributed as parallel
+    from .system import prefetch as ahead
+    from .training import metrics, state
+    from .training import run_folder as runs
+    from .training import step as loop
 
     out, first = Path(args.out), parallel.rank() == 0
     blocks = [i for i, block in enumerate(model.blocks) if block.norm1.weight.requires_grad]
@@ -191,7 +210,14 @@ def finish(
     """Test the best epoch, make sure that what is written is what was tested, and leave everything there is to look at."""
     import torch
 
-    from . import device, files, frozen, hub, loop, metrics, optim, results, runs, state
+    from .checkpoints import hub
+    from .system import device, files
+    from .training import features as frozen
+    from .training import metrics, state
+    from .training import optimizer as optim
+    from .training import report as results
+    from .training import run_folder as runs
+    from .training import step as loop
 
     started, out, on = time.perf_counter(), Path(args.out), run.model.cls_token.device
     peak_gib, best = device.peak_gib(on), metrics.best_row(run.rows)
@@ -241,7 +267,7 @@ def write_weights(model: ViT, out: Path) -> None:
     """Write what was trained and the whole model, and make sure that what is read back is what was written."""
     import torch
 
-    from . import weights
+    from .checkpoints import weights
 
     weights.save_tail(model, out / "tail.safetensors")
     weights.save_pretrained(model, out)

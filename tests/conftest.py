@@ -161,7 +161,7 @@ def tiny_saved(tmp_path_factory) -> Path:
 
 def leave_figures_empty(patch):
     """Of a tiny model's time, the figures of a run or a photo take three quarters."""
-    from minivit import plots
+    from minivit.figures import plots
 
     for name in ("draw_attention", "draw_confusion", "draw_curves", "draw_predictions"):
         patch.setattr(plots, name, lambda path, *_, **__: path.touch())

@@ -24,13 +24,13 @@ ROOT = Path(__file__).parents[1]
 TESTS = {
     "model": ["model", "attention", "parity", "families"],
     "attention": ["attention", "score", "look"],
-    "weights": ["weights", "families", "export", "corruptions"],
-    "metrics": ["metrics", "loop"],
-    "loop": ["loop", "frozen"],
-    "frozen": ["frozen", "loop", "study"],
-    "optim": ["loop"],
-    "state": ["resume", "loop"],
-    "runs": ["resume", "commands"],
+    "checkpoints/weights": ["weights", "families", "export", "corruptions"],
+    "training/metrics": ["metrics", "loop"],
+    "training/step": ["loop", "frozen"],
+    "training/features": ["frozen", "loop", "study"],
+    "training/optimizer": ["loop"],
+    "training/state": ["resume", "loop"],
+    "training/run_folder": ["resume", "commands"],
 }
 OTHER = {"Lt": "<=", "LtE": "<", "Gt": ">=", "GtE": ">", "Eq": "!=", "NotEq": "==", "Is": "is not", "IsNot": "is"}
 OTHER |= {

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 
 import infer
 import train
-from minivit import __main__, load_pretrained, runs, save_pretrained
+from minivit import __main__, load_pretrained, save_pretrained
+from minivit.training import run_folder as runs
 
 
 def open_size(path):
@@ -107,7 +108,7 @@ def test_photos_beyond_the_cap_are_streamed_to_the_same_result(run, tiny_folder,
 
 
 def test_the_model_card_says_what_it_is_and_names_are_no_markup(run):
-    from minivit.card import model_card
+    from minivit.training.model_card import model_card
 
     out, _ = run
     summary = json.loads((out / "summary.json").read_text())
@@ -128,7 +129,7 @@ def test_weights_that_changed_on_their_way_to_the_disk_are_named(tiny_saved, sha
         with torch.no_grad():
             model.head.bias[0] -= 1e-6
 
-    monkeypatch.setattr("minivit.weights.save_pretrained", save)
+    monkeypatch.setattr("minivit.checkpoints.weights.save_pretrained", save)
     with pytest.raises(RuntimeError, match="not those that were tested: head.bias"):
         run_train(tiny_saved, shapes_data, tmp_path / "run", "--epochs", "1")
     assert not (tmp_path / "run" / "summary.json").exists() and (tmp_path / "run" / "state.safetensors").exists()
@@ -136,7 +137,7 @@ def test_weights_that_changed_on_their_way_to_the_disk_are_named(tiny_saved, sha
 
 @pytest.mark.parametrize("amp, by", [("off", 0.002), ("bf16", 0.1)])
 def test_weights_that_do_not_validate_as_they_did_are_named(tiny_saved, shapes_data, tmp_path, monkeypatch, amp, by):
-    from minivit import loop
+    from minivit.training import step as loop
 
     real = loop.fit
 
@@ -166,7 +167,7 @@ def test_a_model_of_another_input_size_is_read_back_as_it_was(tiny_saved, shapes
 
 @pytest.mark.usefixtures("no_figures")
 def test_the_written_weights_are_the_best_epochs_not_the_last(tiny_folder, shapes_data, tmp_path, monkeypatch):
-    from minivit import loop
+    from minivit.training import step as loop
 
     kept, real = [], loop.fit
 
@@ -228,9 +229,10 @@ def test_infer_prints_names_and_draws_a_figure_for_each_photo(run, tmp_path, cap
 
 
 def test_inference_gives_the_logits_of_training(run, shapes_data):
-    from minivit import open_photo, store
-    from minivit.data import load_data
-    from minivit.loop import predict_photos
+    from minivit import open_photo
+    from minivit.data import store
+    from minivit.data.datasets import load_data
+    from minivit.training.step import predict_photos
 
     model = load_pretrained(run[0])
     data = load_data(shapes_data, seed=0)
@@ -306,7 +308,7 @@ def test_infer_refuses_what_cannot_be(tiny_folder, tmp_path, capsys, flags, mess
 
 
 def test_a_device_without_memory_is_one_line_and_other_runtime_errors_are_ours(monkeypatch, capsys):
-    from minivit import device
+    from minivit.system import device
 
     def full(_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has 1 MiB free.")
@@ -321,7 +323,7 @@ def test_a_device_without_memory_is_one_line_and_other_runtime_errors_are_ours(m
 
 
 def test_an_interrupt_ends_with_130(monkeypatch, capsys):
-    from minivit import device
+    from minivit.system import device
 
     def interrupt(_):
         raise KeyboardInterrupt
@@ -475,7 +477,7 @@ import json, os, runpy, signal, sys
 os.environ["OMP_NUM_THREADS"] = "1"
 script, moments, flags, children = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:], []
 for i, (event, what) in enumerate(moments):
-    if event != "import": import torch, minivit.plots  # once for all children
+    if event != "import": import torch, minivit.figures.plots  # once for all children
     children.append(os.fork())
     if children[-1] == 0:
         sys.stdout, sys.stderr = open(os.devnull, "w"), open(f"{i}.err", "w", 1)
@@ -521,9 +523,7 @@ def test_an_interrupt_at_any_moment_ends_in_one_line_with_no_half_file(name, tin
 
 def started(main, cwd, **how):
     """Run a line as cli.start runs a script's main, without the seconds that torch takes: (exit code, stdout, stderr)."""
-    code = (
-        f"import os, signal\nfrom pathlib import Path\nfrom minivit import cli, files\ndef main():\n    {main}\ncli.start(main)"
-    )
+    code = f"import os, signal\nfrom pathlib import Path\nfrom minivit import cli\nfrom minivit.system import files\ndef main():\n    {main}\ncli.start(main)"
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env=env, **how)
     return done.returncode, done.stdout, done.stderr
@@ -556,7 +556,7 @@ def test_help_answers_without_torch_and_import_is_quiet():
         "    with contextlib.suppress(SystemExit): script.main(['--help'])\n"
         "slow = {'torch', 'numpy', 'PIL', 'matplotlib', 'transformers', 'torchvision', 'huggingface_hub'}\n"
         "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
-        "from minivit import load_pretrained; import minivit.loop\n"
+        "from minivit import load_pretrained; import minivit.training.step\n"
         "slow -= {'torch', 'numpy', 'PIL'}\n"
         "assert not slow & set(sys.modules), slow & set(sys.modules)"
     )
@@ -590,14 +590,18 @@ def test_without_a_command_they_are_listed_and_a_wrong_one_is_refused_in_a_line(
 
 
 def test_a_wheel_holds_what_minivit_reads():
-    held = re.findall('"([^"]+)"', re.search(r"package-data = .*", (ROOT / "pyproject.toml").read_text())[0])
-    package = ROOT / "minivit"
-    there = {p for p in package.rglob("*") if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts}
-    assert there == {p for pattern in held for p in package.glob(pattern)}
+    section = (ROOT / "pyproject.toml").read_text().split("[tool.setuptools.package-data]\n")[1].split("\n\n")[0]
+    held = set()
+    for line in section.splitlines():
+        package, _, patterns = line.replace('"minivit.', "minivit.").replace('" =', " =").partition(" = ")
+        for pattern in re.findall('"([^"]+)"', patterns):
+            held |= set((ROOT / package.replace(".", "/")).glob(pattern))
+    everything = (ROOT / "minivit").rglob("*")
+    assert held == {p for p in everything if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts}
 
 
 def test_the_product_imports_transformers_nowhere():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "minivit").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "minivit").rglob("*.py")]:
         assert "import transformers" not in path.read_text(), path
         assert "from transformers" not in path.read_text(), path
 

@@ -15,9 +15,11 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from minivit import __main__, demo, load_pretrained, open_photo, query_maps, scenes
-from minivit.data import load_data
-from minivit.hub import DEMO
+from minivit import __main__, load_pretrained, open_photo, query_maps
+from minivit.checkpoints.hub import DEMO
+from minivit.data.datasets import load_data
+from minivit.tools.demo import command as demo
+from minivit.tools.demo import scenes
 
 
 @pytest.fixture(scope="module", params=["a tenth", pytest.param("whole", marks=pytest.mark.slow)])

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minivit import device, train
+from minivit import train
 from minivit.errors import UserError
+from minivit.system import device
 
 
 @pytest.mark.parametrize("name, index", [("cuda", 3), ("cuda:1", 1)])

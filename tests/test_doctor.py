@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from minivit import doctor
 from minivit.errors import UserError
+from minivit.tools import doctor
 
 
 def photo(seed, size=(96, 72)):
@@ -430,7 +430,7 @@ def test_hostile_names_neither_steer_the_terminal_nor_break_the_output(folder, c
 
 @pytest.mark.parametrize("what", ["absent", "empty", "a file", "no photos"])
 def test_what_is_no_data_folder_ends_in_one_line_and_downloads_nothing(tmp_path, what, capsys, monkeypatch):
-    monkeypatch.setattr("minivit.data.download_pets", None)
+    monkeypatch.setattr("minivit.data.datasets.download_pets", None)
     root = tmp_path / "data"
     if what == "a file":
         root.write_text("x")
@@ -448,7 +448,7 @@ def test_what_is_no_data_folder_ends_in_one_line_and_downloads_nothing(tmp_path,
 
 
 def test_help_comes_without_torch():
-    code = "import sys; from minivit import doctor\n"
+    code = "import sys; from minivit.tools import doctor\n"
     code += "try: doctor.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     assert "--json" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 

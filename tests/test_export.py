@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from test_families import SMALL, write_by_transformers
 from torch.testing import assert_close
 
-from minivit import ViT, ViTConfig, export, load_pretrained, save_pretrained
+from minivit import ViT, ViTConfig, load_pretrained, save_pretrained
+from minivit.checkpoints.weights import save_tail
+from minivit.data.preprocess import Preprocess
 from minivit.errors import UserError
-from minivit.optim import freeze_except
-from minivit.preprocess import Preprocess
-from minivit.weights import save_tail
+from minivit.tools import export
+from minivit.training.optimizer import freeze_except
 
 LABELS = ("Abyssinian", "boxer", "Egyptian Mau")
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
@@ -114,7 +115,7 @@ def test_a_tail_without_its_own_base_is_refused(spoil, message, run, tiny_folder
 
 
 def test_what_is_frozen_is_hashed_once(tiny_folder, tmp_path, monkeypatch):
-    from minivit import weights
+    from minivit.checkpoints import weights
 
     calls = []
     monkeypatch.setattr(weights, "content_hash", lambda tensors: calls.append(1) or "0" * 64)

@@ -433,7 +433,7 @@ def test_timms_own_preprocessing_is_ours(photos, tmp_path):
     import timm
 
     from minivit import open_photo
-    from minivit.configs import timm_sizes
+    from minivit.checkpoints.configs import timm_sizes
 
     for name in ("vit_base_patch16_224.augreg2_in21k_ft_in1k", "vit_base_patch14_dinov2.lvd142m", "deit_small_patch16_224"):
         data = timm.get_pretrained_cfg(name).to_dict()

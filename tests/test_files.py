@@ -7,9 +7,9 @@ import resource
 import pytest
 import torch
 
+from minivit.checkpoints.weights import save_tensors
 from minivit.errors import UserError
-from minivit.files import read_json, unfinished, whole_file, write_json
-from minivit.weights import save_tensors
+from minivit.system.files import read_json, unfinished, whole_file, write_json
 
 
 @pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt])

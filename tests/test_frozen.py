@@ -8,11 +8,15 @@ from conftest import TINY, randomize
 from test_loop import TIMES, fresh, pixels, tail_of  # noqa: F401 - a fixture among them
 from torch.testing import assert_close
 
-from minivit import ViT, device, frozen, loop, parallel
-from minivit.data import Data, Split
+from minivit import ViT
+from minivit.data.datasets import Data, Split
 from minivit.errors import UserError
-from minivit.optim import freeze_except, trainable
-from minivit.state import begin, read, set_tail
+from minivit.system import device
+from minivit.system import distributed as parallel
+from minivit.training import features as frozen
+from minivit.training import step as loop
+from minivit.training.optimizer import freeze_except, trainable
+from minivit.training.state import begin, read, set_tail
 
 CPU = torch.device("cpu")
 

@@ -20,8 +20,8 @@ import numpy as np
 from conftest import draw_photo
 from PIL import Image
 
+from minivit.data.photos import MAX_PIXELS, PhotoError, open_photo
 from minivit.errors import printable
-from minivit.photos import MAX_PIXELS, PhotoError, open_photo
 
 MAX_SECONDS = 2
 EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 65_500, 20_000]

@@ -26,7 +26,7 @@ FETCH = """
 import hashlib, sys, time
 time.sleep = lambda seconds: None  # between huggingface-hub's attempts
 from minivit.errors import UserError
-from minivit.hub import fetch
+from minivit.checkpoints.hub import fetch
 try:
     files = fetch(sys.argv[1], (sys.argv + [None])[2])
 except UserError as error:
@@ -205,7 +205,7 @@ def test_a_hub_id_that_is_none_is_one_line(hub, tmp_path):
 
 @pytest.mark.parametrize("how", ["refused", "silent"])
 def test_a_hub_that_does_not_answer_is_asked_once_for_a_few_seconds(how, tmp_path):
-    code = f"import minivit.hub; assert minivit.hub.TIMEOUT_S < 10; minivit.hub.TIMEOUT_S = 0.3\n{FETCH}"
+    code = "from minivit.checkpoints import hub; assert hub.TIMEOUT_S < 10; hub.TIMEOUT_S = 0.3\n" + FETCH
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         if how == "silent":

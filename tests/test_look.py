@@ -17,10 +17,12 @@ from conftest import ROOT, TINY, draw_photo, randomize
 from PIL import Image
 
 import infer
-from minivit import Preprocess, ViT, ViTConfig, cli, load_pretrained, look, open_photo, plots, save_pretrained
+from minivit import Preprocess, ViT, ViTConfig, cli, load_pretrained, open_photo, save_pretrained
+from minivit import explain as look
 from minivit.attention import class_relevance, query_maps, rollout
+from minivit.checkpoints.hub import Origin
 from minivit.errors import UserError
-from minivit.hub import Origin
+from minivit.figures import plots
 
 CPU = ["--device", "cpu", "--amp", "off"]
 

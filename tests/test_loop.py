@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from conftest import TINY, randomize
 from torch.testing import assert_close
 
-from minivit import Preprocess, ViT, load_pretrained, loop
+from minivit import Preprocess, ViT, load_pretrained
 from minivit.errors import UserError
-from minivit.optim import freeze_except, lr_at, parameter_groups, parse_blocks, trainable
-from minivit.state import begin
+from minivit.training import step as loop
+from minivit.training.optimizer import freeze_except, lr_at, parameter_groups, parse_blocks, trainable
+from minivit.training.state import begin
 
 CPU_SCALER_OFF = torch.amp.GradScaler("cpu", enabled=False)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from minivit.metrics import confused_pairs, confusion_matrix, overfits_from, per_class, summarize, verdict
-from minivit.results import write_classes
+from minivit.training.metrics import confused_pairs, confusion_matrix, overfits_from, per_class, summarize, verdict
+from minivit.training.report import write_classes
 
 
 def test_metrics_of_a_confusion_matrix_made_by_hand():
@@ -54,7 +54,7 @@ HOSTILE = "$x^2 <b>\x1b[31m" + "long " * 50
 
 
 def test_figures_show_their_contents_and_take_any_name(tmp_path):
-    from minivit import plots
+    from minivit.figures import plots
 
     Image.new("RGB", (300, 200), "green").save(tmp_path / "green.png")
     plots.draw_predictions(
@@ -125,7 +125,7 @@ def test_the_table_of_classes_is_scikit_learns(tmp_path):
 
 
 def test_curves_leave_room_above_for_losses_that_hardly_fall_and_for_an_accuracy_of_1(monkeypatch):
-    from minivit import plots
+    from minivit.figures import plots
 
     figures, row = [], {"train_loss": 1.78, "val_loss": 1.79, "train_accuracy": 1.0, "val_accuracy": 0.0}
     monkeypatch.setattr(plots, "save", lambda figure, _: figures.append(figure))

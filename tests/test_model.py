@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from minivit import ViT, ViTConfig
 from minivit.errors import UserError
-from minivit.optim import freeze_except, trainable
+from minivit.training.optimizer import freeze_except, trainable
 
 DTYPES = {"fp32": (torch.float32, None), "autocast bf16": (torch.float32, torch.bfloat16), "bf16": (torch.bfloat16, None)}
 

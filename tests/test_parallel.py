@@ -16,7 +16,8 @@ from conftest import ROOT
 from test_commands import run_train
 from test_resume import assert_same_end, rows_of
 
-from minivit import parallel, runs
+from minivit.system import distributed as parallel
+from minivit.training import run_folder as runs
 
 TORCHRUN = [
     sys.executable,

@@ -16,8 +16,8 @@ from conftest import DINOV2_PREPROCESSOR, ROOT, draw_photo
 from PIL import Image, ImageFile
 
 from minivit import Preprocess, open_photo
+from minivit.data.photos import MAX_BYTES, PhotoError, list_photos
 from minivit.errors import UserError, printable
-from minivit.photos import MAX_BYTES, PhotoError, list_photos
 
 SQUASH, CROP = Preprocess(), Preprocess.from_config(DINOV2_PREPROCESSOR)
 
@@ -288,7 +288,7 @@ def test_decoding_takes_at_most_20_bytes_a_pixel_and_says_nothing(tmp_path):
     Image.new("I;16", pixels).save(tmp_path / "4.tif", tiffinfo=exif, compression="tiff_lzw")
     Image.new("P", pixels).save(tmp_path / "5.gif", transparency=0)
     code = (
-        "import resource, sys; from minivit.photos import open_photo\n"
+        "import resource, sys; from minivit.data.photos import open_photo\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)\n"
         "try: open_photo(sys.argv[1])\n"
         "except ValueError: before = peak()\n"

@@ -8,14 +8,15 @@ import time
 
 import pytest
 
-from minivit import ahead, processes
 from minivit.errors import UserError
+from minivit.system import prefetch as ahead
+from minivit.system import workers as processes
 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_results_come_in_the_order_of_the_jobs(count):
     jobs = ((processes.call, "builtins", "divmod", i, 3) for i in range(9))
-    with processes.working(count, "minivit.preprocess") as begin:
+    with processes.working(count, "minivit.data.preprocess") as begin:
         assert list(processes.in_turn(begin, jobs, ahead=4)) == [divmod(i, 3) for i in range(9)]
 
 
@@ -23,7 +24,7 @@ def test_results_come_in_the_order_of_the_jobs(count):
 def test_no_more_is_begun_than_asked_for(count):
     begun = []
     jobs = (begun.append(i) or (processes.call, "builtins", "abs", i) for i in range(9))
-    with processes.working(count, "minivit.preprocess") as begin:
+    with processes.working(count, "minivit.data.preprocess") as begin:
         results = processes.in_turn(begin, jobs, ahead=3)
         assert next(results) == 0
         assert begun == [0, 1, 2, 3]
@@ -31,14 +32,14 @@ def test_no_more_is_begun_than_asked_for(count):
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_what_a_job_raises_is_raised_and_the_next_goes_on(count):
-    with processes.working(count, "minivit.preprocess") as begin:
+    with processes.working(count, "minivit.data.preprocess") as begin:
         with pytest.raises(FileNotFoundError):
             begin(os.stat, "/no/such/file")()
         assert begin(abs, -1)() == 1
 
 
 def test_a_killed_process_is_a_line_and_no_broken_pipe_which_would_mean_that_nobody_reads():
-    with processes.working(1, "minivit.preprocess") as begin:
+    with processes.working(1, "minivit.data.preprocess") as begin:
         with pytest.raises(UserError, match="was killed; if memory ran out, try fewer --workers"):
             begin(signal.raise_signal, signal.SIGKILL)()
         time.sleep(0.2)
@@ -47,7 +48,7 @@ def test_a_killed_process_is_a_line_and_no_broken_pipe_which_would_mean_that_nob
 
 
 def test_a_process_has_imported_its_module_and_no_torch():
-    for module in ("minivit.plots", "minivit.preprocess", "minivit.pets"):
+    for module in ("minivit.figures.plots", "minivit.data.preprocess", "minivit.data.pets"):
         with processes.working(1, module) as begin:
             names = begin(eval, "set(__import__('sys').modules)")()
         assert module in names

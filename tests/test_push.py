@@ -10,8 +10,11 @@ from hub_server import COMMIT, TOKEN, serve
 from test_commands import run_train
 from test_hub import assert_one_line, run_python
 
-from minivit import card, describe, export, load_pretrained, runs
+from minivit import load_pretrained
 from minivit.errors import UserError
+from minivit.tools import describe, export
+from minivit.training import model_card as card
+from minivit.training import run_folder as runs
 
 SUMMARY = {
     "base": "google/vit-base-patch16-224",
@@ -110,7 +113,7 @@ PUSH = """
 import sys
 from pathlib import Path
 from minivit.errors import UserError
-from minivit.hub import prepare_push, push
+from minivit.checkpoints.hub import prepare_push, push
 repo, folder = sys.argv[1:]
 try:
     prepare_push(repo)
@@ -142,8 +145,8 @@ def test_training_asks_first_whether_it_may_push_and_a_failed_push_leaves_the_ru
         raise UserError("refused")
 
     for done, (first, last) in enumerate([(refuse, None), (lambda repo: None, refuse)]):
-        monkeypatch.setattr("minivit.hub.prepare_push", first)
-        monkeypatch.setattr("minivit.hub.push", last)
+        monkeypatch.setattr("minivit.checkpoints.hub.prepare_push", first)
+        monkeypatch.setattr("minivit.checkpoints.hub.push", last)
         assert run_train(tiny_folder, shapes_data, tmp_path / "run", "--epochs", "1", "--push-to-hub", "owner/new") == 2
         assert capsys.readouterr().err.splitlines()[-1] == "python -m minivit train: refused"
         assert (tmp_path / "run" / "summary.json").exists() == done

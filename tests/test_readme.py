@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from minivit import __main__, cli
-from minivit.demo import draw_pets
+from minivit.tools.demo.command import draw_pets
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 STANDS_FOR = {"AMP": "off", "SEED": "0", "BLOCKS": "10-11", "Bengal": "Siamese"}  # a breed that is drawn
@@ -45,7 +45,7 @@ def test_each_command_is_one_that_minivit_takes(command, monkeypatch):
 def test_each_command_runs(tmp_path):
     """As it stands there, in a folder where what it names is: the demo's checkpoint, and a few drawings as photos."""
     draw_pets(tmp_path / "data", per_breed=(5, 2), seed=0, workers=2)
-    images, model = tmp_path / "data" / "oxford-iiit-pet" / "images", ROOT / "minivit" / "demo_model"
+    images, model = tmp_path / "data" / "oxford-iiit-pet" / "images", ROOT / "minivit" / "checkpoints" / "demo_model"
     (tmp_path / "photos").mkdir()
     for photo in sorted(images.glob("*.jpg"))[::20]:
         (tmp_path / "photos" / photo.name).symlink_to(photo)

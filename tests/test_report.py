@@ -16,9 +16,10 @@ from conftest import draw_photo
 from matplotlib import colormaps
 from PIL import Image
 
-from minivit import Preprocess, report
+from minivit import Preprocess
 from minivit.errors import UserError
-from minivit.report import Page, Pane, explorer, write_report
+from minivit.figures import explorer as report
+from minivit.figures.explorer import Page, Pane, explorer, write_report
 
 GRID, BLOCKS, HEADS = (3, 5), (2, 3, 7), 3
 HOSTILE = {

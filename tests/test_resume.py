@@ -18,8 +18,12 @@ from safetensors.torch import load_file
 from test_commands import run_train
 from test_loop import fresh, pixels  # noqa: F401 - a fixture
 
-from minivit import loop, runs, save_pretrained, state, tensors
+from minivit import save_pretrained
+from minivit.checkpoints import tensors
 from minivit.errors import UserError
+from minivit.training import run_folder as runs
+from minivit.training import state
+from minivit.training import step as loop
 
 EPOCHS = ("--epochs", "4")
 TIMES = {"images_per_s", "mfu", "seconds", "peak_gib"}
@@ -234,7 +238,7 @@ def test_without_resume_an_interrupted_run_is_kept_aside_and_can_go_on_there(
 def test_a_second_run_into_the_same_folder_is_refused_until_the_first_ends(tiny_saved, shapes_data, tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()
-    hold = "import sys, time; from pathlib import Path; from minivit.files import locked\n"
+    hold = "import sys, time; from pathlib import Path; from minivit.system.files import locked\n"
     hold += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     path = {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", hold, out], stdout=subprocess.PIPE, env=os.environ | path) as other:
@@ -306,7 +310,17 @@ KILL = """
 import json, os, random, signal, sys, time
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch, train
-from minivit import data, doctor, files, loop, optim, parallel, photos, plots, results, state, weights
+from minivit.data import datasets as data
+from minivit.tools import doctor
+from minivit.system import files
+from minivit.training import step as loop
+from minivit.training import optimizer as optim
+from minivit.system import distributed as parallel
+from minivit.data import photos
+from minivit.figures import plots
+from minivit.training import report as results
+from minivit.training import state
+from minivit.checkpoints import weights
 torch.set_num_threads(1)
 plots.draw_confusion = plots.draw_predictions = lambda path, *_, **__: path.touch()
 seed, kills, flags = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]

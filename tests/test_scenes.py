@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from minivit import demo, scenes
-from minivit.data import load_data
+from minivit.data.datasets import load_data
+from minivit.tools.demo import command as demo
+from minivit.tools.demo import scenes
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,12 @@ from conftest import ROOT, randomize
 from PIL import Image
 from torch.testing import assert_close
 
-from minivit import Preprocess, ViT, ViTConfig, cli, gallery, measure, processes, query_maps, save_pretrained, score
-from minivit import pets as oxford
+from minivit import Preprocess, ViT, ViTConfig, cli, query_maps, save_pretrained
 from minivit.attention import class_relevance, region_scores, rollout
+from minivit.data import pets as oxford
+from minivit.system import workers as processes
+from minivit.tools.score import command as score
+from minivit.tools.score import gallery, measure
 
 CROP = Preprocess(36, (32, 32), 3)
 XML = "<annotation><object><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object></annotation>"
@@ -356,7 +359,7 @@ def test_methods_that_do_not_exist_are_refused(capsys):
 
 
 def test_help_answers_without_torch():
-    code = "import sys; from minivit import score\n"
+    code = "import sys; from minivit.tools.score import command as score\n"
     code += "try: score.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

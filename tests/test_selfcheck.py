@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minivit import __main__, loop, model, state
+from minivit import __main__, model
+from minivit.training import state
+from minivit.training import step as loop
 
 
 def check(capsys, *flags):

@@ -14,9 +14,11 @@ import torch
 from conftest import draw_photo
 from test_data import make_pets
 
-from minivit import Preprocess, open_photo, preprocess, processes, store
-from minivit.data import load_data
+from minivit import Preprocess, open_photo
+from minivit.data import preprocess, store
+from minivit.data.datasets import load_data
 from minivit.errors import UserError
+from minivit.system import workers as processes
 
 PREPROCESS = Preprocess((24, 20))
 
@@ -286,5 +288,5 @@ def test_odd_metadata_gives_no_warning_and_leaves_the_warning_filters_alone(pets
         warnings.warn("Pillow finds this odd", stacklevel=1)
         return open_photo(path)
 
-    monkeypatch.setattr("minivit.preprocess.open_photo", open_loudly)
+    monkeypatch.setattr("minivit.data.preprocess.open_photo", open_loudly)
     decode_all(data, workers=2)

@@ -13,9 +13,13 @@ import pytest
 import torch
 from test_commands import run_train
 
-from minivit import __main__, frozen, loop, optim, study
-from minivit.data import load_data
-from minivit.store import Pixels
+from minivit import __main__
+from minivit.data.datasets import load_data
+from minivit.data.store import Pixels
+from minivit.tools.study import command as study
+from minivit.training import features as frozen
+from minivit.training import optimizer as optim
+from minivit.training import step as loop
 
 
 def run(model, data, out, *flags):

@@ -137,7 +137,7 @@ def test_nothing_is_left_half_written(tiny, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("minivit.tensors.save_file", full_disk)
+    monkeypatch.setattr("minivit.checkpoints.tensors.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_pretrained(tiny, tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before

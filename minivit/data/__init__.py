@@ -1,0 +1,1 @@
+"""Data: data sets and their splits, photos, preprocessing, and the store of decoded photos."""

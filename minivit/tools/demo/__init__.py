@@ -1,0 +1,1 @@
+"""Demo: the whole story on drawings, without network."""

@@ -1,0 +1,1 @@
+"""Study: accuracy over a grid of training photos and trained blocks."""
