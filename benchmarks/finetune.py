@@ -51,7 +51,10 @@ def make_folders(source: Path, out: Path, counts: dict[str, int]) -> None:
     from minivit.tools.demo.command import BREEDS, draw_pets
 
     if not any((source / part).exists() for part in ("oxford-iiit-pet", "annotations", "train")):
-        source, number = out.with_name("drawn"), [math.ceil(counts[split] / len(BREEDS)) for split in ("train", "test")]
+        source, number = (
+            out.with_name("drawn"),
+            [math.ceil(counts[split] / len(BREEDS)) for split in ("train", "test")],
+        )
         print(f"no photos there: drawing {len(BREEDS) * sum(number)}", flush=True)
         draw_pets(source, per_breed=number, seed=0, workers=cores())
     data = load_data(source, seed=0)
@@ -61,7 +64,9 @@ def make_folders(source: Path, out: Path, counts: dict[str, int]) -> None:
             for path, label in zip(part.paths, part.labels):
                 photos.setdefault(label, []).append(path)
         if split != "val" and count < len(photos):
-            sys.exit(f"--{split} {count}: expected at least one photo of each of the {len(photos)} classes")
+            sys.exit(
+                f"--{split} {count}: expected at least one photo of each of the {len(photos)} classes"
+            )
         for i in range(count):
             of_class = photos[i % len(photos)]
             found = of_class[i // len(photos) % len(of_class)]
@@ -73,13 +78,17 @@ def make_folders(source: Path, out: Path, counts: dict[str, int]) -> None:
                 shutil.copy(found, place)
 
 
-def measure(name: str, flags: tuple[str, ...], common: list[str], data: Path, out: Path) -> dict[str, float | None]:
+def measure(
+    name: str, flags: tuple[str, ...], common: list[str], data: Path, out: Path
+) -> dict[str, float | None]:
     """Run one program from start to end and return what it took."""
     ours = name.startswith("minivit")
     if name == "minivit-cold":
         shutil.rmtree(data / ".minivit")
     program = ROOT / ("train.py" if ours else "benchmarks/finetune_transformers.py")
-    seconds, _, mib, said = run([sys.executable, str(program), *common, "--data", str(data), "--out", str(out), *flags])
+    seconds, _, mib, said = run(
+        [sys.executable, str(program), *common, "--data", str(data), "--out", str(out), *flags]
+    )
     last = (out / "metrics.jsonl").read_text() if ours else said
     row = json.loads(last.splitlines()[-1])
     device = row["peak_gib"] if "cpu" not in common else None  # of a CPU it is what the host has
@@ -88,12 +97,22 @@ def measure(name: str, flags: tuple[str, ...], common: list[str], data: Path, ou
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT / "data", metavar="DIR", help="photos; drawn, if there are none")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=ROOT / "data",
+        metavar="DIR",
+        help="photos; drawn, if there are none",
+    )
     parser.add_argument("--train", type=int, default=3680, help="photos")
     parser.add_argument("--test", type=int, default=3669, help="photos")
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--only", metavar="NAME,...", help=f"none: all of {', '.join(variants(True))}")
+    parser.add_argument(
+        "--only", metavar="NAME,...", help=f"none: all of {', '.join(variants(True))}"
+    )
     args = parse(parser)
     from minivit.checkpoints import weights
     from minivit.data import datasets as data
@@ -106,12 +125,25 @@ def main() -> None:
         parser.error(f"--only {', '.join(unknown)}: expected some of {', '.join(known)}")
     with tempfile.TemporaryDirectory(dir=MODEL.parent) as folder:
         photos, out = Path(folder) / "photos", Path(folder) / "run"
-        make_folders(args.data, photos, {"train": args.train, "val": math.ceil(args.train / 10), "test": args.test})
+        make_folders(
+            args.data,
+            photos,
+            {"train": args.train, "val": math.ceil(args.train / 10), "test": args.test},
+        )
         # Decoded once, which also fills the disk's cache, as --help does with libraries.
         how = {"workers": cores(), "cap_gib": math.inf}
-        store.prepare(data.load_data(photos, seed=0), weights.read_configs(str(args.model), None)[1], **how)
+        store.prepare(
+            data.load_data(photos, seed=0), weights.read_configs(str(args.model), None)[1], **how
+        )
         run([sys.executable, str(ROOT / "benchmarks" / "finetune_transformers.py"), "--help"])
-        common = ["--model", str(args.model), "--device", args.device.type, "--epochs", str(args.epochs)]
+        common = [
+            "--model",
+            str(args.model),
+            "--device",
+            args.device.type,
+            "--epochs",
+            str(args.epochs),
+        ]
         found: dict[str, list[dict]] = {name: [] for name in names}
         for i in range(args.runs):
             for name in names:
@@ -120,7 +152,9 @@ def main() -> None:
     print(f"\n{'':24}", *(f"{column:>12}" for column in COLUMNS))
     figures = {}
     for name, rows in found.items():
-        middle = {c: statistics.median(r[c] for r in rows) for c in COLUMNS if rows[0][c] is not None}
+        middle = {
+            c: statistics.median(r[c] for r in rows) for c in COLUMNS if rows[0][c] is not None
+        }
         shown = {column: format(value, COLUMNS[column]) for column, value in middle.items()}
         print(f"{name:24}", *(f"{shown.get(column, '-'):>12}" for column in COLUMNS))
         figures |= {f"whole process, {name}, {column}": value for column, value in shown.items()}

@@ -11,7 +11,14 @@ import re
 import torch
 from torch import nn
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomRotation, Resize, ToTensor
+from torchvision.transforms import (
+    Compose,
+    Normalize,
+    RandomHorizontalFlip,
+    RandomRotation,
+    Resize,
+    ToTensor,
+)
 from transformers import Trainer, TrainingArguments, ViTForImageClassification, ViTImageProcessor
 
 
@@ -33,7 +40,9 @@ def accuracy(predicted) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, metavar="DIR")
     parser.add_argument("--data", required=True, metavar="DIR")
     parser.add_argument("--out", required=True, metavar="DIR")
@@ -42,9 +51,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--persistent", action="store_true", help="workers stay from one epoch to the next")
-    parser.add_argument("--resize-first", action="store_true", help="turn small photos, not large ones")
-    parser.add_argument("--eval-once", action="store_true", help="evaluate at the end only, not after each epoch")
+    parser.add_argument(
+        "--persistent", action="store_true", help="workers stay from one epoch to the next"
+    )
+    parser.add_argument(
+        "--resize-first", action="store_true", help="turn small photos, not large ones"
+    )
+    parser.add_argument(
+        "--eval-once", action="store_true", help="evaluate at the end only, not after each epoch"
+    )
     args = parser.parse_args()
 
     processor = ViTImageProcessor.from_pretrained(args.model)
@@ -54,7 +69,9 @@ def main() -> None:
     augment = [resize, *augment] if args.resize_first else [*augment, resize]
     train = ImageFolder(f"{args.data}/train", Compose([*augment, *to_tensor]))
     test = ImageFolder(f"{args.data}/test", Compose([resize, *to_tensor]))
-    model = ViTForImageClassification.from_pretrained(args.model, num_labels=len(train.classes), ignore_mismatched_sizes=True)
+    model = ViTForImageClassification.from_pretrained(
+        args.model, num_labels=len(train.classes), ignore_mismatched_sizes=True
+    )
     freeze(model)
     training = TrainingArguments(
         output_dir=args.out,

@@ -57,23 +57,39 @@ def main() -> None:
             for name, code in programs.items():
                 started = time.perf_counter()
                 command = [sys.executable, "-c", f"import sys; {code}{CHECK}{PEAK}", folder]
-                environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-                done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, env=environment)
+                environment = os.environ | {
+                    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+                }
+                done = subprocess.run(
+                    command, capture_output=True, text=True, check=True, cwd=folder, env=environment
+                )
                 seconds = time.perf_counter() - started
                 count, peak = done.stdout.split()[-2:]
                 assert int(count) == 86_567_656
                 if run:
                     found[name].append((seconds, int(peak) / 1024))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
     for name, rows in found.items():
         seconds, mib = (statistics.median(column) for column in zip(*rows))
-        row = {"what": name, "seconds": round(seconds, 2), "peak_mib": round(mib), "runs": runs, "commit": commit}
+        row = {
+            "what": name,
+            "seconds": round(seconds, 2),
+            "peak_mib": round(mib),
+            "runs": runs,
+            "commit": commit,
+        }
         row |= {
             "date": str(datetime.date.today()),
             "machine": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
         }
-        print(json.dumps(row | {"torch": torch.__version__, "command": " ".join(["python", *sys.argv])}))
+        print(
+            json.dumps(
+                row | {"torch": torch.__version__, "command": " ".join(["python", *sys.argv])}
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def run(command: list[str]) -> tuple[float, float, float, str]:
     started = time.perf_counter()
     with (
         tempfile.TemporaryFile() as notes,
-        subprocess.Popen([sys.executable, "-c", LAUNCH, *command], stdout=subprocess.PIPE, stderr=notes, env=env) as process,
+        subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, *command], stdout=subprocess.PIPE, stderr=notes, env=env
+        ) as process,
     ):
         first, lines = None, []
         for line in process.stdout:
@@ -52,12 +54,16 @@ def run(command: list[str]) -> tuple[float, float, float, str]:
                 first = first or time.perf_counter() - started
         if process.wait():
             notes.seek(0)
-            sys.exit(f"{shlex.join(command)}: exit code {process.returncode}\n{notes.read()[-4000:].decode(errors='replace')}")
+            sys.exit(
+                f"{shlex.join(command)}: exit code {process.returncode}\n{notes.read()[-4000:].decode(errors='replace')}"
+            )
     return time.perf_counter() - started, first or 0, int(lines[-1]) / 1024, "".join(lines[:-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("photo", type=Path)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--runs", type=int, default=5)
@@ -68,7 +74,9 @@ def main() -> None:
     import transformers
 
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    print(f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {versions}")
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {versions}"
+    )
     with tempfile.TemporaryDirectory() as out:
         common = [str(args.photo), "--model", str(args.model), "--out", out]
         ours = [sys.executable, str(ROOT / "infer.py"), *common]
@@ -78,7 +86,13 @@ def main() -> None:
             said = f"{number} photos in {seconds:.1f} s: {number / seconds:.2f} a second"
             print(f"{said}, first figure after {first:.1f} s, {peak:,.0f} MiB")
             return
-        theirs = [sys.executable, str(ROOT / "benchmarks" / "one_photo_transformers.py"), str(args.photo), str(args.model), out]
+        theirs = [
+            sys.executable,
+            str(ROOT / "benchmarks" / "one_photo_transformers.py"),
+            str(args.photo),
+            str(args.model),
+            out,
+        ]
         pairs = [(run(ours), run(theirs)) for _ in range(args.runs + 1)][1:]
     for name, runs in zip(("minivit", "transformers"), zip(*pairs)):
         seconds, _, peaks, _ = zip(*runs)

@@ -30,7 +30,9 @@ from minivit.system.device import pick_amp, pick_device
 from minivit.tools.demo import scenes
 from minivit.training.optimizer import lr_at, parameter_groups
 
-CONFIG = ViTConfig(embed_dim=96, depth=12, num_heads=3, mlp_dim=384, num_classes=len(scenes.OBJECTS), eps=1e-6)
+CONFIG = ViTConfig(
+    embed_dim=96, depth=12, num_heads=3, mlp_dim=384, num_classes=len(scenes.OBJECTS), eps=1e-6
+)
 PREPROCESS, THINGS, CUT = Preprocess(), list(scenes.OBJECTS), 10
 WITH_ANIMAL, NUM_VAL, BATCH, PEAK_LR, WEIGHT_DECAY = 0.7, 1000, 128, 1e-3, 0.05
 
@@ -55,7 +57,9 @@ def surroundings(images: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--photos", type=int, default=18_000)
     parser.add_argument("--epochs", type=int, default=28)
     parser.add_argument("--out", type=Path, default=Path(scenes.__file__).with_name("demo_model"))
@@ -64,7 +68,9 @@ def main() -> None:
     amp = pick_amp("auto", device)
     torch.manual_seed(0)
     pixels = torch.empty(args.photos + NUM_VAL, 5, *CONFIG.img_size, dtype=torch.uint8)
-    with ProcessPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         for i, drawn in enumerate(pool.map(draw, range(len(pixels)), chunksize=64)):
             pixels[i] = torch.from_numpy(drawn)
     pixels, labels = pixels.to(device), (torch.arange(len(pixels)) % len(THINGS)).to(device)
@@ -72,7 +78,9 @@ def main() -> None:
 
     model = ViT(CONFIG).to(device)
     model.labels, model.preprocess = tuple(THINGS), PREPROCESS
-    reader = nn.Sequential(nn.LayerNorm(CONFIG.embed_dim), nn.Linear(CONFIG.embed_dim, 2 + 432)).to(device)
+    reader = nn.Sequential(nn.LayerNorm(CONFIG.embed_dim), nn.Linear(CONFIG.embed_dim, 2 + 432)).to(
+        device
+    )
     groups = [*parameter_groups(model, WEIGHT_DECAY), *parameter_groups(reader, WEIGHT_DECAY)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     generator, step = torch.Generator().manual_seed(0), 0
@@ -84,11 +92,19 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, peak=PEAK_LR, warmup=total // 20, total=total)
             drawn, draws = pixels[index], draw_augmentation(len(index), generator)
-            drawn = augment(torch.cat([PREPROCESS.normalize(drawn[:, :3]), drawn[:, 3:] / 255], 1), draws)
-            images, animal = drawn[:, :3], F.avg_pool2d(drawn[:, 3:], CONFIG.patch_size).flatten(2).mT  # (B, patches, 2)
+            drawn = augment(
+                torch.cat([PREPROCESS.normalize(drawn[:, :3]), drawn[:, 3:] / 255], 1), draws
+            )
+            images, animal = (
+                drawn[:, :3],
+                F.avg_pool2d(drawn[:, 3:], CONFIG.patch_size).flatten(2).mT,
+            )  # (B, patches, 2)
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 tokens = model.tokens(images, stop=CUT)
-                logits, read = model.logits(tokens, start=CUT).float(), reader(tokens[:, 1:]).float()
+                logits, read = (
+                    model.logits(tokens, start=CUT).float(),
+                    reader(tokens[:, 1:]).float(),
+                )
             parts = (
                 F.cross_entropy(logits, labels[index]),
                 F.binary_cross_entropy_with_logits(read[..., :2], animal),
@@ -100,7 +116,10 @@ def main() -> None:
             optimizer.step()
             step += 1
             losses.append(torch.stack(parts).detach())
-        with torch.inference_mode(), torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, dtype=amp, enabled=amp is not None),
+        ):
             val = pixels[args.photos :, :3].split(BATCH)
             predicted = torch.cat([model(PREPROCESS.normalize(part)).argmax(1) for part in val])
         accuracy = (predicted == labels[args.photos :]).float().mean().item()

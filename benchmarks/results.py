@@ -22,10 +22,22 @@ WRITTEN = {"--record", "--plot"}  # say where, not what is measured
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Add the flags that benchmarks share, parse, and write a random ViT-B/16 if there is no model yet."""
     add = parser.add_argument
-    add("--model", type=Path, default=MODEL, metavar="DIR", help="a folder in the Hub's layout; made, of random weights")
+    add(
+        "--model",
+        type=Path,
+        default=MODEL,
+        metavar="DIR",
+        help="a folder in the Hub's layout; made, of random weights",
+    )
     add("--device", default="auto", metavar="cpu|cuda", help="auto takes a GPU if there is one")
     add("--runs", type=int, default=3, help="of which figures are medians")
-    add("--record", type=Path, default=ROOT / "benchmarks" / "RESULTS.md", metavar="FILE", help="where rows are added")
+    add(
+        "--record",
+        type=Path,
+        default=ROOT / "benchmarks" / "RESULTS.md",
+        metavar="FILE",
+        help="where rows are added",
+    )
     add("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
     args.device = pick_device(args.device)
@@ -37,7 +49,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def record(args: argparse.Namespace, figures: dict[str, str]) -> None:
     """Add a row for each figure to the table of results, with all that is needed to measure it again."""
-    machine, git = platform.processor() or platform.machine(), ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    machine, git = (
+        platform.processor() or platform.machine(),
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+    )
     if args.device.type == "cuda":
         machine = torch.cuda.get_device_name(args.device)
     elif (cpuinfo := Path("/proc/cpuinfo")).exists():
@@ -45,12 +60,22 @@ def record(args: argparse.Namespace, figures: dict[str, str]) -> None:
         machine = text.partition("model name\t: ")[2].partition("\n")[0] or machine
         machine += ", AMX" * ("amx_bf16" in text)
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip() or "unknown"
+        commit = (
+            subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+            or "unknown"
+        )
     except FileNotFoundError:
         commit = "unknown"
     libraries = {"torch": torch, "torchvision": torchvision, "transformers": transformers}
-    versions = ", ".join([f"Python {platform.python_version()}", *(f"{k} {v.__version__}" for k, v in libraries.items())])
-    words = [word for before, word in zip(["", *sys.argv], sys.argv) if not WRITTEN & {before, word}]
+    versions = ", ".join(
+        [
+            f"Python {platform.python_version()}",
+            *(f"{k} {v.__version__}" for k, v in libraries.items()),
+        ]
+    )
+    words = [
+        word for before, word in zip(["", *sys.argv], sys.argv) if not WRITTEN & {before, word}
+    ]
     command = " ".join(["python", f"benchmarks/{Path(words[0]).name}", *words[1:]])
     about = f"{time.strftime('%Y-%m-%d')} | {machine}, {cores()} cores | {versions} | {commit} | `{command}`"
     rows = "".join(f"| {about} | {what} | {figure} |\n" for what, figure in figures.items())

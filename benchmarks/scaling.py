@@ -29,7 +29,10 @@ from minivit.system import device
 
 CACHES = {"nothing kept": 1e-9, "up to 4 GiB kept": 4.0}
 CHUNK = 256  # photos that are written again and again
-LINES = ({"color": "black", "marker": "o"}, {"color": "0.5", "marker": "s", "linestyle": "--"})  # of CACHES
+LINES = (
+    {"color": "black", "marker": "o"},
+    {"color": "0.5", "marker": "s", "linestyle": "--"},
+)  # of CACHES
 
 
 def write_pixels(path: Path, n: int, size: tuple[int, int]) -> None:
@@ -75,16 +78,26 @@ def draw(path: Path, by_photos: dict, by_blocks: dict, title: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--photos", default="1024,4096,16384,65536", metavar="N,...")
-    parser.add_argument("--blocks", default="0,1,2,4,12", metavar="N,...", help="how many of the last ones train")
-    parser.add_argument("--blocks-photos", type=int, default=4096, metavar="N", help="photos to compare blocks on")
+    parser.add_argument(
+        "--blocks", default="0,1,2,4,12", metavar="N,...", help="how many of the last ones train"
+    )
+    parser.add_argument(
+        "--blocks-photos", type=int, default=4096, metavar="N", help="photos to compare blocks on"
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--amp", default="auto", help="auto, bf16, fp16, off")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "scaling.png", metavar="FILE")
     args = parse(parser)
     sizes, blocks = ([int(n) for n in text.split(",")] for text in (args.photos, args.blocks))
-    amp, depth, figures = device.pick_amp(args.amp, args.device), load_pretrained(args.model).config.depth, {}
+    amp, depth, figures = (
+        device.pick_amp(args.amp, args.device),
+        load_pretrained(args.model).config.depth,
+        {},
+    )
     precision = str(amp or torch.float32).removeprefix("torch.")
 
     def seconds(pixels: torch.Tensor, trained: int, cache: str) -> float:
@@ -93,9 +106,13 @@ def main() -> None:
         how = {"epochs": args.runs + 1, "cache_gib": CACHES[cache]}
         rows = fit(args.model, pixels, args.device, amp, span, args.batch, **how)
         before = time.perf_counter() - started - sum(row["seconds"] for row in rows)
-        found, speed = (statistics.median(row[key] for row in rows[1:]) for key in ("seconds", "images_per_s"))
+        found, speed = (
+            statistics.median(row[key] for row in rows[1:]) for key in ("seconds", "images_per_s")
+        )
         what = f"an epoch of {len(pixels)} photos, {trained} blocks, {precision}, {cache}"
-        figures[what] = f"{found:.3g} s ({speed:,.0f} images/s in training; {before:.1f} s before the first epoch)"
+        figures[what] = (
+            f"{found:.3g} s ({speed:,.0f} images/s in training; {before:.1f} s before the first epoch)"
+        )
         print(f"{what:70} {figures[what]}", flush=True)
         return found
 
@@ -109,7 +126,9 @@ def main() -> None:
     machine = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU"
     title = f"ViT of {depth} blocks, {precision}, batch {args.batch}, {machine}"
     title += f"\nleft: 2 blocks train; right: {len(some):,} photos"
-    figures["the line through the epochs with nothing kept"] = draw(args.plot, by_photos, by_blocks, title)
+    figures["the line through the epochs with nothing kept"] = draw(
+        args.plot, by_photos, by_blocks, title
+    )
     print(figures["the line through the epochs with nothing kept"])
     record(args, figures)
 

@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from .model import ViT, ViTConfig
 
 __version__ = "0.1.0"
-__all__ = ["Preprocess", "ViT", "ViTConfig", "load_pretrained", "open_photo", "query_maps", "save_pretrained"]
+__all__ = [
+    "Preprocess",
+    "ViT",
+    "ViTConfig",
+    "load_pretrained",
+    "open_photo",
+    "query_maps",
+    "save_pretrained",
+]
 
 _HOMES = {
     "attention": ("query_maps",),
@@ -24,7 +32,9 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:  # torch takes a second to import, and `--help` does not need it
+def __getattr__(
+    name: str,
+) -> object:  # torch takes a second to import, and `--help` does not need it
     for module, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f".{module}", __name__), name)

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 CLASS_TOKEN = 0
 DOMINANT_SHARE = 0.3  # of a map; Gu et al. 2024, https://arxiv.org/abs/2410.10781, call a token with more of attention a sink
-FUSIONS: dict[str, Callable[..., Tensor]] = {"mean": Tensor.mean, "max": Tensor.amax, "min": Tensor.amin}
+FUSIONS: dict[str, Callable[..., Tensor]] = {
+    "mean": Tensor.mean,
+    "max": Tensor.amax,
+    "min": Tensor.amin,
+}
 
 
 def method_rows(
@@ -49,14 +53,20 @@ def method_rows(
             fused[i] = attn.mean(1, keepdim=True)  # (B, 1, N, N): all that is kept of a block
         rows = {i: of_block for i, of_block in rollout(fused).items() if i in blocks}
         logits = model.logits(x, max(blocks) + 1)
-        return logits, {i: (r if queries is None else r[:, list(queries)])[:, None] for i, r in rows.items()}
+        return logits, {
+            i: (r if queries is None else r[:, list(queries)])[:, None] for i, r in rows.items()
+        }
     logits = model(images)
     targets = logits.argmax(1) if targets is None else targets
     tokens = range(model.config.num_tokens) if queries is None else queries
-    return logits, {i: r[:, None] for i, r in class_relevance(model, images, targets, blocks, tokens).items()}
+    return logits, {
+        i: r[:, None] for i, r in class_relevance(model, images, targets, blocks, tokens).items()
+    }
 
 
-def query_maps(attn: Tensor, grid: tuple[int, int], query: int = CLASS_TOKEN, *, num_registers: int = 0) -> Tensor:
+def query_maps(
+    attn: Tensor, grid: tuple[int, int], query: int = CLASS_TOKEN, *, num_registers: int = 0
+) -> Tensor:
     """Turn a block's attention (B, H, Q, N) into maps (B, H, gh, gw): how one query spreads over the patches.
 
     What the query gives to the class token and to registers is left out, so a map sums to less than 1; `.mean(1)` is the
@@ -66,7 +76,9 @@ def query_maps(attn: Tensor, grid: tuple[int, int], query: int = CLASS_TOKEN, *,
     gh, gw = grid
     if attn.shape[-1] != 1 + num_registers + gh * gw:
         others = "one class token" + (f" and {num_registers} registers" if num_registers else "")
-        raise UserError(f"{attn.shape[-1]} tokens do not fill a grid of {gh} x {gw} patches and {others}")
+        raise UserError(
+            f"{attn.shape[-1]} tokens do not fill a grid of {gh} x {gw} patches and {others}"
+        )
     return attn[..., query, 1 + num_registers :].unflatten(-1, grid)
 
 
@@ -83,7 +95,9 @@ def difference(maps: Tensor, others: Tensor) -> Tensor:
     difference is from -1 to 1, and a map's sum to 0. Raises UserError if the shapes differ.
     """
     if maps.shape != others.shape:
-        raise UserError(f"expected two maps of one shape to compare, found {tuple(maps.shape)} and {tuple(others.shape)}")
+        raise UserError(
+            f"expected two maps of one shape to compare, found {tuple(maps.shape)} and {tuple(others.shape)}"
+        )
     return shares(maps) - shares(others)
 
 
@@ -97,7 +111,9 @@ def sinks(attn: Tensor, *, num_registers: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def rollout(attn: Mapping[int, Tensor], *, heads: str = "mean", discard: float = 0.0) -> dict[int, Tensor]:
+def rollout(
+    attn: Mapping[int, Tensor], *, heads: str = "mean", discard: float = 0.0
+) -> dict[int, Tensor]:
     """Follow attention (B, H, N, N) from the first block given up to each: (B, N, N), of which each row sums to 1.
 
     A block's heads are fused by "mean", "max" or "min"; the smallest entries, a share `discard` of each image's, become
@@ -107,7 +123,9 @@ def rollout(attn: Mapping[int, Tensor], *, heads: str = "mean", discard: float =
     which divides columns instead, and discards in a batch's first image only.
     """
     if heads not in FUSIONS or not 0 <= discard <= 1:
-        raise UserError(f"heads is {' or '.join(FUSIONS)} and discard from 0 to 1, not {heads!r} and {discard}")
+        raise UserError(
+            f"heads is {' or '.join(FUSIONS)} and discard from 0 to 1, not {heads!r} and {discard}"
+        )
     added = {}
     for i, weights in attn.items():
         fused = FUSIONS[heads](weights, dim=1).flatten(1)  # (B, N * N)
@@ -129,7 +147,11 @@ def relevance(attn: Mapping[int, Tensor], gradients: Mapping[int, Tensor]) -> di
 
 
 def class_relevance(
-    model: ViT, images: Tensor, targets: Tensor, blocks: Iterable[int], queries: Sequence[int] = (CLASS_TOKEN,)
+    model: ViT,
+    images: Tensor,
+    targets: Tensor,
+    blocks: Iterable[int],
+    queries: Sequence[int] = (CLASS_TOKEN,),
 ) -> dict[int, Tensor]:
     """Return rows (B, Q, N) of `relevance` from a ViT's block 0 up to each asked for, with one class (B,) an image.
 
@@ -138,11 +160,19 @@ def class_relevance(
     """
     c, N, blocks, inputs = model.config, model.config.num_tokens, sorted(blocks), []
     rows: dict[int, Tensor] = {}
-    for name, asked, count in ("block", blocks, c.depth), ("class", targets.tolist(), c.num_classes), ("token", queries, N):
+    for name, asked, count in (
+        ("block", blocks, c.depth),
+        ("class", targets.tolist(), c.num_classes),
+        ("token", queries, N),
+    ):
         if not all(0 <= i < count for i in asked):
-            raise UserError(f"{name} {asked} is out of range: this model has {count}, counted from 0")
+            raise UserError(
+                f"{name} {asked} is out of range: this model has {count}, counted from 0"
+            )
     with torch.inference_mode(False), torch.enable_grad():
-        x = model.embed(images.clone())  # (B, N, D); images made in inference_mode cannot be part of a graph
+        x = model.embed(
+            images.clone()
+        )  # (B, N, D); images made in inference_mode cannot be part of a graph
         for block in model.blocks:
             inputs.append(x.detach().requires_grad_())
             x = block(inputs[-1]).detach()
@@ -150,9 +180,14 @@ def class_relevance(
         (gradient,) = torch.autograd.grad(logits, x, F.one_hot(targets, c.num_classes).to(logits))
         for i in reversed(range(c.depth)):
             x, attn = model.blocks[i].forward_with_attention(inputs[i])
-            with torch.autocast(x.device.type, enabled=False):  # what ran in float32 goes back in float32
+            with torch.autocast(
+                x.device.type, enabled=False
+            ):  # what ran in float32 goes back in float32
                 gradient, by_attn = torch.autograd.grad(x, (inputs.pop(), attn), gradient)
-                step, start = relevance({i: attn}, {i: by_attn})[i], torch.eye(N)[list(queries)].to(attn)
+                step, start = (
+                    relevance({i: attn}, {i: by_attn})[i],
+                    torch.eye(N)[list(queries)].to(attn),
+                )
                 rows = {b: rows.get(b, start) @ step for b in blocks if b >= i}  # (B, Q, N)
     return rows
 
@@ -163,7 +198,9 @@ def _chain(added: Mapping[int, Tensor], *, normalize: bool) -> dict[int, Tensor]
     for i in sorted(added):
         Q, N = added[i].shape[1:]
         if Q != N or (products and i - 1 not in products):
-            raise UserError(f"expected all rows of each block in turn; found {Q} of {N} of block {i} after {list(products)}")
+            raise UserError(
+                f"expected all rows of each block in turn; found {Q} of {N} of block {i} after {list(products)}"
+            )
         identity = torch.eye(N).to(added[i])
         step = F.normalize(added[i] + identity, p=1, dim=-1) if normalize else added[i] + identity
         with torch.autocast(step.device.type, enabled=False):
@@ -193,7 +230,12 @@ def region_scores(maps: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
     ranked, order = maps.sort(-1, descending=True)
     step = torch.zeros_like(order)  # equal values are one step of the curve
     step[..., 1:] = (ranked[..., 1:] != ranked[..., :-1]).cumsum(-1)
-    hits, found = (torch.zeros_like(maps).scatter_add(-1, step, w.expand_as(maps).gather(-1, order)) for w in (inside, known))
-    precision = hits.cumsum(-1) / found.cumsum(-1).clamp(min=1e-12)  # before the first known patch, nothing is hit
+    hits, found = (
+        torch.zeros_like(maps).scatter_add(-1, step, w.expand_as(maps).gather(-1, order))
+        for w in (inside, known)
+    )
+    precision = hits.cumsum(-1) / found.cumsum(-1).clamp(
+        min=1e-12
+    )  # before the first known patch, nothing is hit
     scores = torch.stack([mass, times, pointing, (hits * precision).sum(-1) / inside.sum(-1)], -1)
     return scores.where(inside.sum(-1)[..., None] > 0, torch.nan)

@@ -18,8 +18,17 @@ from .system.files import unfinished
 
 BASE_MODEL = "google/vit-base-patch16-224"
 RUN_DIR = "runs/pets"
-METHODS = ("attention", "rollout", "relevance")  # of attention.py; here, as its torch takes a second to import
-LR, WEIGHT_DECAY, STORE_GIB, MIN_STEPS = 1e-4, 0.05, 32.0, 60  # of train.py and study; fewer steps teach little
+METHODS = (
+    "attention",
+    "rollout",
+    "relevance",
+)  # of attention.py; here, as its torch takes a second to import
+LR, WEIGHT_DECAY, STORE_GIB, MIN_STEPS = (
+    1e-4,
+    0.05,
+    32.0,
+    60,
+)  # of train.py and study; fewer steps teach little
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,14 +36,24 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, **kwargs) -> None:
         script = Path(sys.argv[0]).name
-        prog = script if script in (f"{command}.py", f"minivit-{command}") else f"python -m minivit {command}"
-        super().__init__(prog=prog, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        prog = (
+            script
+            if script in (f"{command}.py", f"minivit-{command}")
+            else f"python -m minivit {command}"
+        )
+        super().__init__(
+            prog=prog, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
 
     def add_device_flags(self) -> None:
-        self.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N; auto takes a GPU if there is one")
+        self.add_argument(
+            "--device",
+            default="auto",
+            help="auto, cpu, mps, cuda or cuda:N; auto takes a GPU if there is one",
+        )
         self.add_argument(
             "--amp",
             choices=("auto", "bf16", "fp16", "off"),
@@ -61,7 +80,9 @@ def at_least(low: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not text.lstrip("-").isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, found {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least {low}, found {text!r}"
+            )
         return int(text)
 
     return parse
@@ -87,7 +108,9 @@ def between(low: float, high: float) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, found {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected a number from {low:g} to {high:g}, found {text!r}"
+            )
         return value
 
     return parse
@@ -97,11 +120,15 @@ def image_size(text: str) -> tuple[int, int]:
     """An argparse type: pixels as 384, or height x width as 384x512."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and 0 < int(side) <= 65_536 for side in sides):
-        raise argparse.ArgumentTypeError(f"expected pixels as 384, or height x width as 384x512, found {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected pixels as 384, or height x width as 384x512, found {text!r}"
+        )
     return int(sides[0]), int(sides[-1])
 
 
-def run(job: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None) -> int:
+def run(
+    job: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None
+) -> int:
     """Parse, do the job, and return its exit code: what a user can mend ends in one line and 2, an interrupt in 130."""
     args = parser.parse_args(argv)
     try:
@@ -114,7 +141,11 @@ def run(job: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
         return 141  # as programs end that do not handle SIGPIPE
     except OSError as error:  # a full disk, a folder that cannot be written, a file that vanished
-        message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        message = (
+            f"{error.filename}: {error.strerror}"
+            if error.filename and error.strerror
+            else str(error)
+        )
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
@@ -141,13 +172,20 @@ def start(main: Callable[[], int]) -> NoReturn:
             os._exit(130)
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an old terminal's encoding lacks what names may hold
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # an old terminal's encoding lacks what names may hold
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):  # else ignored, as in the background
+        if signal.getsignal(number) in (
+            signal.default_int_handler,
+            signal.SIG_DFL,
+        ):  # else ignored, as in the background
             signal.signal(number, stop)
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError):  # nobody reads on
             stream.flush()
-    os._exit(code or 0)  # taking torch down takes time, and now and then aborts, which torchrun takes for a failure
+    os._exit(
+        code or 0
+    )  # taking torch down takes time, and now and then aborts, which torchrun takes for a failure

@@ -7,4 +7,7 @@ class UserError(ValueError):
 
 def printable(text: object) -> str:
     """Return text as one line that cannot steer a terminal: control characters and undecodable bytes as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in str(text)
+    )

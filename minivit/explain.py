@@ -15,7 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .attention import CLASS_TOKEN, DOMINANT_SHARE, difference, method_rows, query_maps, shares, sinks
+from .attention import (
+    CLASS_TOKEN,
+    DOMINANT_SHARE,
+    difference,
+    method_rows,
+    query_maps,
+    shares,
+    sinks,
+)
 from .data.photos import open_photo
 from .figures.explorer import Pane
 from .figures.plots import Panel, Row, panel_shape
@@ -63,17 +71,27 @@ class Look:
         if not self.model.labels:
             return "no classifier"
         ((label, _, probability),) = self.names(1)
-        spoke = f", relevance for {self.target}" if method == "relevance" and self.target != label else ""
+        spoke = (
+            f", relevance for {self.target}"
+            if method == "relevance" and self.target != label
+            else ""
+        )
         return f"{label} {probability:.3f}{spoke}"
 
 
-def read_photo(path: Path, models: Sequence[ViT], query: tuple[float, float] | None, *, small: bool) -> Photo:
+def read_photo(
+    path: Path, models: Sequence[ViT], query: tuple[float, float] | None, *, small: bool
+) -> Photo:
     """Open a photo for these models, the last of which says which patch sees the pixel `query`; `small` as panel_shape's.
 
     Raises PhotoError, or UserError where the model does not see that pixel.
     """
     photo, model = open_photo(path), models[-1]
-    token = CLASS_TOKEN if query is None else 1 + model.preprocess.patch_at(*query, photo.size, model.config.grid)
+    token = (
+        CLASS_TOKEN
+        if query is None
+        else 1 + model.preprocess.patch_at(*query, photo.size, model.config.grid)
+    )
     inputs = [m.preprocess(photo) for m in models]
     size, (h, w) = photo.size, panel_shape(photo.size, small=small)
     panel = np.asarray(photo.resize((w, h), Image.Resampling.LANCZOS, reducing_gap=2))
@@ -100,30 +118,58 @@ def look_at(
     num_registers = model.config.num_registers
 
     def drop(rows: Tensor) -> Tensor:  # (B, H, Q, N) without what registers get
-        return torch.cat([rows[..., :1], rows[..., 1 + num_registers :]], -1) if num_registers else rows
+        return (
+            torch.cat([rows[..., :1], rows[..., 1 + num_registers :]], -1)
+            if num_registers
+            else rows
+        )
 
-    asked = range(model.config.num_tokens - num_registers) if all_rows else sorted({photo.query for photo in photos})
+    asked = (
+        range(model.config.num_tokens - num_registers)
+        if all_rows
+        else sorted({photo.query for photo in photos})
+    )
     targets = None if target is None else torch.full((len(photos),), target, device=images.device)
-    rows, tokens = {}, {method: [CLASS_TOKEN] if method == "relevance" else asked for method in methods}
+    rows, tokens = (
+        {},
+        {method: [CLASS_TOKEN] if method == "relevance" else asked for method in methods},
+    )
     with torch.inference_mode():
         for method in methods:
             queries = [token + num_registers if token else CLASS_TOKEN for token in tokens[method]]
-            logits, found = method_rows(model, images, blocks, method=method, queries=queries, targets=targets)
-            rows[method] = {block: drop(of_block.float().cpu()) for block, of_block in found.items()}
-    probabilities = logits[:, : len(model.labels)].float().softmax(1).cpu()  # of a backbone, none: those are its features
+            logits, found = method_rows(
+                model, images, blocks, method=method, queries=queries, targets=targets
+            )
+            rows[method] = {
+                block: drop(of_block.float().cpu()) for block, of_block in found.items()
+            }
+    probabilities = (
+        logits[:, : len(model.labels)].float().softmax(1).cpu()
+    )  # of a backbone, none: those are its features
     looks = []
     for i, photo in enumerate(photos):
-        own = {method: {block: r[i] for block, r in of_method.items()} for method, of_method in rows.items()}
-        spoke = model.labels[probabilities[i].argmax() if target is None else target] if model.labels else ""
+        own = {
+            method: {block: r[i] for block, r in of_method.items()}
+            for method, of_method in rows.items()
+        }
+        spoke = (
+            model.labels[probabilities[i].argmax() if target is None else target]
+            if model.labels
+            else ""
+        )
         looks.append(Look(model, probabilities[i], own, tokens, photo.query, spoke))
     return looks
 
 
-def figure_rows(photo: Photo, looks: Sequence[Look], method: str, blocks: Sequence[int], *, heads: bool) -> list[Row]:
+def figure_rows(
+    photo: Photo, looks: Sequence[Look], method: str, blocks: Sequence[int], *, heads: bool
+) -> list[Row]:
     """Lay a figure out: a row a model, with two the difference below; with `heads`, so for each block."""
     rows = []
     for group in [[block] for block in blocks] if heads else [blocks]:
-        shown = [[cell for block in group for cell in _cells(a, method, block, heads)] for a in looks]
+        shown = [
+            [cell for block in group for cell in _cells(a, method, block, heads)] for a in looks
+        ]
         for a, cells in zip(looks, shown):
             label = "photo" if len(looks) == 1 else f"{a.model.origin.source}\n{a.says(method)}"
             rows.append(Row(label, [_panel(photo, a, method, title, row) for title, row in cells]))
@@ -141,7 +187,10 @@ def _cells(a: Look, method: str, block: int, heads: bool) -> list[tuple[str, Ten
     row = a.row(method, block)
     if not heads:
         return [(f"block {block}", row.mean(0))]
-    return [(f"block {block}, mean", row.mean(0)), *((f"block {block}, head {i}", head) for i, head in enumerate(row))]
+    return [
+        (f"block {block}, mean", row.mean(0)),
+        *((f"block {block}, head {i}", head) for i, head in enumerate(row)),
+    ]
 
 
 def _map(a: Look, method: str, row: Tensor) -> Tensor:
@@ -157,7 +206,9 @@ def _panel(photo: Photo, a: Look, method: str, title: str, row: Tensor) -> Panel
     keeps, largest = (share.item() for share in sinks(row[None, None, None]))
     note = f"top patch {100 * largest:.0f}%"
     if method == "attention":
-        note = f"{'keeps' if a.query == CLASS_TOKEN else 'to class token'} {100 * keeps:.0f}% · {note}"
+        note = (
+            f"{'keeps' if a.query == CLASS_TOKEN else 'to class token'} {100 * keeps:.0f}% · {note}"
+        )
     warn = largest > DOMINANT_SHARE or (method == "attention" and keeps > KEEPS_MOST)
     return Panel(title, _percent(photo, a, _map(a, method, row)), note, warn)
 
@@ -183,7 +234,9 @@ def mark(photo: Photo, model: ViT) -> tuple[float, float, float, float] | None:
     """Return the patch that asks, in shares of the photo: left, top, right, bottom; None for the class token."""
     if photo.query == CLASS_TOKEN:
         return None
-    left, top, right, bottom = (edge / side for edge, side in zip(model.preprocess.box(photo.size), photo.size * 2))
+    left, top, right, bottom = (
+        edge / side for edge, side in zip(model.preprocess.box(photo.size), photo.size * 2)
+    )
     (gh, gw), (row, column) = model.config.grid, divmod(photo.query - 1, model.config.grid[1])
     x, y = (right - left) / gw, (bottom - top) / gh
     return left + column * x, top + row * y, left + (column + 1) * x, top + (row + 1) * y
@@ -193,21 +246,41 @@ def summary(a: Look, top_k: int, method: str) -> dict:
     """Return for JSON what a model calls a photo, and of each block what the asking token gives the class token, and the
     largest patch's share of the map."""
     names = [{"label": label, "index": i, "probability": p} for label, i, p in a.names(top_k)]
-    sunk = {block: sinks(a.row(method, block).mean(0)[None, None, None]) for block in a.rows[method]}
-    maps = {block: {"class_token": keeps.item(), "top_patch": largest.item()} for block, (keeps, largest) in sunk.items()}
+    sunk = {
+        block: sinks(a.row(method, block).mean(0)[None, None, None]) for block in a.rows[method]
+    }
+    maps = {
+        block: {"class_token": keeps.item(), "top_patch": largest.item()}
+        for block, (keeps, largest) in sunk.items()
+    }
     return {"model": a.model.origin.source, "predictions": names, "maps": maps}
 
 
 def pane(photo: Photo, a: Look, top_k: int) -> Pane:
     """Return one model's side of the page."""
     scale = [small / side for small, side in zip(photo.picture.size, photo.size)] * 2
-    left, top, right, bottom = (edge * factor for edge, factor in zip(a.model.preprocess.box(photo.size), scale))
+    left, top, right, bottom = (
+        edge * factor for edge, factor in zip(a.model.preprocess.box(photo.size), scale)
+    )
     box = left, top, right, bottom
-    methods = {method: {block: rows[0] for block, rows in a.rows[method].items()} for method in a.rows if method != "attention"}
+    methods = {
+        method: {block: rows[0] for block, rows in a.rows[method].items()}
+        for method in a.rows
+        if method != "attention"
+    }
     if "relevance" in methods:
-        methods["relevance"] = {block: _map(a, "relevance", rows[0]) for block, rows in methods["relevance"].items()}
+        methods["relevance"] = {
+            block: _map(a, "relevance", rows[0]) for block, rows in methods["relevance"].items()
+        }
     name = f"{a.model.origin.source}: {a.says('relevance')}"
-    return Pane(name, [(label, p) for label, _, p in a.names(top_k)], a.rows["attention"], a.model.config.grid, box, methods)
+    return Pane(
+        name,
+        [(label, p) for label, _, p in a.names(top_k)],
+        a.rows["attention"],
+        a.model.config.grid,
+        box,
+        methods,
+    )
 
 
 def write_arrays(path: Path, photo: Photo, looks: Sequence[Look], method: str) -> None:
@@ -217,9 +290,19 @@ def write_arrays(path: Path, photo: Photo, looks: Sequence[Look], method: str) -
     `probabilities` (C,). With two models, those of the other are `base_rows` and `base_probabilities`.
     """
     model, last = looks[-1].model, looks[-1]
-    arrays: dict[str, Any] = {"blocks": list(last.rows[method]), "queries": list(last.tokens[method])}
-    arrays |= {"grid": model.config.grid, "box": model.preprocess.box(photo.size), "photo_size": photo.size}
+    arrays: dict[str, Any] = {
+        "blocks": list(last.rows[method]),
+        "queries": list(last.tokens[method]),
+    }
+    arrays |= {
+        "grid": model.config.grid,
+        "box": model.preprocess.box(photo.size),
+        "photo_size": photo.size,
+    }
     for prefix, a in zip(("base_", "")[-len(looks) :], looks):
-        arrays |= {f"{prefix}rows": torch.stack(list(a.rows[method].values())), f"{prefix}probabilities": a.probabilities}
+        arrays |= {
+            f"{prefix}rows": torch.stack(list(a.rows[method].values())),
+            f"{prefix}probabilities": a.probabilities,
+        }
     with whole_file(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)

@@ -28,12 +28,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO|FOLDER", help="photos, or folders of photos")
     add(
-        "--model", metavar="ID|DIR|FILE|demo", help=f"as in train.py; none: {cli.RUN_DIR} if it is there, else {cli.BASE_MODEL}"
+        "--model",
+        metavar="ID|DIR|FILE|demo",
+        help=f"as in train.py; none: {cli.RUN_DIR} if it is there, else {cli.BASE_MODEL}",
     )
     add("--revision", metavar="REV", help="Hub revision; none: the default branch")
-    add("--compare", metavar="ID|DIR|demo", help="another model, drawn above, with the difference below: before and after")
-    add("--img-size", type=cli.image_size, metavar="N|HxW", help="another input size than the checkpoint's, in pixels")
-    add("--layers", default="8-11", metavar="RANGE", help="blocks to draw, from 0: 8-11, 10,11, all")
+    add(
+        "--compare",
+        metavar="ID|DIR|demo",
+        help="another model, drawn above, with the difference below: before and after",
+    )
+    add(
+        "--img-size",
+        type=cli.image_size,
+        metavar="N|HxW",
+        help="another input size than the checkpoint's, in pixels",
+    )
+    add(
+        "--layers", default="8-11", metavar="RANGE", help="blocks to draw, from 0: 8-11, 10,11, all"
+    )
     add(
         "--method",
         choices=cli.METHODS,
@@ -41,13 +54,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what is drawn of a block: its attention, attention followed up to it, or what spoke for a class up to it",
     )
     add("--target", metavar="NAME", help="class for relevance; none: each photo's first prediction")
-    add("--heads", action="store_true", help="a panel for each head and a row for each block; else the mean of the heads")
-    add("--query", type=pixel, metavar="X,Y", help="where the patch at this pixel of the photo looks; none: the class token")
-    add("--scale", choices=("own", "row"), default="own", help="colours: over each map's own range, or one along each row")
+    add(
+        "--heads",
+        action="store_true",
+        help="a panel for each head and a row for each block; else the mean of the heads",
+    )
+    add(
+        "--query",
+        type=pixel,
+        metavar="X,Y",
+        help="where the patch at this pixel of the photo looks; none: the class token",
+    )
+    add(
+        "--scale",
+        choices=("own", "row"),
+        default="own",
+        help="colours: over each map's own range, or one along each row",
+    )
     add("--top-k", type=cli.at_least(1), default=5, help="names to print for each photo")
-    add("--out", default="attention", metavar="DIR", help="where the figures are written, as <photo's stem>.png")
-    add("--html", action="store_true", help="also write <stem>.html, to point at any patch of any block and head")
-    add("--npz", action="store_true", help="also write <stem>.npz, the rows of attention as arrays; with --html, all rows")
+    add(
+        "--out",
+        default="attention",
+        metavar="DIR",
+        help="where the figures are written, as <photo's stem>.png",
+    )
+    add(
+        "--html",
+        action="store_true",
+        help="also write <stem>.html, to point at any patch of any block and head",
+    )
+    add(
+        "--npz",
+        action="store_true",
+        help="also write <stem>.npz, the rows of attention as arrays; with --html, all rows",
+    )
     add("--json", action="store_true", help="print one JSON object a photo")
     parser.add_workers("threads that decode, and processes that draw")
     parser.add_device_flags()
@@ -75,11 +115,18 @@ def infer(args: argparse.Namespace) -> int:
     from .training import features as frozen
     from .training import optimizer as optim
 
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    jobs = list(place(expand(args.photos), Path(args.out)))[rank::world]  # torchrun's processes share them out
+    rank, world = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+    )
+    jobs = list(place(expand(args.photos), Path(args.out)))[
+        rank::world
+    ]  # torchrun's processes share them out
     on = device.pick_device(parallel.own_device(args.device))
     amp = device.pick_amp(args.amp, on)
-    models = [frozen.working_copy(model, on, amp, train=False) for model in load_models(args, quiet=rank > 0)]
+    models = [
+        frozen.working_copy(model, on, amp, train=False)
+        for model in load_models(args, quiet=rank > 0)
+    ]
     targets = [find_target(args.target, model, models) for model in models]
     blocks = optim.parse_blocks(args.layers, min(model.config.depth for model in models))
     methods = check_flags(args, models, blocks)
@@ -93,19 +140,37 @@ def infer(args: argparse.Namespace) -> int:
 
     drawers = min(args.workers, len(jobs)) if len(jobs) >= POOL_FROM else 0
     unreadable, size = 0, batch_size(models[0], blocks, args, cpu=on.type == "cpu")
-    with progress_bar(len(jobs)) as progress, processes.working(drawers, "minivit.figures.plots") as draw:
+    with (
+        progress_bar(len(jobs)) as progress,
+        processes.working(drawers, "minivit.figures.plots") as draw,
+    ):
         found = ahead.read_ahead(read, jobs, args.workers)
         drawn: deque[tuple[Callable[[], None], dict]] = deque()
         while batch := list(itertools.islice(found, size)):
             for path, _, error in batch:
                 if isinstance(error, UserError):
-                    say(error if isinstance(error, photos.PhotoError) else f"{path}: {error}", sys.stderr)
+                    say(
+                        error if isinstance(error, photos.PhotoError) else f"{path}: {error}",
+                        sys.stderr,
+                    )
                     unreadable += 1
                     progress.update()
-            if not (sound := [(path, figure, photo) for path, figure, photo in batch if isinstance(photo, look.Photo)]):
+            if not (
+                sound := [
+                    (path, figure, photo)
+                    for path, figure, photo in batch
+                    if isinstance(photo, look.Photo)
+                ]
+            ):
                 continue
-            decoded, asked = [photo for *_, photo in sound], {"methods": methods, "all_rows": args.html}
-            looks = [look.look_at(model, decoded, i, blocks, target=targets[i], **asked) for i, model in enumerate(models)]
+            decoded, asked = (
+                [photo for *_, photo in sound],
+                {"methods": methods, "all_rows": args.html},
+            )
+            looks = [
+                look.look_at(model, decoded, i, blocks, target=targets[i], **asked)
+                for i, model in enumerate(models)
+            ]
             for job, *of_models in zip(sound, *looks):
                 drawn.append(write(args, job, of_models, blocks, draw))
                 while len(drawn) > 2 * args.workers:
@@ -132,25 +197,38 @@ def load_models(args: argparse.Namespace, *, quiet: bool) -> list[ViT]:
     return models
 
 
-def check_flags(args: argparse.Namespace, models: Sequence[ViT], blocks: Sequence[int]) -> list[str]:
+def check_flags(
+    args: argparse.Namespace, models: Sequence[ViT], blocks: Sequence[int]
+) -> list[str]:
     """Return the methods that are needed. Raises UserError for flags that would mean nothing, or that the models lack."""
     from .errors import UserError
 
     bare = [model.origin.source for model in models if not model.labels]
     ways = [(model.config.grid, model.preprocess.resize, model.preprocess.crop) for model in models]
-    relevance, unlike, seen = args.method == "relevance", len(set(ways)) > 1, " and ".join(map(str, ways))
+    relevance, unlike, seen = (
+        args.method == "relevance",
+        len(set(ways)) > 1,
+        " and ".join(map(str, ways)),
+    )
     refused = {
         f"--layers {args.layers}: no block to draw; expected a range as 8-11": not blocks,
-        f"--method {args.method} has no heads to draw; leave --heads away": args.heads and args.method != "attention",
+        f"--method {args.method} has no heads to draw; leave --heads away": args.heads
+        and args.method != "attention",
         "--method relevance is for the class token; leave --query away": args.query and relevance,
-        "--target is for --method relevance or --html": args.target and not (relevance or args.html),
-        f"{' and '.join(bare)} has no classifier, so nothing speaks for a class; use --method rollout": bare and relevance,
+        "--target is for --method relevance or --html": args.target
+        and not (relevance or args.html),
+        f"{' and '.join(bare)} has no classifier, so nothing speaks for a class; use --method rollout": bare
+        and relevance,
         f"--compare: expected two models that see a photo in the same patches, found (grid, resize, crop) {seen}": unlike,
     }
     for message, wrong in refused.items():
         if wrong:
             raise UserError(message)
-    return [method for method in cli.METHODS if method == args.method or (args.html and not (bare and method == "relevance"))]
+    return [
+        method
+        for method in cli.METHODS
+        if method == args.method or (args.html and not (bare and method == "relevance"))
+    ]
 
 
 def find_target(name: str | None, model: ViT, models: Sequence[ViT]) -> int | None:
@@ -162,9 +240,16 @@ def find_target(name: str | None, model: ViT, models: Sequence[ViT]) -> int | No
         return found
     everything = [label for each in models for label in each.labels]
     if name.lower() not in map(str.lower, everything):
-        close = difflib.get_close_matches(name, everything, n=3, cutoff=0) or ["a model with a classifier"]
-        raise UserError(f"--target {name!r}: no such class; expected one of the model's, as {', '.join(close)}")
-    say(f"{model.origin.source} has no class {name!r}: relevance there is for its own first prediction", sys.stderr)
+        close = difflib.get_close_matches(name, everything, n=3, cutoff=0) or [
+            "a model with a classifier"
+        ]
+        raise UserError(
+            f"--target {name!r}: no such class; expected one of the model's, as {', '.join(close)}"
+        )
+    say(
+        f"{model.origin.source} has no class {name!r}: relevance there is for its own first prediction",
+        sys.stderr,
+    )
     return None
 
 
@@ -180,7 +265,11 @@ def batch_size(model: ViT, blocks: Sequence[int], args: argparse.Namespace, *, c
 
 
 def write(
-    args: argparse.Namespace, job: tuple[Path, Path, Photo], looks: Sequence[Look], blocks: Sequence[int], draw: Callable
+    args: argparse.Namespace,
+    job: tuple[Path, Path, Photo],
+    looks: Sequence[Look],
+    blocks: Sequence[int],
+    draw: Callable,
 ) -> tuple[Callable[[], None], dict]:
     """Begin to draw a photo's figure and write what goes beside it; return what waits for the figure, and the answer."""
     from . import explain as look
@@ -197,9 +286,18 @@ def write(
         say(f"{path}: one token dominates {', '.join(dominated)}", sys.stderr)
     said = f": {looks[0].says(args.method)}" if len(looks) == 1 and looks[0].model.labels else ""
     title, common = plots.shorten(path.name, 60) + plots.shorten(said, 80), args.scale == "row"
-    caption, mark = look.caption(photo, looks, args.method, heads=args.heads, common=common), look.mark(photo, looks[-1].model)
-    wait = draw(plots.draw_attention, figure, photo.panel, layout, title, caption, common=common, mark=mark)
-    answer = {"photo": str(path), **look.summary(looks[-1], args.top_k, args.method), "figure": str(figure)}
+    caption, mark = (
+        look.caption(photo, looks, args.method, heads=args.heads, common=common),
+        look.mark(photo, looks[-1].model),
+    )
+    wait = draw(
+        plots.draw_attention, figure, photo.panel, layout, title, caption, common=common, mark=mark
+    )
+    answer = {
+        "photo": str(path),
+        **look.summary(looks[-1], args.top_k, args.method),
+        "figure": str(figure),
+    }
     answer |= {"layers": list(blocks), "method": args.method}
     if args.html:
         answer["html"] = str(figure.with_suffix(".html"))
@@ -220,7 +318,9 @@ def finish(wait: Callable[[], None], answer: dict, args: argparse.Namespace, pro
     lines = [answer["photo"]]
     for summary in (answer["compare"], answer) if args.compare else (answer,):
         lines += [summary["model"]] if args.compare else []
-        lines += [f"{named['probability']:.3f}  {named['label']}" for named in summary["predictions"]]
+        lines += [
+            f"{named['probability']:.3f}  {named['label']}" for named in summary["predictions"]
+        ]
     lines += [answer[kind] for kind in ("figure", "html", "npz") if kind in answer]
     for line in [json.dumps(answer)] if args.json else lines:
         say(line, sys.stdout)
@@ -229,7 +329,13 @@ def finish(wait: Callable[[], None], answer: dict, args: argparse.Namespace, pro
 def progress_bar(num_photos: int):
     from tqdm import tqdm
 
-    return tqdm(total=num_photos, desc="photos", unit="photo", leave=False, disable=True if num_photos < 2 else None)
+    return tqdm(
+        total=num_photos,
+        desc="photos",
+        unit="photo",
+        leave=False,
+        disable=True if num_photos < 2 else None,
+    )
 
 
 def say(text: object, stream) -> None:
@@ -262,7 +368,9 @@ def expand(arguments: Iterable[str]) -> Iterator[Path]:
         except OSError:  # not a folder; if it is no photo either, open_photo says why
             found = [path]
         if not found:
-            raise UserError(f"{path}: no photos in this folder; expected files ending in {', '.join(SUFFIXES)}")
+            raise UserError(
+                f"{path}: no photos in this folder; expected files ending in {', '.join(SUFFIXES)}"
+            )
         yield from found
 
 

@@ -40,23 +40,41 @@ class ViTConfig:
     eps: float = 1e-12  # of every LayerNorm: 1e-12 in Google's checkpoints, 1e-6 in timm's, torchvision's, DINOv2's
     qkv_bias: bool = True
     layer_scale: bool = False
-    pool: str = "cls"  # what the head reads: "cls", or "cls+mean" of the patches (DINOv2's classifier)
-    pos_grid: tuple[int, int] | None = None  # patches that pos_embed was trained on; None: those of img_size
+    pool: str = (
+        "cls"  # what the head reads: "cls", or "cls+mean" of the patches (DINOv2's classifier)
+    )
+    pos_grid: tuple[int, int] | None = (
+        None  # patches that pos_embed was trained on; None: those of img_size
+    )
     pos_antialias: bool = False  # how pos_embed is resampled to another grid: with antialiasing by timm and with registers
     num_registers: int = 0  # tokens that are no patches, between the class token and those
 
     def __post_init__(self) -> None:
-        counts = {"patch_size": self.patch_size, "embed_dim": self.embed_dim, "mlp_dim": self.mlp_dim}
-        counts |= {"num_heads": self.num_heads, "img_size": min(self.img_size), "width": max(self.img_size)}
+        counts = {
+            "patch_size": self.patch_size,
+            "embed_dim": self.embed_dim,
+            "mlp_dim": self.mlp_dim,
+        }
+        counts |= {
+            "num_heads": self.num_heads,
+            "img_size": min(self.img_size),
+            "width": max(self.img_size),
+        }
         for name, count in counts.items():
             if type(count) is not int or not 1 <= count <= MAX_SIZE:
-                raise UserError(f"{name} is {count!r}; expected a whole number from 1 to {MAX_SIZE:,}")
+                raise UserError(
+                    f"{name} is {count!r}; expected a whole number from 1 to {MAX_SIZE:,}"
+                )
         if not 0 < self.eps < 1:
             raise UserError(f"eps is {self.eps!r}; expected a number between 0 and 1")
         if self.embed_dim % self.num_heads:
-            raise UserError(f"embed_dim {self.embed_dim} does not divide into num_heads {self.num_heads}")
+            raise UserError(
+                f"embed_dim {self.embed_dim} does not divide into num_heads {self.num_heads}"
+            )
         if any(side % self.patch_size for side in self.img_size):
-            raise UserError(f"img_size {self.img_size} is not a whole number of patches of {self.patch_size} pixels")
+            raise UserError(
+                f"img_size {self.img_size} is not a whole number of patches of {self.patch_size} pixels"
+            )
         if self.pool not in ("cls", "cls+mean"):
             raise UserError(f'pool is "cls" or "cls+mean", not {self.pool!r}')
 
@@ -95,7 +113,9 @@ class Attention(nn.Module):
         """Return the output (B, N, D), or the class token's alone, (B, 1, D): all that is read of a last block's."""
         return self._mix(*self._qkv(x, only_cls))
 
-    def forward_with_attention(self, x: Tensor, queries: Tensor | None = None, only_cls: bool = False) -> tuple[Tensor, Tensor]:
+    def forward_with_attention(
+        self, x: Tensor, queries: Tensor | None = None, only_cls: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Return forward's own output and the weights (B, H, Q, N) behind it, in float32; `queries` (Q,), None for all.
 
         Where there is a graph, the output's gradient passes through the weights, unless they are of chosen queries only.
@@ -103,17 +123,27 @@ class Attention(nn.Module):
         q, k, v = self._qkv(x, only_cls)
         asking = self._project(x if queries is None else x[:, queries], 0, 1)[0] if only_cls else q
         attn = self._weights(asking if queries is None or only_cls else q[:, :, queries], k)
-        return self._mix(q, k, v, attn[:, :, : q.shape[2]] if queries is None and attn.requires_grad else None), attn
+        return self._mix(
+            q, k, v, attn[:, :, : q.shape[2]] if queries is None and attn.requires_grad else None
+        ), attn
 
     def _qkv(self, x: Tensor, only_cls: bool) -> tuple[Tensor, ...]:
-        return self._project(x[:, :1], 0, 1) + self._project(x, 1, 3) if only_cls else self._project(x, 0, 3)
+        return (
+            self._project(x[:, :1], 0, 1) + self._project(x, 1, 3)
+            if only_cls
+            else self._project(x, 0, 3)
+        )
 
     def _project(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         """Return some of q, k and v, those from `start` to `stop`, each (B, H, N, K)."""
         B, N, D = x.shape
         whole, own = stop - start == 3, slice(start * D, stop * D)
-        weight, bias = [p if whole or p is None else p[own] for p in (self.qkv.weight, self.qkv.bias)]
-        parts = F.linear(x, weight, bias).view(B, N, stop - start, self.num_heads, D // self.num_heads)
+        weight, bias = [
+            p if whole or p is None else p[own] for p in (self.qkv.weight, self.qkv.bias)
+        ]
+        parts = F.linear(x, weight, bias).view(
+            B, N, stop - start, self.num_heads, D // self.num_heads
+        )
         return parts.permute(2, 0, 3, 1, 4).unbind(0)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, attn: Tensor | None = None) -> Tensor:
@@ -121,7 +151,9 @@ class Attention(nn.Module):
         if attn is not None:
             with torch.autocast(q.device.type, enabled=False):
                 product = attn @ v.to(attn.dtype)
-            x = x.detach() - (product.detach() - product).to(x.dtype)  # minus exactly 0, with the product's gradient
+            x = x.detach() - (product.detach() - product).to(
+                x.dtype
+            )  # minus exactly 0, with the product's gradient
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
     def _weights(self, q: Tensor, k: Tensor) -> Tensor:
@@ -140,7 +172,9 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(c.mlp_dim, c.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))  # exact (erf) GELU, as all the checkpoints were trained
+        return self.fc2(
+            F.gelu(self.fc1(x))
+        )  # exact (erf) GELU, as all the checkpoints were trained
 
 
 class LayerScale(nn.Module):
@@ -167,7 +201,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, only_cls: bool = False) -> Tensor:
         return self._add(x, self.attn(self.norm1(x), only_cls))
 
-    def forward_with_attention(self, x: Tensor, queries: Tensor | None = None, only_cls: bool = False) -> tuple[Tensor, Tensor]:
+    def forward_with_attention(
+        self, x: Tensor, queries: Tensor | None = None, only_cls: bool = False
+    ) -> tuple[Tensor, Tensor]:
         mixed, attn = self.attn.forward_with_attention(self.norm1(x), queries, only_cls)
         return self._add(x, mixed), attn
 
@@ -179,7 +215,9 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """A Vision Transformer for images (B, 3, *img_size), normalised as its checkpoint asks."""
 
-    labels: tuple[str, ...] = ()  # class names in index order; like the next two, set with the weights (weights.py)
+    labels: tuple[
+        str, ...
+    ] = ()  # class names in index order; like the next two, set with the weights (weights.py)
     preprocess: Preprocess = None  # type: ignore[assignment]  # None only before that, for a model without weights
     origin: Origin = None  # type: ignore[assignment]  # likewise
 
@@ -189,15 +227,24 @@ class ViT(nn.Module):
         self.pos_grid = c.pos_grid or c.grid
         self.patch_embed = PatchEmbed(c)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.pos_grid[0] * self.pos_grid[1], c.embed_dim))
-        self.reg_token = nn.Parameter(torch.zeros(1, c.num_registers, c.embed_dim)) if c.num_registers else None
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, 1 + self.pos_grid[0] * self.pos_grid[1], c.embed_dim)
+        )
+        self.reg_token = (
+            nn.Parameter(torch.zeros(1, c.num_registers, c.embed_dim)) if c.num_registers else None
+        )
         self.blocks = cast(Sequence[Block], nn.ModuleList(Block(c) for _ in range(c.depth)))
         self.norm = nn.LayerNorm(c.embed_dim, eps=c.eps)
         self.head = self._new_head()
-        for name, parameter in self.named_parameters():  # weights of std 0.02 and biases of 0, as timm starts a ViT
+        for (
+            name,
+            parameter,
+        ) in self.named_parameters():  # weights of std 0.02 and biases of 0, as timm starts a ViT
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif "norm" not in name and "ls" not in name and not parameter.is_meta:  # or torch 2.11 imports its compiler
+            elif (
+                "norm" not in name and "ls" not in name and not parameter.is_meta
+            ):  # or torch 2.11 imports its compiler
                 nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -219,7 +266,11 @@ class ViT(nn.Module):
         self._check_index("block", blocks, self.config.depth)
         self._check_index("token", queries or (), self.config.num_tokens)
         # On the device once: indexing by a list would make each block wait for a copy.
-        index = None if queries is None else torch.tensor(list(queries), dtype=torch.long, device=images.device)
+        index = (
+            None
+            if queries is None
+            else torch.tensor(list(queries), dtype=torch.long, device=images.device)
+        )
         x, start, attn = self.embed(images), 0, {}
         for i in blocks:
             x = self.run(x, start, i)
@@ -242,7 +293,9 @@ class ViT(nn.Module):
         if self.config.pool == "cls":
             return self.head(self.norm(x[:, 0]))
         x = self.norm(x)
-        return self.head(torch.cat([x[:, 0], x[:, 1 + self.config.num_registers :].mean(dim=1)], dim=1))
+        return self.head(
+            torch.cat([x[:, 0], x[:, 1 + self.config.num_registers :].mean(dim=1)], dim=1)
+        )
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the embeddings (B, N, D) of images (B, 3, *img_size): class token, registers, placed patches."""
@@ -250,10 +303,15 @@ class ViT(nn.Module):
         if images.ndim != 4 or images.shape[1:] != (3, h, w):
             raise UserError(f"expected images (B, 3, {h}, {w}), found {tuple(images.shape)}")
         patches = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
-        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.positions()  # (B, N - R, D)
+        x = (
+            torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
+            + self.positions()
+        )  # (B, N - R, D)
         if self.reg_token is None:
             return x
-        return torch.cat([x[:, :1], self.reg_token.expand(len(images), -1, -1), x[:, 1:]], dim=1)  # (B, N, D)
+        return torch.cat(
+            [x[:, :1], self.reg_token.expand(len(images), -1, -1), x[:, 1:]], dim=1
+        )  # (B, N, D)
 
     def _is_last(self, i: int) -> bool:
         """Say whether of block i's output only the class token is read."""
@@ -263,7 +321,9 @@ class ViT(nn.Module):
         """Return the floating-point operations of an image's matrix products, from block `start` on; from 0, embeddings too."""
         c, N, D = self.config, self.config.num_tokens, self.config.embed_dim
         asking = [1 if self._is_last(i) else N for i in range(start, c.depth)]
-        blocks = sum(4 * N * D * D + 2 * Q * (2 * D * D + 2 * D * c.mlp_dim) + 4 * Q * N * D for Q in asking)
+        blocks = sum(
+            4 * N * D * D + 2 * Q * (2 * D * D + 2 * D * c.mlp_dim) + 4 * Q * N * D for Q in asking
+        )
         return blocks + (2 * (N - 1) * 3 * c.patch_size**2 * D if start == 0 else 0)
 
     def positions(self) -> Tensor:
@@ -273,8 +333,12 @@ class ViT(nn.Module):
     def resample(self, pos_embed: Tensor) -> Tensor:
         if self.pos_grid == self.config.grid:
             return pos_embed
-        patches = pos_embed[:, 1:].unflatten(1, self.pos_grid).permute(0, 3, 1, 2).float()  # (1, D, gh, gw)
-        patches = F.interpolate(patches, self.config.grid, mode="bicubic", antialias=self.config.pos_antialias)
+        patches = (
+            pos_embed[:, 1:].unflatten(1, self.pos_grid).permute(0, 3, 1, 2).float()
+        )  # (1, D, gh, gw)
+        patches = F.interpolate(
+            patches, self.config.grid, mode="bicubic", antialias=self.config.pos_antialias
+        )
         return torch.cat([pos_embed[:, :1], patches.flatten(2).mT.to(pos_embed.dtype)], dim=1)
 
     def reset_head(self, num_classes: int) -> None:
@@ -286,7 +350,9 @@ class ViT(nn.Module):
 
     def _new_head(self) -> nn.Module:
         width = self.config.embed_dim * (2 if self.config.pool == "cls+mean" else 1)
-        return nn.Linear(width, self.config.num_classes) if self.config.num_classes else nn.Identity()
+        return (
+            nn.Linear(width, self.config.num_classes) if self.config.num_classes else nn.Identity()
+        )
 
     def run(self, x: Tensor, start: int, stop: int, only_read: bool = False) -> Tensor:
         """Run the blocks from `start` to before `stop`; see tokens."""

@@ -14,10 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of children too: threads that wait for each other make tiny models slow
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # of children too: threads that wait for each other make tiny models slow
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the Hub; those of the Hub run processes of their own
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children would
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # no test reaches the Hub; those of the Hub run processes of their own
+)
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background job ignores it, and so its children would
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))  # train.py and infer.py
@@ -31,7 +37,9 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         matrix = parameter.ndim > 1
-        parameter.data = noise * (1.5 * parameter[0].numel() ** -0.5 if matrix else 0.1) + (0 if matrix else parameter.data)
+        parameter.data = noise * (1.5 * parameter[0].numel() ** -0.5 if matrix else 0.1) + (
+            0 if matrix else parameter.data
+        )
     return model.eval()
 
 
@@ -46,8 +54,16 @@ def vit_b16(tmp_path_factory) -> Path:
     config = HubConfig(id2label=labels, label2id={v: k for k, v in labels.items()})
     randomize(ViTForImageClassification(config)).save_pretrained(folder)
     # As the Hub has it: no resample, no crop, size an int.
-    preprocessor = {"do_normalize": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 224}
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor | {"image_processor_type": "ViTImageProcessor"}))
+    preprocessor = {
+        "do_normalize": True,
+        "do_resize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "size": 224,
+    }
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(preprocessor | {"image_processor_type": "ViTImageProcessor"})
+    )
     return folder
 
 
@@ -87,11 +103,26 @@ def real_weights() -> Path:
         if not tool.exists():
             pytest.skip(f"no {tool}")
         site = ROOT / ".cache" / "site"
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--target", str(site), "onnx"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--disable-pip-version-check",
+            "--target",
+            str(site),
+            "onnx",
+        ]
         made = subprocess.run(pip, capture_output=True, text=True)
         if made.returncode == 0:
             path = {"PYTHONPATH": str(site)}
-            made = subprocess.run([sys.executable, tool, folder], capture_output=True, text=True, env=os.environ | path)
+            made = subprocess.run(
+                [sys.executable, tool, folder],
+                capture_output=True,
+                text=True,
+                env=os.environ | path,
+            )
         if made.returncode:
             pytest.skip(f"{tool} cannot run here: {made.stderr.strip()[-200:]}")
     return folder
@@ -127,7 +158,9 @@ def photos(tmp_path_factory) -> list[Path]:
     return paths
 
 
-TINY = ViTConfig(img_size=(32, 32), patch_size=8, embed_dim=24, depth=12, num_heads=3, mlp_dim=48, num_classes=5)
+TINY = ViTConfig(
+    img_size=(32, 32), patch_size=8, embed_dim=24, depth=12, num_heads=3, mlp_dim=48, num_classes=5
+)
 
 
 def make_tiny() -> ViT:

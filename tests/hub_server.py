@@ -31,10 +31,15 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path.startswith("/cdn/"):
             self.send_blob()
-        elif self.path.startswith("/api/whoami") and self.headers["Authorization"] != f"Bearer {TOKEN}":
+        elif (
+            self.path.startswith("/api/whoami")
+            and self.headers["Authorization"] != f"Bearer {TOKEN}"
+        ):
             self.answer(401, {"error": "Invalid credentials in Authorization header"})
         elif self.path.startswith("/api/whoami"):
-            self.answer(200, {"name": "owner", "type": "user", "auth": {"accessToken": {"role": "write"}}})
+            self.answer(
+                200, {"name": "owner", "type": "user", "auth": {"accessToken": {"role": "write"}}}
+            )
         elif self.path.startswith("/api/"):
             self.answer(200, {"id": "owner/tiny", "sha": COMMIT, "siblings": []})
         else:
@@ -46,7 +51,9 @@ class Hub(BaseHTTPRequestHandler):
         if self.headers["Authorization"] != f"Bearer {TOKEN}":
             self.answer(401, {"error": "Invalid username or password."})
         elif self.hub.fault == "push 403":
-            self.answer(403, {"error": "You don't have the rights to create a model under this namespace"})
+            self.answer(
+                403, {"error": "You don't have the rights to create a model under this namespace"}
+            )
         elif self.path == "/api/repos/create":
             self.answer(200, {"url": f"{self.hub.url}/owner/new", "id": "owner/new"})
         elif self.path == "/api/validate-yaml":
@@ -54,13 +61,21 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(200, {"errors": [], "warnings": []})
         elif self.path.endswith("/preupload/main"):
             files = [
-                {"path": f["path"], "uploadMode": "lfs" if f["size"] > 10_000 else "regular", "shouldIgnore": False}
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["size"] > 10_000 else "regular",
+                    "shouldIgnore": False,
+                }
                 for f in json.loads(body)["files"]
             ]
             self.answer(200, {"files": files})
         elif self.path.endswith(".git/info/lfs/objects/batch"):
             objects = [
-                {"oid": o["oid"], "size": o["size"], "actions": {"upload": {"href": f"{self.hub.url}/put/{o['oid']}"}}}
+                {
+                    "oid": o["oid"],
+                    "size": o["size"],
+                    "actions": {"upload": {"href": f"{self.hub.url}/put/{o['oid']}"}},
+                }
                 for o in json.loads(body)["objects"]
             ]
             self.answer(200, {"transfer": "basic", "objects": objects})
@@ -69,10 +84,14 @@ class Hub(BaseHTTPRequestHandler):
                 return self.answer(500, {"error": "internal"})
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
-                    self.hub.uploaded[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    self.hub.uploaded[line["value"]["path"]] = base64.b64decode(
+                        line["value"]["content"]
+                    )
                 elif line["key"] == "lfsFile":
                     self.hub.uploaded[line["value"]["path"]] = self.hub.blobs[line["value"]["oid"]]
-            self.answer(200, {"commitUrl": f"{self.hub.url}/owner/new/commit/{COMMIT}", "commitOid": COMMIT})
+            self.answer(
+                200, {"commitUrl": f"{self.hub.url}/owner/new/commit/{COMMIT}", "commitOid": COMMIT}
+            )
         else:
             self.answer(404, {"error": "not found"})
         return None
@@ -92,7 +111,9 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(int(fault), {"error": fault}, {"X-Error-Code": code} if code else {})
         if fault == "gated" and token != f"Bearer {TOKEN}":
             return self.answer(
-                401, {"error": "gated"}, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}
+                401,
+                {"error": "gated"},
+                {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"},
             )
         if repo != "tiny":
             return self.answer(401, {"error": "no such"}, {"X-Error-Code": "RepoNotFound"})
@@ -100,13 +121,21 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(404, {"error": "no such"}, {"X-Error-Code": "RevisionNotFound"})
         path = self.hub.folder / name
         if not path.is_file():
-            return self.answer(404, {"error": "no such"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            return self.answer(
+                404,
+                {"error": "no such"},
+                {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT},
+            )
         data = path.read_bytes()
         headers = {"X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         if not name.endswith(".json"):
             sha = hashlib.sha256(data).hexdigest()
             self.hub.blobs[sha] = data
-            headers |= {"X-Linked-Etag": f'"{sha}"', "X-Linked-Size": str(len(data)), "Location": f"{self.hub.cdn}/cdn/{sha}"}
+            headers |= {
+                "X-Linked-Etag": f'"{sha}"',
+                "X-Linked-Size": str(len(data)),
+                "Location": f"{self.hub.cdn}/cdn/{sha}",
+            }
             return self.answer(302, None, headers)
         etag = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         return self.answer(200, data, headers | {"ETag": f'"{etag}"'})
@@ -134,7 +163,9 @@ class Hub(BaseHTTPRequestHandler):
         self.wfile.write(data[start:])
 
     def answer(self, status, body, headers=None):
-        body = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        body = (
+            body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        )
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -164,7 +195,9 @@ class State:
 def serve(folder: Path) -> Iterator[State]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.hub = State(folder, f"http://127.0.0.1:{server.server_port}")
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # seconds that shutdown() waits
+    threading.Thread(
+        target=server.serve_forever, args=(0.01,), daemon=True
+    ).start()  # seconds that shutdown() waits
     yield server.hub
     server.shutdown()
     server.server_close()

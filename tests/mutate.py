@@ -32,7 +32,16 @@ TESTS = {
     "training/state": ["resume", "loop"],
     "training/run_folder": ["resume", "commands"],
 }
-OTHER = {"Lt": "<=", "LtE": "<", "Gt": ">=", "GtE": ">", "Eq": "!=", "NotEq": "==", "Is": "is not", "IsNot": "is"}
+OTHER = {
+    "Lt": "<=",
+    "LtE": "<",
+    "Gt": ">=",
+    "GtE": ">",
+    "Eq": "!=",
+    "NotEq": "==",
+    "Is": "is not",
+    "IsNot": "is",
+}
 OTHER |= {
     "In": "not in",
     "NotIn": "in",
@@ -54,7 +63,10 @@ def mutants(source: str) -> Iterator[tuple[int, str, str, str]]:
 
     def place(node: ast.AST) -> tuple[int, int]:
         ends = ((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset))
-        return tuple(starts[line - 1] + len(lines[line - 1].encode()[:column].decode()) for line, column in ends)
+        return tuple(
+            starts[line - 1] + len(lines[line - 1].encode()[:column].decode())
+            for line, column in ends
+        )
 
     def text(node: ast.AST) -> str:
         return source[slice(*place(node))]
@@ -63,7 +75,11 @@ def mutants(source: str) -> Iterator[tuple[int, str, str, str]]:
         return f"({text(left)}) {OTHER.get(type(op).__name__, '+')} ({text(right)})"
 
     tree = ast.parse(source)
-    parts = [getattr(node, field, None) or ast.Pass() for node in ast.walk(tree) for field in ("annotation", "returns")]
+    parts = [
+        getattr(node, field, None) or ast.Pass()
+        for node in ast.walk(tree)
+        for field in ("annotation", "returns")
+    ]
     parts += [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
     left_alone = {id(child) for part in parts for child in ast.walk(part)}  # types, and words
     for node in ast.walk(tree):
@@ -78,13 +94,19 @@ def mutants(source: str) -> Iterator[tuple[int, str, str, str]]:
         elif isinstance(node, ast.BoolOp):
             new = f" {OTHER[type(node.op).__name__]} ".join(f"({text(v)})" for v in node.values)
         elif isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
-            new = repr(not node.value if node.value in (True, False) and type(node.value) is bool else node.value + 1)
+            new = repr(
+                not node.value
+                if node.value in (True, False) and type(node.value) is bool
+                else node.value + 1
+            )
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             new = f"bool({text(node.operand)})"
         elif isinstance(node, (ast.IfExp, ast.If)) and not isinstance(node.test, ast.NamedExpr):
             start, end = place(node.test)
             old, new = source[start:end], f"not ({source[start:end]})"
-        elif isinstance(node, LEFT_OUT) and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+        elif isinstance(node, LEFT_OUT) and not (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        ):
             new = "pass"
         if new is not None and "TYPE_CHECKING" not in old:
             yield node.lineno, old, new, source[:start] + new + source[end:]
@@ -98,7 +120,11 @@ def noticed(copy: Path, name: str, changed: str) -> bool:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
         environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        return bool(subprocess.run(command, cwd=copy, env=environ, capture_output=True, timeout=600).returncode)
+        return bool(
+            subprocess.run(
+                command, cwd=copy, env=environ, capture_output=True, timeout=600
+            ).returncode
+        )
     except subprocess.TimeoutExpired:
         return True
     finally:
@@ -106,7 +132,9 @@ def noticed(copy: Path, name: str, changed: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=TESTS, help="mutants of this module alone")
@@ -121,7 +149,11 @@ def main() -> None:
         copies: SimpleQueue[Path] = SimpleQueue()
         for i in range(args.jobs):
             skip = shutil.ignore_patterns(".git", ".venv", ".cache", "runs", "data", "__pycache__")
-            copies.put(Path(shutil.copytree(ROOT, Path(folder, f"{i}", "main"), ignore=skip, symlinks=True)))
+            copies.put(
+                Path(
+                    shutil.copytree(ROOT, Path(folder, f"{i}", "main"), ignore=skip, symlinks=True)
+                )
+            )
 
         def run(mutant: tuple) -> bool:
             name, line, old, new, changed = mutant
@@ -132,12 +164,15 @@ def main() -> None:
                 copies.put(copy)
             if not caught:
                 print(
-                    f"survived: {name}.py:{line}: {' '.join(old.split())[:100]}  ->  {' '.join(new.split())[:100]}", flush=True
+                    f"survived: {name}.py:{line}: {' '.join(old.split())[:100]}  ->  {' '.join(new.split())[:100]}",
+                    flush=True,
                 )
             return caught
 
         caught = sum(pool.map(run, chosen))
-    print(f"{caught} of {len(chosen)} mutants noticed ({caught / len(chosen):.0%}), of {len(everything)} that there are")
+    print(
+        f"{caught} of {len(chosen)} mutants noticed ({caught / len(chosen):.0%}), of {len(everything)} that there are"
+    )
 
 
 if __name__ == "__main__":

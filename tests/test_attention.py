@@ -15,7 +15,16 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from minivit import ViT, ViTConfig, load_pretrained, query_maps
-from minivit.attention import DOMINANT_SHARE, class_relevance, difference, method_rows, relevance, rollout, shares, sinks
+from minivit.attention import (
+    DOMINANT_SHARE,
+    class_relevance,
+    difference,
+    method_rows,
+    relevance,
+    rollout,
+    shares,
+    sinks,
+)
 from minivit.errors import UserError
 
 TARGETS = torch.tensor([1, 3])
@@ -37,11 +46,20 @@ def random_attention(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def bits(tensor: torch.Tensor) -> list[int]:
-    return tensor.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]).flatten().tolist()
+    return (
+        tensor.detach()
+        .view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+        .flatten()
+        .tolist()
+    )
 
 
 def attention_gradients(logits, attn, targets=TARGETS):
-    return dict(zip(attn, torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), list(attn.values()))))
+    return dict(
+        zip(
+            attn, torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), list(attn.values()))
+        )
+    )
 
 
 # The tensors
@@ -63,11 +81,17 @@ def test_with_gradients_too_asking_for_attention_does_not_change_a_bit(tiny, dty
 def test_parameters_get_the_same_gradients_whether_or_not_attention_was_asked_for(tiny):
     images = torch.randn(2, 3, 32, 32)
     plain = torch.autograd.grad(tiny(images).square().sum(), list(tiny.parameters()))
-    asked = torch.autograd.grad(tiny.forward_with_attention(images, range(12))[0].square().sum(), list(tiny.parameters()))
+    asked = torch.autograd.grad(
+        tiny.forward_with_attention(images, range(12))[0].square().sum(), list(tiny.parameters())
+    )
     for (name, _), found, expected in zip(tiny.named_parameters(), asked, plain):
         # float32 sums in another order, relative to the largest gradient
         assert_close(
-            found, expected, rtol=0, atol=2e-5 * max(1, expected.abs().max().item()), msg=lambda m, n=name: f"{n}: {m}"
+            found,
+            expected,
+            rtol=0,
+            atol=2e-5 * max(1, expected.abs().max().item()),
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
@@ -78,10 +102,18 @@ def flops(call) -> int:
 
 
 def test_nothing_is_computed_beyond_what_was_asked_for(tiny):
-    images, product = torch.randn(2, 3, 32, 32), 2 * 2 * 3 * 17 * 17 * 8  # of B=2, H=3, N=17, K=8: q @ k, or attn @ v
+    images, product = (
+        torch.randn(2, 3, 32, 32),
+        2 * 2 * 3 * 17 * 17 * 8,
+    )  # of B=2, H=3, N=17, K=8: q @ k, or attn @ v
     plain = flops(lambda: tiny(images))
-    assert flops(lambda: tiny.forward_with_attention(images, [2, 7])) - plain == 2 * (product + product)
-    assert flops(lambda: tiny.forward_with_attention(images, [2, 7], queries=[0])) - plain == 2 * product // 17
+    assert flops(lambda: tiny.forward_with_attention(images, [2, 7])) - plain == 2 * (
+        product + product
+    )
+    assert (
+        flops(lambda: tiny.forward_with_attention(images, [2, 7], queries=[0])) - plain
+        == 2 * product // 17
+    )
     with torch.no_grad():
         assert flops(lambda: tiny.forward_with_attention(images, [2, 7])) - plain == 2 * product
     tiny.requires_grad_(False)
@@ -100,18 +132,31 @@ def test_attention_without_a_graph_is_the_same(tiny, mode, queries):
             assert torch.equal(found[block], attn[block]) and not found[block].requires_grad
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.11's compiler uses what it deprecates itself
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # torch 2.11's compiler uses what it deprecates itself
 @pytest.mark.parametrize("queries", [None, [0, 5]], ids=["all rows", "two rows"])
 def test_attention_comes_out_of_a_compiled_model_with_its_parameters_gradients(queries):
-    model, images = randomize(ViT(ViTConfig(**vars(TINY) | {"depth": 2}))), torch.randn(2, 3, 32, 32)
+    model, images = (
+        randomize(ViT(ViTConfig(**vars(TINY) | {"depth": 2}))),
+        torch.randn(2, 3, 32, 32),
+    )
     torch.compiler.reset()
-    compiled, results = torch.compile(model.forward_with_attention, backend="aot_eager", fullgraph=True), []
+    compiled, results = (
+        torch.compile(model.forward_with_attention, backend="aot_eager", fullgraph=True),
+        [],
+    )
     for call in (model.forward_with_attention, compiled):
         logits, attn = call(images, [1], queries)
-        results.append([logits, attn[1], *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
+        results.append(
+            [logits, attn[1], *torch.autograd.grad(logits.square().sum(), list(model.parameters()))]
+        )
     assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)  # float32 in another order
     relevant = class_relevance(model, images, TARGETS, [0, 1])
-    assert_close(class_relevance(torch.compile(model, backend="aot_eager"), images, TARGETS, [0, 1]), relevant)
+    assert_close(
+        class_relevance(torch.compile(model, backend="aot_eager"), images, TARGETS, [0, 1]),
+        relevant,
+    )
 
 
 # Against transformers
@@ -133,17 +178,30 @@ def reference(tmp_path_factory) -> Reference:
     from transformers import ViTForImageClassification
 
     folder = tmp_path_factory.mktemp("small-vit")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 64}
-    randomize(ViTForImageClassification(HubConfig(**sizes, image_size=[32, 48], patch_size=8, num_labels=5))).save_pretrained(
-        folder
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    randomize(
+        ViTForImageClassification(
+            HubConfig(**sizes, image_size=[32, 48], patch_size=8, num_labels=5)
+        )
+    ).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"height": 32, "width": 48}})
     )
-    (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 32, "width": 48}}))
-    theirs = ViTForImageClassification.from_pretrained(folder, attn_implementation="eager", dtype=torch.float64).eval()
+    theirs = ViTForImageClassification.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float64
+    ).eval()
     images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
     output = theirs(images.double(), output_attentions=True)
     attn = dict(enumerate(output.attentions))
     gradients = attention_gradients(output.logits, attn)
-    return Reference(load_pretrained(folder), images, {i: a.detach() for i, a in attn.items()}, gradients)
+    return Reference(
+        load_pretrained(folder), images, {i: a.detach() for i, a in attn.items()}, gradients
+    )
 
 
 @pytest.mark.parametrize("blocks", [range(5), [3]], ids=["all blocks", "one block"])
@@ -153,7 +211,9 @@ def reference(tmp_path_factory) -> Reference:
     [(None, 1e-5), (torch.float16, 0.02), (torch.bfloat16, 0.1)],
     ids=["fp32", "autocast fp16", "autocast bf16"],
 )
-def test_gradients_of_attention_are_those_of_eager_attention_in_float64(reference, blocks, amp, bound):
+def test_gradients_of_attention_are_those_of_eager_attention_in_float64(
+    reference, blocks, amp, bound
+):
     with autocast(amp):
         logits, attn = reference.ours.forward_with_attention(reference.images, blocks)
     for block, found in attention_gradients(logits.float(), attn).items():
@@ -178,7 +238,9 @@ def numpy_rollout(attn: dict[int, torch.Tensor], fuse, discard: float) -> dict[i
 
 @pytest.mark.parametrize("start", [0, 2])
 @pytest.mark.parametrize("discard", [0, 0.6, 0.9])
-@pytest.mark.parametrize("heads, fuse", [("mean", np.mean), ("max", np.max), ("min", np.min)], ids=["mean", "max", "min"])
+@pytest.mark.parametrize(
+    "heads, fuse", [("mean", np.mean), ("max", np.max), ("min", np.min)], ids=["mean", "max", "min"]
+)
 def test_rollout_is_numpys_of_transformers_attentions(reference, heads, fuse, discard, start):
     with torch.no_grad():
         _, attn = reference.ours.forward_with_attention(reference.images, range(start, 5))
@@ -189,10 +251,14 @@ def test_rollout_is_numpys_of_transformers_attentions(reference, heads, fuse, di
     for block in found:
         assert found[block].shape == (2, 25, 25) and found[block].dtype == torch.float32
         np.testing.assert_allclose(found[block].numpy(), expected[block], rtol=0, atol=1e-5)
-    assert all(torch.equal(attn[block], before[block]) for block in attn), "the attention given was changed"
+    assert all(torch.equal(attn[block], before[block]) for block in attn), (
+        "the attention given was changed"
+    )
 
 
-def numpy_relevance(attn: dict[int, torch.Tensor], gradients: dict[int, torch.Tensor]) -> dict[int, np.ndarray]:
+def numpy_relevance(
+    attn: dict[int, torch.Tensor], gradients: dict[int, torch.Tensor]
+) -> dict[int, np.ndarray]:
     R, results = np.stack([np.eye(25)] * 2), {}
     for block in attn:
         evidence = np.maximum(gradients[block].numpy() * attn[block].numpy(), 0).mean(axis=1)
@@ -205,21 +271,31 @@ def numpy_relevance(attn: dict[int, torch.Tensor], gradients: dict[int, torch.Te
 def test_relevance_is_numpys_of_transformers_attentions_and_gradients(reference, start):
     logits, attn = reference.ours.forward_with_attention(reference.images, range(start, 5))
     found = relevance(attn, attention_gradients(logits, attn))
-    expected = numpy_relevance({block: reference.attn[block] for block in attn}, reference.gradients)
+    expected = numpy_relevance(
+        {block: reference.attn[block] for block in attn}, reference.gradients
+    )
     assert list(found) == list(range(start, 5))
     for block in found:
         assert found[block].shape == (2, 25, 25) and not found[block].requires_grad
         np.testing.assert_allclose(found[block].numpy(), expected[block], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("blocks, queries", [(range(5), [0]), ([4, 1], [7, 0]), ([2], range(25))], ids=["all", "two", "one"])
-def test_class_relevance_is_numpys_of_transformers_attentions_and_gradients(reference, blocks, queries):
+@pytest.mark.parametrize(
+    "blocks, queries",
+    [(range(5), [0]), ([4, 1], [7, 0]), ([2], range(25))],
+    ids=["all", "two", "one"],
+)
+def test_class_relevance_is_numpys_of_transformers_attentions_and_gradients(
+    reference, blocks, queries
+):
     found = class_relevance(reference.ours, reference.images, TARGETS, blocks, queries)
     expected = numpy_relevance(reference.attn, reference.gradients)
     assert list(found) == sorted(blocks)
     for block in found:
         assert found[block].shape == (2, len(queries), 25) and not found[block].requires_grad
-        np.testing.assert_allclose(found[block].numpy(), expected[block][:, list(queries)], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            found[block].numpy(), expected[block][:, list(queries)], rtol=1e-5, atol=1e-5
+        )
 
 
 # By hand
@@ -231,7 +307,9 @@ def test_a_map_is_the_querys_row_over_the_grid():
     assert maps.shape == (2, 3, 2, 3)
     assert torch.equal(maps[1, 2, 1, 0], attn[1, 2, 0, 4])
     assert torch.equal(query_maps(attn, (2, 3), query=5)[0, 0, 0, 2], attn[0, 0, 5, 3])
-    assert torch.equal(query_maps(attn[:, 1], (2, 3)), maps[:, 1])  # as of rollout and relevance, without heads
+    assert torch.equal(
+        query_maps(attn[:, 1], (2, 3)), maps[:, 1]
+    )  # as of rollout and relevance, without heads
     with pytest.raises(UserError, match="7 tokens do not fill a grid of 3 x 3"):
         query_maps(attn, (3, 3))
 
@@ -255,7 +333,12 @@ def test_discarding_takes_the_smallest_of_each_image_but_never_the_class_tokens_
     attn = torch.stack([first, first.flip(0)])[:, None]
     # Of 9 entries, 0.45 is 4. In the first image they are 0.1, kept as the class token's own, 0.15, 0.2 and 0.25; in the
     # second all four go.
-    kept = torch.tensor([[[0.1, 0, 0.7], [0.3, 0, 0.55], [0.4, 0.35, 0]], [[0.4, 0.35, 0], [0.3, 0, 0.55], [0, 0, 0.7]]])
+    kept = torch.tensor(
+        [
+            [[0.1, 0, 0.7], [0.3, 0, 0.55], [0.4, 0.35, 0]],
+            [[0.4, 0.35, 0], [0.3, 0, 0.55], [0, 0, 0.7]],
+        ]
+    )
     expected = kept + torch.eye(3)
     assert_close(rollout({0: attn}, discard=0.45)[0], expected / expected.sum(-1, keepdim=True))
 
@@ -266,17 +349,25 @@ def test_relevance_of_two_blocks_by_hand():
     # The positive parts are [[1, 0], [2, 0]] and [[0, 0.5], [0, 0]], their mean [[0.5, 0.25], [1, 0]].
     found = relevance({4: attn, 5: attn}, {4: gradients, 5: gradients})
     assert_close(found[4], torch.tensor([[[1.5, 0.25], [1.0, 1.0]]]))
-    assert_close(found[5], torch.tensor([[[1.5 + 0.75 + 0.25, 0.25 + 0.125 + 0.25], [1.0 + 1.5, 1.0 + 0.25]]]))
+    assert_close(
+        found[5],
+        torch.tensor([[[1.5 + 0.75 + 0.25, 0.25 + 0.125 + 0.25], [1.0 + 1.5, 1.0 + 0.25]]]),
+    )
 
 
 def test_maps_are_compared_by_their_shares():
-    maps, others = torch.tensor([[[1.0, 3.0]], [[0.0, 0.0]]]), torch.tensor([[[0.5, 0.5]], [[0.1, 0.3]]])
+    maps, others = (
+        torch.tensor([[[1.0, 3.0]], [[0.0, 0.0]]]),
+        torch.tensor([[[0.5, 0.5]], [[0.1, 0.3]]]),
+    )
     assert_close(shares(maps), torch.tensor([[[0.25, 0.75]], [[0.0, 0.0]]]))
     assert_close(difference(maps, others), torch.tensor([[[-0.25, 0.25]], [[-0.25, -0.75]]]))
     maps, others = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5)
     assert_close(difference(maps, 7 * others), difference(maps, others))
     assert_close(difference(maps, others).sum((2, 3)), torch.zeros(2, 3), rtol=0, atol=1e-6)
-    with pytest.raises(UserError, match=r"one shape to compare, found \(2, 3, 4, 5\) and \(2, 3, 5, 4\)"):
+    with pytest.raises(
+        UserError, match=r"one shape to compare, found \(2, 3, 4, 5\) and \(2, 3, 5, 4\)"
+    ):
         difference(maps, others.mT)
 
 
@@ -293,7 +384,10 @@ def test_a_sink_is_what_the_class_token_keeps_and_what_one_patch_takes_of_the_re
 @pytest.mark.parametrize(
     "call, message",
     {
-        "fusion": (lambda m, a: rollout(a, heads="sum"), "heads is mean or max or min and discard from 0 to 1, not 'sum'"),
+        "fusion": (
+            lambda m, a: rollout(a, heads="sum"),
+            "heads is mean or max or min and discard from 0 to 1, not 'sum'",
+        ),
         "discard": (lambda m, a: rollout(a, discard=1.5), "not 'mean' and 1.5"),
         "gap": (lambda m, a: rollout({1: a[1], 3: a[1]}), r"found 17 of 17 of block 3 after \[1\]"),
         "rows": (lambda m, a: rollout({1: a[1][:, :, :1]}), r"found 1 of 17 of block 1 after \[\]"),
@@ -301,11 +395,26 @@ def test_a_sink_is_what_the_class_token_keeps_and_what_one_patch_takes_of_the_re
             lambda m, a: relevance({0: a[1], 2: a[1]}, {0: a[1], 2: a[1]}),
             "expected all rows of each block in turn",
         ),
-        "block": (lambda m, a: class_relevance(m, torch.zeros(2, 3, 32, 32), TARGETS, [3, 12]), "block .* this model has 12"),
-        "negative": (lambda m, a: class_relevance(m, torch.zeros(2, 3, 32, 32), TARGETS, [-1]), "block .* this model has 12"),
-        "class": (lambda m, a: class_relevance(m, torch.zeros(2, 3, 32, 32), TARGETS + 2, [3]), "class .* this model has 5"),
-        "method": (lambda m, a: method_rows(m, torch.zeros(2, 3, 32, 32), [3], method="rolout"), "method is .*, not 'rolout'"),
-        "token": (lambda m, a: class_relevance(m, torch.zeros(2, 3, 32, 32), TARGETS, [3], [17]), "token .* this model has 17"),
+        "block": (
+            lambda m, a: class_relevance(m, torch.zeros(2, 3, 32, 32), TARGETS, [3, 12]),
+            "block .* this model has 12",
+        ),
+        "negative": (
+            lambda m, a: class_relevance(m, torch.zeros(2, 3, 32, 32), TARGETS, [-1]),
+            "block .* this model has 12",
+        ),
+        "class": (
+            lambda m, a: class_relevance(m, torch.zeros(2, 3, 32, 32), TARGETS + 2, [3]),
+            "class .* this model has 5",
+        ),
+        "method": (
+            lambda m, a: method_rows(m, torch.zeros(2, 3, 32, 32), [3], method="rolout"),
+            "method is .*, not 'rolout'",
+        ),
+        "token": (
+            lambda m, a: class_relevance(m, torch.zeros(2, 3, 32, 32), TARGETS, [3], [17]),
+            "token .* this model has 17",
+        ),
     }.values(),
 )
 def test_what_gives_no_map_is_refused(tiny, call, message):
@@ -356,24 +465,38 @@ def test_a_flipped_photo_has_flipped_maps_in_a_model_that_knows_no_left_and_righ
         maps.append([query_maps(a[i], (2, 4)) for a in (attn, rolled, relevant) for i in range(3)])
     for found, expected in zip(*maps):
         assert_close(found, expected.flip(-1), rtol=1e-4, atol=1e-6)
-        assert not torch.allclose(expected, expected.flip(-1), atol=1e-3)  # or there would be nothing to see
+        assert not torch.allclose(
+            expected, expected.flip(-1), atol=1e-3
+        )  # or there would be nothing to see
 
 
 def test_a_patch_that_cannot_reach_the_logits_has_no_relevance():
     model = randomize(ViT(ViTConfig(**vars(TINY) | {"depth": 3})))
     with torch.no_grad():  # Dimension 0 marks patch 6 only, and keys are so made that no query gives anything to the mark.
         model.patch_embed.proj.weight[0] = 0
-        for tensor in (model.patch_embed.proj.bias[0], model.cls_token[..., 0], model.pos_embed[..., 0]):
+        for tensor in (
+            model.patch_embed.proj.bias[0],
+            model.cls_token[..., 0],
+            model.pos_embed[..., 0],
+        ):
             tensor.zero_()
         model.pos_embed[0, 1 + 6, 0] = 1e4
         for block in model.blocks:
             for layer in (block.attn.proj, block.mlp.fc2):
                 layer.weight[0], layer.bias[0] = 0, 0
             block.norm1.weight[0], block.norm1.bias[0] = 1, 0
-            weight, bias = block.attn.qkv.weight.view(3, 3, 8, 24), block.attn.qkv.bias.view(3, 3, 8)
-            weight[:2, :, 0], bias[:2, :, 0] = 0, 0  # the first of 8 dimensions of each head's queries and keys
+            weight, bias = (
+                block.attn.qkv.weight.view(3, 3, 8, 24),
+                block.attn.qkv.bias.view(3, 3, 8),
+            )
+            weight[:2, :, 0], bias[:2, :, 0] = (
+                0,
+                0,
+            )  # the first of 8 dimensions of each head's queries and keys
             bias[0, :, 0], weight[1, :, 0, 0] = 30, -3 * 8**0.5
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))  # in some, no patch looks at patch 7
+    images = torch.randn(
+        2, 3, 32, 32, generator=torch.Generator().manual_seed(0)
+    )  # in some, no patch looks at patch 7
     changed = torch.zeros(2, 3, 32, 32, dtype=torch.bool)
     changed[:, :, 8:16, 16:24] = True  # patch 6 is in row 1, column 2
     assert torch.equal(model(images), model(images + changed))
@@ -414,7 +537,9 @@ def test_class_relevance_under_autocast_is_close_and_leaves_training_there_intac
     assert all(p.grad is not None for p in tiny.parameters())
     for block in found:
         assert found[block].dtype == torch.float32
-        assert_close(found[block], expected[block], rtol=0, atol=0.1 * expected[block][..., 1:].max().item())
+        assert_close(
+            found[block], expected[block], rtol=0, atol=0.1 * expected[block][..., 1:].max().item()
+        )
         assert not torch.equal(found[block], expected[block])  # it did run in bfloat16
 
 
@@ -433,7 +558,10 @@ def peak_saved(call) -> int:
     class Saved:
         def __init__(self, tensor):
             nonlocal kept, peak
-            self.tensor, size = tensor.detach(), tensor.nbytes  # not attached, or a graph would hold itself
+            self.tensor, size = (
+                tensor.detach(),
+                tensor.nbytes,
+            )  # not attached, or a graph would hold itself
             kept += size
             peak = max(peak, kept)
             weakref.finalize(self, release, size)

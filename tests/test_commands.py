@@ -33,7 +33,18 @@ def open_size(path):
 
 
 def run_train(tiny_folder, data, out, *flags):
-    known = ["--model", str(tiny_folder), "--data", str(data), "--out", str(out), "--amp", "off", "--device", "cpu"]
+    known = [
+        "--model",
+        str(tiny_folder),
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--amp",
+        "off",
+        "--device",
+        "cpu",
+    ]
     return train.main([*known, "--batch-size", "8", "--lr", "0.003", *flags])
 
 
@@ -68,21 +79,35 @@ def test_a_run_learns_and_writes_all_it_promises(run, tiny_folder):
     assert printed.splitlines()[-1] == f"{last} · best epoch {summary['best_epoch']} · {out}"
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert max(row["val_accuracy"] for row in rows) == rows[summary["best_epoch"] - 1]["val_accuracy"]
+    assert (
+        max(row["val_accuracy"] for row in rows) == rows[summary["best_epoch"] - 1]["val_accuracy"]
+    )
     for name in ("curves", "confusion", "predictions"):
         assert open_size(out / f"{name}.png")[0] > 300
-    before, after = load_file(tiny_folder / "model.safetensors"), load_file(out / "model.safetensors")
+    before, after = (
+        load_file(tiny_folder / "model.safetensors"),
+        load_file(out / "model.safetensors"),
+    )
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {
-        n for n in before if n.startswith(("vit.encoder.layer.10.", "vit.encoder.layer.11.", "vit.layernorm", "class"))
+        n
+        for n in before
+        if n.startswith(
+            ("vit.encoder.layer.10.", "vit.encoder.layer.11.", "vit.layernorm", "class")
+        )
     }
     model, tail = load_pretrained(out), load_file(out / "tail.safetensors")
     assert model.labels == ("blue", "green", "red")
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in tail.items())
 
 
-def test_a_dry_run_says_what_would_train_and_writes_nothing(tiny_folder, shapes_data, tmp_path, capsys):
-    assert run_train(tiny_folder, shapes_data, tmp_path / "run", "--dry-run", "--micro-batch", "3") == 0
+def test_a_dry_run_says_what_would_train_and_writes_nothing(
+    tiny_folder, shapes_data, tmp_path, capsys
+):
+    assert (
+        run_train(tiny_folder, shapes_data, tmp_path / "run", "--dry-run", "--micro-batch", "3")
+        == 0
+    )
     out = capsys.readouterr().out
     assert "33 training, 3 validation, 12 test" in out
     assert re.search(r"^up to \d\.\d\d GiB of memory, with 3 photos at a time$", out, re.MULTILINE)
@@ -90,21 +115,43 @@ def test_a_dry_run_says_what_would_train_and_writes_nothing(tiny_folder, shapes_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_few_kept_views_train_as_well_and_their_later_epochs_run_no_frozen_block(tiny_folder, shapes_data, tmp_path):
+def test_a_few_kept_views_train_as_well_and_their_later_epochs_run_no_frozen_block(
+    tiny_folder, shapes_data, tmp_path
+):
     out = tmp_path / "run"
     assert run_train(tiny_folder, shapes_data, out, "--epochs", "8", "--cache-views", "2") == 0
     assert json.loads((out / "summary.json").read_text())["test_accuracy"] == 1.0
     assert (
-        run_train(tiny_folder, shapes_data, tmp_path / "x", "--epochs", "3", "--cache-views", "2", "--cache-gib", "1e-6") == 2
+        run_train(
+            tiny_folder,
+            shapes_data,
+            tmp_path / "x",
+            "--epochs",
+            "3",
+            "--cache-views",
+            "2",
+            "--cache-gib",
+            "1e-6",
+        )
+        == 2
     )
 
 
-def test_photos_beyond_the_cap_are_streamed_to_the_same_result(run, tiny_folder, shapes_data, tmp_path, capsys):
+def test_photos_beyond_the_cap_are_streamed_to_the_same_result(
+    run, tiny_folder, shapes_data, tmp_path, capsys
+):
     out, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(shapes_data, data, ignore=shutil.ignore_patterns(".minivit"))
-    assert run_train(tiny_folder, data, out, "--epochs", "6", "--store-gib", "1e-9", "--cache-gib", "1e-9") == 0
+    assert (
+        run_train(
+            tiny_folder, data, out, "--epochs", "6", "--store-gib", "1e-9", "--cache-gib", "1e-9"
+        )
+        == 0
+    )
     assert "each epoch decodes them anew" in capsys.readouterr().err
-    assert load_file(out / "tail.safetensors")["head.weight"].equal(load_file(run[0] / "tail.safetensors")["head.weight"])
+    assert load_file(out / "tail.safetensors")["head.weight"].equal(
+        load_file(run[0] / "tail.safetensors")["head.weight"]
+    )
 
 
 def test_the_model_card_says_what_it_is_and_names_are_no_markup(run):
@@ -116,12 +163,16 @@ def test_the_model_card_says_what_it_is_and_names_are_no_markup(run):
     assert f"| accuracy | {summary['test_accuracy']:.4f} |" in card
     assert summary["verdict"] in card
     assert "Classes: `blue`, `green`, `red`.\n" in card
-    hostile = model_card(summary | {"classes": ["`](x)\n# <b>"]}, [("`a`", "b\n# c", 3)], name="run", pets=False)
+    hostile = model_card(
+        summary | {"classes": ["`](x)\n# <b>"]}, [("`a`", "b\n# c", 3)], name="run", pets=False
+    )
     assert "- `'a'` taken for `b\\n# c`: 3\n" in hostile
     assert "Classes: `'](x)\\n# <b>`.\n" in hostile
 
 
-def test_weights_that_changed_on_their_way_to_the_disk_are_named(tiny_saved, shapes_data, tmp_path, monkeypatch):
+def test_weights_that_changed_on_their_way_to_the_disk_are_named(
+    tiny_saved, shapes_data, tmp_path, monkeypatch
+):
     def save(model, folder):
         with torch.no_grad():
             model.head.bias[0] += 1e-6
@@ -132,11 +183,16 @@ def test_weights_that_changed_on_their_way_to_the_disk_are_named(tiny_saved, sha
     monkeypatch.setattr("minivit.checkpoints.weights.save_pretrained", save)
     with pytest.raises(RuntimeError, match="not those that were tested: head.bias"):
         run_train(tiny_saved, shapes_data, tmp_path / "run", "--epochs", "1")
-    assert not (tmp_path / "run" / "summary.json").exists() and (tmp_path / "run" / "state.safetensors").exists()
+    assert (
+        not (tmp_path / "run" / "summary.json").exists()
+        and (tmp_path / "run" / "state.safetensors").exists()
+    )
 
 
 @pytest.mark.parametrize("amp, by", [("off", 0.002), ("bf16", 0.1)])
-def test_weights_that_do_not_validate_as_they_did_are_named(tiny_saved, shapes_data, tmp_path, monkeypatch, amp, by):
+def test_weights_that_do_not_validate_as_they_did_are_named(
+    tiny_saved, shapes_data, tmp_path, monkeypatch, amp, by
+):
     from minivit.training import step as loop
 
     real = loop.fit
@@ -153,20 +209,43 @@ def test_weights_that_do_not_validate_as_they_did_are_named(tiny_saved, shapes_d
 
 
 @pytest.mark.parametrize(
-    "batch, hint", [("33", "5 steps teach little; for so few photos try --epochs 60 --cache-views 4"), ("2", "")]
+    "batch, hint",
+    [("33", "5 steps teach little; for so few photos try --epochs 60 --cache-views 4"), ("2", "")],
 )
-def test_too_few_steps_are_named_with_how_many_epochs_would_do(tiny_saved, shapes_data, tmp_path, capsys, batch, hint):
-    assert run_train(tiny_saved, shapes_data, tmp_path / "run", "--batch-size", batch, "--dry-run") == 0
+def test_too_few_steps_are_named_with_how_many_epochs_would_do(
+    tiny_saved, shapes_data, tmp_path, capsys, batch, hint
+):
+    assert (
+        run_train(tiny_saved, shapes_data, tmp_path / "run", "--batch-size", batch, "--dry-run")
+        == 0
+    )
     said = capsys.readouterr().err
     assert hint in said and ("steps" in said) == bool(hint)
 
 
-def test_a_model_of_another_input_size_is_read_back_as_it_was(tiny_saved, shapes_data, tmp_path, no_figures):
-    assert run_train(tiny_saved, shapes_data, tmp_path / "run", "--epochs", "1", "--img-size", "40x48", "--amp", "bf16") == 0
+def test_a_model_of_another_input_size_is_read_back_as_it_was(
+    tiny_saved, shapes_data, tmp_path, no_figures
+):
+    assert (
+        run_train(
+            tiny_saved,
+            shapes_data,
+            tmp_path / "run",
+            "--epochs",
+            "1",
+            "--img-size",
+            "40x48",
+            "--amp",
+            "bf16",
+        )
+        == 0
+    )
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_the_written_weights_are_the_best_epochs_not_the_last(tiny_folder, shapes_data, tmp_path, monkeypatch):
+def test_the_written_weights_are_the_best_epochs_not_the_last(
+    tiny_folder, shapes_data, tmp_path, monkeypatch
+):
     from minivit.training import step as loop
 
     kept, real = [], loop.fit
@@ -184,7 +263,9 @@ def test_the_written_weights_are_the_best_epochs_not_the_last(tiny_folder, shape
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_the_same_command_twice_gives_the_same_metrics_and_keeps_the_earlier_run(run, tiny_folder, shapes_data, tmp_path):
+def test_the_same_command_twice_gives_the_same_metrics_and_keeps_the_earlier_run(
+    run, tiny_folder, shapes_data, tmp_path
+):
     out = shutil.copytree(run[0], tmp_path / "run")
     assert run_train(tiny_folder, shapes_data, out, "--epochs", "6") == 0
     timing = {"images_per_s", "mfu", "seconds", "peak_gib"}
@@ -196,7 +277,9 @@ def test_the_same_command_twice_gives_the_same_metrics_and_keeps_the_earlier_run
         for folder in (out, out / "earlier-1")
     )
     assert now == then
-    assert (out / "model.safetensors").read_bytes() == (out / "earlier-1" / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (
+        out / "earlier-1" / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -216,7 +299,20 @@ def test_infer_prints_names_and_draws_a_figure_for_each_photo(run, tmp_path, cap
     Image.new("RGB", (50, 40), (20, 20, 200)).save(other)
     figures = tmp_path / "figures"
     assert (
-        infer.main([str(folder), str(other), "--model", str(out), "--top-k", "2", "--out", str(figures), "--device", "cpu"])
+        infer.main(
+            [
+                str(folder),
+                str(other),
+                "--model",
+                str(out),
+                "--top-k",
+                "2",
+                "--out",
+                str(figures),
+                "--device",
+                "cpu",
+            ]
+        )
         == 0
     )
     lines = capsys.readouterr().out.splitlines()
@@ -237,7 +333,9 @@ def test_inference_gives_the_logits_of_training(run, shapes_data):
     model = load_pretrained(run[0])
     data = load_data(shapes_data, seed=0)
     data, file = store.prepare(data, model.preprocess, workers=2, cap_gib=1)
-    logits = predict_photos(model, store.open_splits(data, file, model.preprocess, workers=2)[2][0], batch=4)
+    logits = predict_photos(
+        model, store.open_splits(data, file, model.preprocess, workers=2)[2][0], batch=4
+    )
     with torch.no_grad():
         one = model(model.preprocess(open_photo(data.test.paths[5]))[None])
     torch.testing.assert_close(one[0], logits[5], rtol=0, atol=1e-5)
@@ -247,7 +345,12 @@ def test_a_bad_photo_is_reported_and_the_rest_goes_on(tiny_folder, tmp_path, cap
     draw_photo(30, 30).save(tmp_path / "good.png")
     (tmp_path / "bad.jpg").write_text("no photo")
     paths = [str(tmp_path / name) for name in ("bad.jpg", "absent.jpg", "good.png")]
-    assert infer.main([*paths, "--model", str(tiny_folder), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert (
+        infer.main(
+            [*paths, "--model", str(tiny_folder), "--out", str(tmp_path / "out"), "--device", "cpu"]
+        )
+        == 2
+    )
     printed = capsys.readouterr()
     assert (tmp_path / "out" / "good.png").exists()
     assert "bad.jpg: cannot be read as a photo" in printed.err
@@ -265,8 +368,14 @@ def test_training_says_what_the_doctor_sees_at_a_glance(tiny_folder, shapes_data
 
 
 BAD_FLAGS = {
-    "memory-gib": (["--memory-gib", "4"], "--memory-gib limits a CUDA device, found cpu; there, choose --micro-batch"),
-    "label-smoothing": (["--label-smoothing", "2"], "--label-smoothing: expected a number from 0 to 1, found '2'"),
+    "memory-gib": (
+        ["--memory-gib", "4"],
+        "--memory-gib limits a CUDA device, found cpu; there, choose --micro-batch",
+    ),
+    "label-smoothing": (
+        ["--label-smoothing", "2"],
+        "--label-smoothing: expected a number from 0 to 1, found '2'",
+    ),
     "patience": (["--patience", "0"], "--patience: expected a whole number of at least 1"),
     "blocks": (["--blocks", "12"], "this model has blocks 0 to 11"),
     "batch size": (["--batch-size", "0"], "expected a whole number of at least 1, found '0'"),
@@ -278,12 +387,17 @@ BAD_FLAGS = {
     "not a Hub id": (["--model", "a/b/c"], "neither a folder or file here nor a Hub id"),
     "out": (["--out", "README.md/run"], "README.md/run: Not a directory"),
     "data": (["--data", "tests"], "expected oxford-iiit-pet/"),
-    "out that safetensors cannot read": (["--out", "caf\udce9"], "caf\\udce9: expected a name in UTF-8"),
+    "out that safetensors cannot read": (
+        ["--out", "caf\udce9"],
+        "caf\\udce9: expected a name in UTF-8",
+    ),
 }
 
 
 @pytest.mark.parametrize("flags, message", BAD_FLAGS.values(), ids=BAD_FLAGS)
-def test_a_mistake_ends_in_one_line_and_exit_code_2(tiny_folder, shapes_data, tmp_path, capsys, monkeypatch, flags, message):
+def test_a_mistake_ends_in_one_line_and_exit_code_2(
+    tiny_folder, shapes_data, tmp_path, capsys, monkeypatch, flags, message
+):
     monkeypatch.chdir(ROOT)
     try:
         code = run_train(tiny_folder, shapes_data, tmp_path / "run", *flags)
@@ -297,13 +411,29 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(tiny_folder, shapes_data, tm
 
 
 @pytest.mark.parametrize(
-    "flags, message", [(["--layers", "11-12"], "this model has blocks 0 to 11"), (["EMPTY"], "no photos in this folder")]
+    "flags, message",
+    [
+        (["--layers", "11-12"], "this model has blocks 0 to 11"),
+        (["EMPTY"], "no photos in this folder"),
+    ],
 )
 def test_infer_refuses_what_cannot_be(tiny_folder, tmp_path, capsys, flags, message):
     draw_photo(30, 30).save(tmp_path / "a.png")
     (tmp_path / "EMPTY").mkdir()
     flags = [str(tmp_path / flag) if flag == "EMPTY" else flag for flag in flags]
-    assert infer.main([str(tmp_path / "a.png"), *flags, "--model", str(tiny_folder), "--out", str(tmp_path / "out")]) == 2
+    assert (
+        infer.main(
+            [
+                str(tmp_path / "a.png"),
+                *flags,
+                "--model",
+                str(tiny_folder),
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 2
+    )
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -311,7 +441,9 @@ def test_a_device_without_memory_is_one_line_and_other_runtime_errors_are_ours(m
     from minivit.system import device
 
     def full(_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has 1 MiB free.")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has 1 MiB free."
+        )
 
     monkeypatch.setattr(device, "pick_device", full)
     assert train.main([]) == 2
@@ -363,7 +495,18 @@ def assert_harmless(text):
 def test_photos_of_any_name_are_printed_and_drawn(tiny_folder, odd_photos, tmp_path, capsys):
     absent = "n" * 300 + ".jpg"
     out = tmp_path / "out"
-    flags = ["--model", str(tiny_folder), "--layers", "11", "--workers", "1", "--out", str(out), "--device", "cpu"]
+    flags = [
+        "--model",
+        str(tiny_folder),
+        "--layers",
+        "11",
+        "--workers",
+        "1",
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+    ]
     code = infer.main([str(odd_photos), "/dev/zero", absent, *flags])
     printed = capsys.readouterr()
     assert code == 2
@@ -384,15 +527,22 @@ def test_photos_of_any_name_are_printed_and_drawn(tiny_folder, odd_photos, tmp_p
     assert figures == sorted(f"{stem}.png" for stem in stems)
     for path in out.iterdir():
         open_size(path)
-    said = [line for line in printed.err.splitlines() if "cannot be read" in line or "no such" in line]
+    said = [
+        line for line in printed.err.splitlines() if "cannot be read" in line or "no such" in line
+    ]
     assert len(said) == 5
     for bad in ("directory.jpg", "nowhere.jpg", "fifo.jpg", "/dev/zero", absent):
         assert sum(f"{bad}: " in line for line in said) == 1
 
 
-def test_a_photo_whose_name_begins_with_a_dash_is_read_after_two(tiny_folder, odd_photos, monkeypatch, capsys):
+def test_a_photo_whose_name_begins_with_a_dash_is_read_after_two(
+    tiny_folder, odd_photos, monkeypatch, capsys
+):
     monkeypatch.chdir(odd_photos)
-    assert infer.main(["--model", str(tiny_folder), "--out", "out", "--device", "cpu", "--", "-x.png"]) == 0
+    assert (
+        infer.main(["--model", str(tiny_folder), "--out", "out", "--device", "cpu", "--", "-x.png"])
+        == 0
+    )
     assert capsys.readouterr().out.splitlines()[0] == "-x.png"
 
 
@@ -400,18 +550,34 @@ def test_no_figure_takes_the_place_of_a_photo(tiny_folder, tmp_path):
     path = tmp_path / "cat.png"
     draw_photo(20, 20).save(path)
     before = path.read_bytes()
-    assert infer.main([str(path), "--model", str(tiny_folder), "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert (
+        infer.main(
+            [str(path), "--model", str(tiny_folder), "--out", str(tmp_path), "--device", "cpu"]
+        )
+        == 0
+    )
     assert path.read_bytes() == before
     assert (tmp_path / "cat-2.png").exists()
 
 
 def test_hostile_labels_reach_neither_terminal_nor_paths(tiny, photos, tmp_path, capsys):
-    tiny.labels = ("\x1b[31mred\x1b[0m", "a\nb\r<script>alert(1)</script>", "x" * 5_000, "../x", "$\\frac{ \N{CAT FACE} \udcff")
+    tiny.labels = (
+        "\x1b[31mred\x1b[0m",
+        "a\nb\r<script>alert(1)</script>",
+        "x" * 5_000,
+        "../x",
+        "$\\frac{ \N{CAT FACE} \udcff",
+    )
     (tmp_path / "hostile").mkdir()
     save_pretrained(tiny, tmp_path / "hostile")
     out = tmp_path / "in" / "out"
     paths = list(map(str, photos[:3]))
-    assert infer.main([*paths, "--model", str(tmp_path / "hostile"), "--out", str(out), "--device", "cpu"]) == 0
+    assert (
+        infer.main(
+            [*paths, "--model", str(tmp_path / "hostile"), "--out", str(out), "--device", "cpu"]
+        )
+        == 0
+    )
     printed = capsys.readouterr()
     assert_harmless(printed.out + printed.err)
     assert len(printed.out.splitlines()) == 3 * 7
@@ -432,7 +598,9 @@ def class_folders(root, names):
 def test_training_works_with_class_folders_of_any_name(tiny_folder, tmp_path, capsys):
     names = [b"<b>&amp;", b"\x1b[31mred", b"caf\xe9", b"x" * 255, b"new\nline", b"$\\frac{"]
     out = tmp_path / "run"
-    assert run_train(tiny_folder, class_folders(tmp_path / "data", names), out, "--epochs", "1") == 0
+    assert (
+        run_train(tiny_folder, class_folders(tmp_path / "data", names), out, "--epochs", "1") == 0
+    )
     printed = capsys.readouterr()
     assert_harmless(printed.err)
     labels = set(load_pretrained(out).labels)
@@ -446,7 +614,9 @@ def test_training_works_with_class_folders_of_any_name(tiny_folder, tmp_path, ca
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_unreadable_photos_stop_training_before_its_first_step_or_are_left_out(tiny_folder, tmp_path, capsys):
+def test_unreadable_photos_stop_training_before_its_first_step_or_are_left_out(
+    tiny_folder, tmp_path, capsys
+):
     data = class_folders(tmp_path / "data", [b"cat", b"dog"])
     bad = data / "dog" / "\x1b[31m.jpg"
     bad.write_text("no photo")
@@ -464,9 +634,21 @@ def test_unreadable_photos_stop_training_before_its_first_step_or_are_left_out(t
 
 
 def test_infer_ends_quietly_when_nobody_reads_on(tiny_folder, photos, tmp_path):
-    flags = [*photos, "--model", tiny_folder, "--out", tmp_path / "out", "--device", "cpu", "--top-k", "1"]
+    flags = [
+        *photos,
+        "--model",
+        tiny_folder,
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+        "--top-k",
+        "1",
+    ]
     command = [sys.executable, ROOT / "infer.py", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         process.stdout.close()  # at once: a fast machine is through with all photos before one line of it is read
         assert process.stderr.read() == f"model: {tiny_folder}\n"
     assert process.returncode == 141
@@ -491,21 +673,32 @@ for i, (event, what) in enumerate(moments):
 print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
 """
 MOMENTS = {  # as Python's audit hooks tell of them; numpy's import is in the middle of torch's, which swallows exceptions there
-    "train.py": [("open", "red/7.png"), ("open", ".partial"), ("open", "metrics.jsonl"), ("os.rename", "curves.png")],
+    "train.py": [
+        ("open", "red/7.png"),
+        ("open", ".partial"),
+        ("open", "metrics.jsonl"),
+        ("os.rename", "curves.png"),
+    ],
     "infer.py": [("open", "photo 1.png"), ("open", ".partial"), ("os.rename", "photo 1.png")],
 }
 
 
 @pytest.mark.parametrize("name", MOMENTS)
-def test_an_interrupt_at_any_moment_ends_in_one_line_with_no_half_file(name, tiny_folder, shapes_data, photos, tmp_path):
+def test_an_interrupt_at_any_moment_ends_in_one_line_with_no_half_file(
+    name, tiny_folder, shapes_data, photos, tmp_path
+):
     moments = [("import", "torch"), ("import", "numpy"), *MOMENTS[name]]
     for i in range(len(moments) if name == "train.py" else 0):  # each decodes its own
-        shutil.copytree(shapes_data, tmp_path / f"data{i}", ignore=shutil.ignore_patterns(".minivit"))
+        shutil.copytree(
+            shapes_data, tmp_path / f"data{i}", ignore=shutil.ignore_patterns(".minivit")
+        )
     flags = ["--data", "data{i}", "--epochs", "4"] if name == "train.py" else photos[:3]
     flags = [ROOT / name, json.dumps(moments), *flags, "--model", tiny_folder, "--device", "cpu"]
     path = {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", INTERRUPTED, *map(str, flags)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | path)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | path
+    )
     said = [(tmp_path / f"{i}.err").read_text() for i in range(len(moments))]
     assert json.loads(done.stdout) == [130] * len(moments), said
     for err in said:
@@ -523,9 +716,12 @@ def test_an_interrupt_at_any_moment_ends_in_one_line_with_no_half_file(name, tin
 
 def started(main, cwd, **how):
     """Run a line as cli.start runs a script's main, without the seconds that torch takes: (exit code, stdout, stderr)."""
-    code = f"import os, signal\nfrom pathlib import Path\nfrom minivit import cli\nfrom minivit.system import files\ndef main():\n    {main}\ncli.start(main)"
+    imports = "import os, signal\nfrom pathlib import Path\nfrom minivit import cli\nfrom minivit.system import files\n"
+    code = f"{imports}def main():\n    {main}\ncli.start(main)"
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env=env, **how)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env=env, **how
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -575,7 +771,9 @@ def test_each_way_to_start_a_command_is_there_and_says_its_own_name(name):
         f"python -m minivit {name}": ["-m", "minivit", name],
     }
     for said, way in ways.items():
-        done = subprocess.run([sys.executable, *way, "--device"], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, *way, "--device"], capture_output=True, text=True, cwd=ROOT
+        )
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(f"{said}: ") and done.stderr.endswith(f"see {said} --help\n")
 
@@ -586,18 +784,30 @@ def test_without_a_command_they_are_listed_and_a_wrong_one_is_refused_in_a_line(
         printed = capsys.readouterr()
         assert all(f"\n  {name} " in printed.out for name in __main__.COMMANDS) and not printed.err
     assert __main__.main(["trian"]) == 2
-    assert capsys.readouterr().err == f"python -m minivit: no command trian; expected one of {', '.join(__main__.COMMANDS)}\n"
+    assert (
+        capsys.readouterr().err
+        == f"python -m minivit: no command trian; expected one of {', '.join(__main__.COMMANDS)}\n"
+    )
 
 
 def test_a_wheel_holds_what_minivit_reads():
-    section = (ROOT / "pyproject.toml").read_text().split("[tool.setuptools.package-data]\n")[1].split("\n\n")[0]
+    section = (
+        (ROOT / "pyproject.toml")
+        .read_text()
+        .split("[tool.setuptools.package-data]\n")[1]
+        .split("\n\n")[0]
+    )
     held = set()
     for line in section.splitlines():
-        package, _, patterns = line.replace('"minivit.', "minivit.").replace('" =', " =").partition(" = ")
+        package, _, patterns = (
+            line.replace('"minivit.', "minivit.").replace('" =', " =").partition(" = ")
+        )
         for pattern in re.findall('"([^"]+)"', patterns):
             held |= set((ROOT / package.replace(".", "/")).glob(pattern))
     everything = (ROOT / "minivit").rglob("*")
-    assert held == {p for p in everything if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts}
+    assert held == {
+        p for p in everything if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts
+    }
 
 
 def test_the_product_imports_transformers_nowhere():
@@ -609,14 +819,23 @@ def test_the_product_imports_transformers_nowhere():
 def test_real_photos_are_read_whatever_they_are(pets3, tmp_path, tiny_folder):
     """Abyssinian_5 is a PNG named .jpg, in the official test split."""
     images = pets3 / "oxford-iiit-pet" / "images"
-    odd = [images / name for name in ("Abyssinian_5.jpg", "Bengal_1.jpg") if (images / name).exists()]
+    odd = [
+        images / name for name in ("Abyssinian_5.jpg", "Bengal_1.jpg") if (images / name).exists()
+    ]
     assert odd
-    assert infer.main([*map(str, odd), "--model", str(tiny_folder), "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert (
+        infer.main(
+            [*map(str, odd), "--model", str(tiny_folder), "--out", str(tmp_path), "--device", "cpu"]
+        )
+        == 0
+    )
 
 
 def test_the_readmes_ten_lines_run(vit_b16, photos):
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    code = code.replace("google/vit-base-patch16-224", str(vit_b16)).replace("cat.jpg", str(photos[0]))
+    code = code.replace("google/vit-base-patch16-224", str(vit_b16)).replace(
+        "cat.jpg", str(photos[0])
+    )
     names: dict = {}
     exec(code, names)
     assert names["images"].shape == (1, 3, 224, 224)

@@ -28,7 +28,9 @@ HOSTILE = ["\x1b[31mred", "line\nline", "\ud800", "a" * 10_000, "", "\u202egnp.t
 def valid(tmp_path_factory) -> Path:
     """One model in three formats: safetensors and pickle in folders, npz a file."""
     folder = tmp_path_factory.mktemp("valid")
-    model = randomize(ViT(TINY.__class__(**{**vars(TINY), "depth": 2, "embed_dim": 192, "mlp_dim": 768})))
+    model = randomize(
+        ViT(TINY.__class__(**{**vars(TINY), "depth": 2, "embed_dim": 192, "mlp_dim": 768}))
+    )
     model.labels, model.preprocess = tuple(f"thing {i}" for i in range(5)), Preprocess((32, 32))
     for name in ("safetensors", "bin"):
         (folder / name).mkdir()
@@ -74,20 +76,26 @@ def flip_header_bits(path, rng):
 
 def lie_about_header_length(path, rng):
     data = path.read_bytes()
-    path.write_bytes(rng.choice([2**63, 2**64 - 1, 10**9, 10**8 - 9, 0, 1]).to_bytes(8, "little") + data[8:])
+    path.write_bytes(
+        rng.choice([2**63, 2**64 - 1, 10**9, 10**8 - 9, 0, 1]).to_bytes(8, "little") + data[8:]
+    )
 
 
 def change_dtype(path, rng):
     def change(tensors):
         name = rng.choice(sorted(tensors))
-        tensors[name] = tensors[name].to(rng.choice([torch.int32, torch.int8, torch.bool, torch.complex64]))
+        tensors[name] = tensors[name].to(
+            rng.choice([torch.int32, torch.int8, torch.bool, torch.complex64])
+        )
 
     edit_tensors(path, change)
 
 
 def swap_shapes(path, rng):
     def change(tensors):
-        name = rng.choice(sorted(n for n, t in tensors.items() if t.ndim == 2 and t.shape[0] != t.shape[1]))
+        name = rng.choice(
+            sorted(n for n, t in tensors.items() if t.ndim == 2 and t.shape[0] != t.shape[1])
+        )
         tensors[name] = tensors[name].T.contiguous()
 
     edit_tensors(path, change)
@@ -107,7 +115,9 @@ def double_a_key(path, rng):
 
 def write_a_key_twice(path, rng):
     def change(text):
-        name, value = rng.choice(sorted((k, v) for k, v in json.loads(text).items() if k != "__metadata__"))
+        name, value = rng.choice(
+            sorted((k, v) for k, v in json.loads(text).items() if k != "__metadata__")
+        )
         return text.rstrip()[:-1] + f",{json.dumps(name)}:{json.dumps(value)}}}"
 
     edit_header(path, change)
@@ -115,7 +125,9 @@ def write_a_key_twice(path, rng):
 
 def put_in_nan(path, rng):
     def change(tensors):
-        tensors[rng.choice(sorted(tensors))].view(-1)[-1] = rng.choice([float("nan"), float("inf"), -float("inf")])
+        tensors[rng.choice(sorted(tensors))].view(-1)[-1] = rng.choice(
+            [float("nan"), float("inf"), -float("inf")]
+        )
 
     edit_tensors(path, change)
 
@@ -136,8 +148,17 @@ WRONG = [None, -1, 0, 1.5, 10**30, "12", [], {}, True, float("nan")]
 
 
 def break_a_size(path, rng):
-    sizes = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "image_size"]
-    edit_config(path.parent / "config.json", lambda c: c.update({rng.choice(sizes): rng.choice(WRONG)}))
+    sizes = [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "patch_size",
+        "image_size",
+    ]
+    edit_config(
+        path.parent / "config.json", lambda c: c.update({rng.choice(sizes): rng.choice(WRONG)})
+    )
 
 
 def break_another_setting(path, rng):
@@ -155,14 +176,32 @@ def break_another_setting(path, rng):
 
 
 def drop_a_setting(path, rng):
-    needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "layer_norm_eps"]
-    edit_config(path.parent / "config.json", lambda c: c.pop(rng.choice([*needed, "architectures", "model_type"])))
+    needed = [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "patch_size",
+        "layer_norm_eps",
+    ]
+    edit_config(
+        path.parent / "config.json",
+        lambda c: c.pop(rng.choice([*needed, "architectures", "model_type"])),
+    )
 
 
 def config_of_another_family(path, rng):
-    kind, family = rng.choice([("Dinov2", "dinov2"), ("Dinov2WithRegisters", "dinov2_with_registers"), ("Swin", "swin")])
-    change = {"model_type": family, "architectures": [f"{kind}ForImageClassification"], "mlp_ratio": 4}
-    edit_config(path.parent / "config.json", lambda c: c.update(change | {"num_register_tokens": 4}))
+    kind, family = rng.choice(
+        [("Dinov2", "dinov2"), ("Dinov2WithRegisters", "dinov2_with_registers"), ("Swin", "swin")]
+    )
+    change = {
+        "model_type": family,
+        "architectures": [f"{kind}ForImageClassification"],
+        "mlp_ratio": 4,
+    }
+    edit_config(
+        path.parent / "config.json", lambda c: c.update(change | {"num_register_tokens": 4})
+    )
 
 
 def break_preprocessing(path, rng):
@@ -176,11 +215,15 @@ def break_preprocessing(path, rng):
             ("rescale_factor", [1, "x", None]),
         ]
     )
-    edit_config(path.parent / "preprocessor_config.json", lambda c: c.update({key: rng.choice(values)}))
+    edit_config(
+        path.parent / "preprocessor_config.json", lambda c: c.update({key: rng.choice(values)})
+    )
 
 
 def config_that_is_no_object(path, rng):
-    text = rng.choice(["", "[]", "null", "{", '{"a":' * 100_000, "\x00", '{"model_type": 1e999}', "[" * 200_000])
+    text = rng.choice(
+        ["", "[]", "null", "{", '{"a":' * 100_000, "\x00", '{"model_type": 1e999}', "[" * 200_000]
+    )
     (path.parent / rng.choice(["config.json", "preprocessor_config.json"])).write_text(text)
 
 
@@ -209,9 +252,22 @@ def noise(path, rng):
 
 
 OF_ANY = [truncate, loop_of_links, a_folder_in_its_place, empty, noise]
-OF_CONFIGS = [break_a_size, break_another_setting, drop_a_setting, config_of_another_family, break_preprocessing]
+OF_CONFIGS = [
+    break_a_size,
+    break_another_setting,
+    drop_a_setting,
+    config_of_another_family,
+    break_preprocessing,
+]
 OF_CONFIGS += [config_that_is_no_object, not_utf8]
-OF_SAFETENSORS = [flip_header_bits, lie_about_header_length, change_dtype, swap_shapes, delete_a_key, double_a_key]
+OF_SAFETENSORS = [
+    flip_header_bits,
+    lie_about_header_length,
+    change_dtype,
+    swap_shapes,
+    delete_a_key,
+    double_a_key,
+]
 OF_SAFETENSORS += [write_a_key_twice, put_in_nan, name_not_utf8]
 
 
@@ -220,7 +276,10 @@ def test_no_corruption_gives_a_model_or_a_traceback(seed, valid, tmp_path):
     rng = random.Random(seed)
     kind = rng.choice(["safetensors"] * 4 + ["bin", "npz"])
     folder = shutil.copytree(valid / kind, tmp_path / "model")
-    path = folder / {"safetensors": "model.safetensors", "bin": "pytorch_model.bin", "npz": "ViT.npz"}[kind]
+    path = (
+        folder
+        / {"safetensors": "model.safetensors", "bin": "pytorch_model.bin", "npz": "ViT.npz"}[kind]
+    )
     kinds = OF_ANY[: 1 if kind == "npz" else None] if kind == "npz" else OF_ANY + OF_CONFIGS
     corrupt = rng.choice(kinds + (OF_SAFETENSORS * 2 if kind == "safetensors" else []))
     corrupt(path, rng)
@@ -233,10 +292,22 @@ def test_no_corruption_gives_a_model_or_a_traceback(seed, valid, tmp_path):
 
 def test_a_hostile_label_is_a_name_like_another(valid, tmp_path, photos, capsys):
     folder = shutil.copytree(valid / "safetensors", tmp_path / "model")
-    edit_config(folder / "config.json", lambda c: c["id2label"].update({str(i): label for i, label in enumerate(HOSTILE)}))
+    edit_config(
+        folder / "config.json",
+        lambda c: c["id2label"].update({str(i): label for i, label in enumerate(HOSTILE)}),
+    )
     edit_tensors(folder / "model.safetensors", lambda t: t.update(head_of(len(HOSTILE))))
     assert load_pretrained(folder).labels == tuple(HOSTILE)
-    flags = ["--model", str(folder), "--layers", "1", "--top-k", "9", "--out", str(tmp_path / "out")]
+    flags = [
+        "--model",
+        str(folder),
+        "--layers",
+        "1",
+        "--top-k",
+        "9",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert infer.main([str(photos[0]), *flags]) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 1 + len(HOSTILE) + 1
@@ -274,7 +345,11 @@ def test_a_broken_file_takes_less_than_twice_its_size_in_memory(tmp_path):
         size = (folders[-1] / "model.safetensors").stat().st_size
         corrupt(folders[-1] / "model.safetensors", random.Random(0))
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, *map(str, folders)], capture_output=True, text=True, cwd=ROOT, timeout=120
+        [sys.executable, "-c", PEAK, *map(str, folders)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
     )
     assert done.stderr.count("\n") == len(folders), done.stderr
     assert size > 50e6

@@ -63,11 +63,15 @@ def test_the_split_is_fixed_by_the_seed(pets):
 
 def test_a_listed_photo_that_is_missing_is_named(pets):
     (pets / "oxford-iiit-pet" / "images" / "alpha_dog_3.jpg").unlink()
-    with pytest.raises(UserError, match="1 of the photos listed are missing, alpha_dog_3.jpg the first"):
+    with pytest.raises(
+        UserError, match="1 of the photos listed are missing, alpha_dog_3.jpg the first"
+    ):
         load_data(pets, seed=0)
 
 
-@pytest.mark.parametrize("line, message", [("nonsense", "expected lines as"), ("x_1 9 1 1", "expected labels 1 to 4")])
+@pytest.mark.parametrize(
+    "line, message", [("nonsense", "expected lines as"), ("x_1 9 1 1", "expected labels 1 to 4")]
+)
 def test_a_bad_listing_is_refused(pets, line, message):
     listing = pets / "oxford-iiit-pet" / "annotations" / "test.txt"
     listing.write_text(f"{line}\n")
@@ -209,7 +213,9 @@ def test_augmentation_does_what_its_draws_say():
     assert_close(augment(image, draws(flip=0.1)), image.flip(3), rtol=0, atol=1e-5)
     ramp = torch.arange(100.0).view(1, 1, 1, 100).expand(1, 3, 100, 100)
     left = augment(ramp, draws(scale=0.0, x=0.0))
-    assert_close(left[0, 0, 50, [0, 99]], torch.tensor([-0.1, 79.1]).clamp(min=0.1), rtol=0, atol=0.3)
+    assert_close(
+        left[0, 0, 50, [0, 99]], torch.tensor([-0.1, 79.1]).clamp(min=0.1), rtol=0, atol=0.3
+    )
     spot = torch.zeros(1, 3, 101, 201)
     spot[:, :, 49:52, 179:182] = 1  # 80 pixels right of the centre
     turned = augment(spot, draws(turn=1.0))[0, 0]
@@ -221,4 +227,7 @@ def test_augmentation_does_what_its_draws_say():
 def test_each_photo_has_its_own_augmentation_whatever_its_batch():
     images, drawn = torch.rand(6, 3, 16, 16), draw_augmentation(6, torch.Generator().manual_seed(0))
     assert torch.equal(drawn, draw_augmentation(6, torch.Generator().manual_seed(0)))
-    assert_close(augment(images, drawn), torch.cat([augment(images[:4], drawn[:4]), augment(images[4:], drawn[4:])]))
+    assert_close(
+        augment(images, drawn),
+        torch.cat([augment(images[:4], drawn[:4]), augment(images[4:], drawn[4:])]),
+    )

@@ -27,12 +27,19 @@ def story(request, tmp_path_factory):
     """The story's folder, what it printed, and whether it is the whole story, in processes, or a tenth of it, in this one."""
     out, printed = tmp_path_factory.mktemp("demo") / "story", io.StringIO()
     if request.param == "whole":
-        told = subprocess.run([sys.executable, "-m", "minivit", "demo", "--out", out], capture_output=True, text=True, cwd=ROOT)
+        told = subprocess.run(
+            [sys.executable, "-m", "minivit", "demo", "--out", out],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
         assert told.returncode == 0, told.stderr
         return out, told.stdout, True
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(demo, "PER_BREED", (12, 4))
-        patch.setattr(demo, "TRAINING", ("--epochs", "4", "--batch-size", "8", "--lr", "3e-3", "--amp", "off"))
+        patch.setattr(
+            demo, "TRAINING", ("--epochs", "4", "--batch-size", "8", "--lr", "3e-3", "--amp", "off")
+        )
         patch.setattr(demo.subprocess, "run", run_here)
         assert demo.main(["--out", str(out)]) == 0
     return out, printed.getvalue(), False
@@ -47,10 +54,21 @@ def attention_on_the_animal(model, data) -> np.ndarray:
     shares = []
     for path in data.test.paths:
         with torch.inference_mode():
-            _, attn = model.forward_with_attention(model.preprocess(open_photo(path))[None], [10, 11], queries=[0])
-        looked = np.stack([query_maps(attn[block], model.config.grid)[0].mean(0) for block in (10, 11)])
-        mask = np.asarray(Image.open(path.parents[1] / "annotations" / "trimaps" / f"{path.stem}.png").resize((224, 224), 0))
-        pet, room = ((mask == v).reshape(14, 16, 14, 16).mean((1, 3)) for v in (scenes.PET, scenes.BACKGROUND))
+            _, attn = model.forward_with_attention(
+                model.preprocess(open_photo(path))[None], [10, 11], queries=[0]
+            )
+        looked = np.stack(
+            [query_maps(attn[block], model.config.grid)[0].mean(0) for block in (10, 11)]
+        )
+        mask = np.asarray(
+            Image.open(path.parents[1] / "annotations" / "trimaps" / f"{path.stem}.png").resize(
+                (224, 224), 0
+            )
+        )
+        pet, room = (
+            (mask == v).reshape(14, 16, 14, 16).mean((1, 3))
+            for v in (scenes.PET, scenes.BACKGROUND)
+        )
         on, off = (looked * pet).sum((1, 2)), (looked * room).sum((1, 2))
         shares.append(on / (on + off) / (pet.sum() / (pet.sum() + room.sum())))  # 1 is chance
     return np.array(shares).T
@@ -60,7 +78,10 @@ def test_the_embedded_checkpoint_is_small_and_transformers_reads_it():
     from transformers import AutoModelForImageClassification
 
     assert sum(path.stat().st_size for path in DEMO.iterdir()) <= 3_000_000
-    ours, theirs = load_pretrained("demo"), AutoModelForImageClassification.from_pretrained(DEMO, dtype=torch.float32)
+    ours, theirs = (
+        load_pretrained("demo"),
+        AutoModelForImageClassification.from_pretrained(DEMO, dtype=torch.float32),
+    )
     assert ours.labels == tuple(scenes.OBJECTS) == tuple(theirs.config.id2label.values())
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -81,14 +102,18 @@ def draw_photo_of(model, rng, thing):
 
 def test_breeds_are_learnt_and_attention_moves_to_the_animal(story):
     out, _, whole = story
-    assert json.loads((out / "run" / "summary.json").read_text())["test_accuracy"] >= (0.95 if whole else 0.3)  # chance: 0.17
+    assert json.loads((out / "run" / "summary.json").read_text())["test_accuracy"] >= (
+        0.95 if whole else 0.3
+    )  # chance: 0.17
     data = load_data(out / "drawings", seed=0)
     models = load_pretrained("demo"), load_pretrained(out / "run")
     looks = [attention_on_the_animal(model, data) for model in models]
     times = (2, 1.5) if whole else (1.3, 1.2)  # measured: 2.9 and 2.0, of the tenth 1.8 and 1.4
     for block, before, after, least in zip((10, 11), *looks, times):
         gain = after - before  # of each photo
-        print(f"block {block}: {before.mean():.2f} times chance before, {after.mean():.2f} after")  # README's numbers, with -s
+        print(
+            f"block {block}: {before.mean():.2f} times chance before, {after.mean():.2f} after"
+        )  # README's numbers, with -s
         assert after.mean() >= least * before.mean()
         assert gain.mean() - 3 * gain.std() / len(gain) ** 0.5 > 0
     images = models[0].preprocess(open_photo(data.test.paths[0]))[None]
@@ -102,7 +127,9 @@ def test_the_story_is_told_and_points_at_what_is_there(story):
     before, rest = printed.split("$ python -m minivit train")
     training, after = rest.split("$ python -m minivit infer")
     for i, (thing, breed, _) in enumerate(demo.STORY):
-        names = [re.findall(r"^\d\.\d{3}  (.+)$", part, re.M) for part in (before, after)]  # after: two of either model
+        names = [
+            re.findall(r"^\d\.\d{3}  (.+)$", part, re.M) for part in (before, after)
+        ]  # after: two of either model
         assert [names[0][2 * i], names[1][4 * i]] == [thing, thing]
         assert names[1][4 * i + 2] == breed.replace("_", " ") or not whole
         assert (out / "after" / f"{breed.replace('_', ' ')} and {thing}.html").is_file()
@@ -122,5 +149,7 @@ def test_the_story_is_told_and_points_at_what_is_there(story):
 def test_what_fails_inside_ends_the_story_with_its_exit_code(tmp_path, monkeypatch):
     codes = iter([0, 2])
     monkeypatch.setattr(demo, "PER_BREED", (1, 1))
-    monkeypatch.setattr(demo.subprocess, "run", lambda command: subprocess.CompletedProcess(command, next(codes)))
+    monkeypatch.setattr(
+        demo.subprocess, "run", lambda command: subprocess.CompletedProcess(command, next(codes))
+    )
     assert demo.main(["--out", str(tmp_path / "out"), "--workers", "1"]) == 2

@@ -14,11 +14,19 @@ from minivit.system import device
 
 
 @pytest.mark.parametrize("name, index", [("cuda", 3), ("cuda:1", 1)])
-def test_a_memory_limit_is_a_share_of_the_device_that_is_meant_less_cudas_own(monkeypatch, name, index):
+def test_a_memory_limit_is_a_share_of_the_device_that_is_meant_less_cudas_own(
+    monkeypatch, name, index
+):
     limits = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=(10 + i) * 2**30))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, i: limits.append((share, i)))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda i: SimpleNamespace(total_memory=(10 + i) * 2**30),
+    )
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, i: limits.append((share, i))
+    )
     device.limit_memory(torch.device(name), 4)
     device.limit_memory(torch.device(name), 400)
     assert limits == [(pytest.approx((4 - device.CONTEXT_GIB) / (10 + index)), index), (1.0, index)]
@@ -31,8 +39,13 @@ def test_a_memory_limit_that_cannot_be_is_refused():
         device.limit_memory(torch.device("cuda"), 0.5)
 
 
-@pytest.mark.parametrize("major, expected", [(6, torch.float16), (7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)])
-def test_gpus_before_ampere_get_fp16_by_themselves_and_are_refused_bf16(monkeypatch, major, expected):
+@pytest.mark.parametrize(
+    "major, expected",
+    [(6, torch.float16), (7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)],
+)
+def test_gpus_before_ampere_get_fp16_by_themselves_and_are_refused_bf16(
+    monkeypatch, major, expected
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
     assert device.pick_amp("auto", torch.device("cuda")) is expected
     if major < 8:
@@ -43,7 +56,11 @@ def test_gpus_before_ampere_get_fp16_by_themselves_and_are_refused_bf16(monkeypa
 @pytest.mark.parametrize("amp, expected", [(None, 8), (torch.bfloat16, 16)])
 def test_a_cpu_computes_few_photos_at_once_and_more_in_bf16(amp, expected):
     cpu = torch.device("cpu")
-    assert device.pick_micro_batch(None, 64, cpu, amp) == device.eval_batch(cpu, 64, 64, amp) == expected
+    assert (
+        device.pick_micro_batch(None, 64, cpu, amp)
+        == device.eval_batch(cpu, 64, 64, amp)
+        == expected
+    )
     assert device.pick_micro_batch(None, 4, cpu, amp) == 4
     assert device.pick_micro_batch(32, 64, cpu, amp) == 32
 

@@ -62,7 +62,9 @@ def found(root):
 
 
 def message(root, kind):
-    return next(finding.message for finding in doctor.check(root, workers=2)[1] if finding.kind == kind)
+    return next(
+        finding.message for finding in doctor.check(root, workers=2)[1] if finding.kind == kind
+    )
 
 
 def test_a_sound_folder_has_no_findings(folder):
@@ -74,7 +76,9 @@ def test_a_sound_folder_has_no_findings(folder):
 def test_class_folders_right_in_the_folder_are_read_too(folder, capsys):
     photos, findings = doctor.check(folder / "train", workers=2)
     assert findings == []
-    assert {photo.name for photo in photos} == {f"{name}/{i}.jpg" for name in ("cat", "dog") for i in range(6)}
+    assert {photo.name for photo in photos} == {
+        f"{name}/{i}.jpg" for name in ("cat", "dog") for i in range(6)
+    }
 
 
 def cut(path):
@@ -120,7 +124,14 @@ def test_a_defect_is_found_under_its_kind_and_nothing_else(folder, plant, kind):
 
 @pytest.mark.parametrize(
     "mode, suffix",
-    [("RGBA", ".png"), ("LA", ".png"), ("P", ".png"), ("I;16", ".png"), ("P", ".gif"), ("1", ".bmp")],
+    [
+        ("RGBA", ".png"),
+        ("LA", ".png"),
+        ("P", ".png"),
+        ("I;16", ".png"),
+        ("P", ".gif"),
+        ("1", ".bmp"),
+    ],
 )
 def test_unusual_modes_are_named(folder, mode, suffix):
     path = folder / "train" / "cat" / f"odd{suffix}"
@@ -132,7 +143,9 @@ def test_unusual_modes_are_named(folder, mode, suffix):
     assert f"odd{suffix} is {mode}" in message(folder, "mode")
 
 
-@pytest.mark.parametrize("suffix", [".jpeg", ".JPG", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm"])
+@pytest.mark.parametrize(
+    "suffix", [".jpeg", ".JPG", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm"]
+)
 def test_every_suffix_that_is_read_goes_with_its_format(folder, suffix):
     photo(7).save(folder / "train" / "cat" / f"odd{suffix}")
     assert found(folder) == {}
@@ -151,7 +164,9 @@ def test_every_suffix_that_is_read_goes_with_its_format(folder, suffix):
 @pytest.mark.parametrize("near", [False, True], ids=["exact", "near"])
 def test_copies_are_told_by_what_they_spoil(folder, copy, kind, near):
     if near:  # smaller, lighter, recompressed
-        Image.open(folder / CAT).resize((80, 64)).point(lambda v: 20 + v * 0.9).save(folder / copy, quality=60)
+        Image.open(folder / CAT).resize((80, 64)).point(lambda v: 20 + v * 0.9).save(
+            folder / copy, quality=60
+        )
     else:
         shutil.copy(folder / CAT, folder / copy)
     assert found(folder) == {kind: sorted([CAT, copy])}
@@ -162,15 +177,21 @@ def test_flat_and_drawn_images_are_not_taken_for_copies(tmp_path):
     for c, name in enumerate(("cat", "dog")):
         (tmp_path / name).mkdir()
         for i in range(8):
-            flat = np.clip(np.random.default_rng(9 * c + i).normal(60 + 9 * i, 2, (72, 96, 3)), 0, 255)
+            flat = np.clip(
+                np.random.default_rng(9 * c + i).normal(60 + 9 * i, 2, (72, 96, 3)), 0, 255
+            )
             Image.fromarray(flat.astype(np.uint8)).save(tmp_path / name / f"flat{i}.png")
             x, y = np.mgrid[:72, :96]
             vignette = 4 * (np.hypot(x - 36, y - 48) > 34)[..., None] + [30 * i, 20 * c, 40]
             Image.fromarray(vignette.astype(np.uint8)).save(tmp_path / name / f"vignette{i}.png")
-            sky = Image.fromarray(np.stack([x * 2 + 9 * i, x * 2 + 50, y + 100 * c], -1).clip(0, 255).astype(np.uint8))
+            sky = Image.fromarray(
+                np.stack([x * 2 + 9 * i, x * 2 + 50, y + 100 * c], -1).clip(0, 255).astype(np.uint8)
+            )
             sky.save(tmp_path / name / f"gradient{i}.png")
             drawn = Image.new("RGB", (96, 72), "white")
-            ImageDraw.Draw(drawn).ellipse((6 * i, 20 * c + 3 * i, 6 * i + 30, 20 * c + 3 * i + 20), "orange", "black")
+            ImageDraw.Draw(drawn).ellipse(
+                (6 * i, 20 * c + 3 * i, 6 * i + 30, 20 * c + 3 * i + 20), "orange", "black"
+            )
             drawn.save(tmp_path / name / f"drawn{i}.png")
     assert found(tmp_path) == {}
 
@@ -188,7 +209,10 @@ def test_copies_are_found_however_far_apart(tmp_path):
     assert found(tmp_path) == {"copies-labels": ["cat/0.jpg", "dog/zzz.jpg"]}
 
 
-@pytest.mark.parametrize("unread", ["notes.txt", "valid/cat/9.jpg", "train/9.jpg", "train/cat/x.heic", "test/cat/more/9.jpg"])
+@pytest.mark.parametrize(
+    "unread",
+    ["notes.txt", "valid/cat/9.jpg", "train/9.jpg", "train/cat/x.heic", "test/cat/more/9.jpg"],
+)
 def test_what_training_does_not_read_is_noted(folder, unread):
     (folder / unread).parent.mkdir(parents=True, exist_ok=True)
     photo(7).save(folder / unread, "JPEG")
@@ -255,19 +279,48 @@ def pets_folder(name):
     return lambda pets: shutil.rmtree(pets / "oxford-iiit-pet" / name)
 
 
-MASK, IMAGE = "oxford-iiit-pet/annotations/trimaps/Bengal_0.png", "oxford-iiit-pet/images/Bengal_0.jpg"
-ALL = sorted(f"{breed}_{i}" for breed in ("Abyssinian", "beagle", "Bengal") for i in (0, 1, 2, 3, 10, 11))
+MASK, IMAGE = (
+    "oxford-iiit-pet/annotations/trimaps/Bengal_0.png",
+    "oxford-iiit-pet/images/Bengal_0.jpg",
+)
+ALL = sorted(
+    f"{breed}_{i}" for breed in ("Abyssinian", "beagle", "Bengal") for i in (0, 1, 2, 3, 10, 11)
+)
 PETS_DEFECTS = {
     "missing photo": (lambda p: (p / IMAGE).unlink(), "missing", ["Bengal_0.jpg"]),
     "missing folder of photos": (pets_folder("images"), "missing", [f"{stem}.jpg" for stem in ALL]),
-    "missing folder of masks": (pets_folder("annotations/trimaps"), "missing-mask", [f"{stem}.png" for stem in ALL]),
+    "missing folder of masks": (
+        pets_folder("annotations/trimaps"),
+        "missing-mask",
+        [f"{stem}.png" for stem in ALL],
+    ),
     "missing mask": (lambda p: (p / MASK).unlink(), "missing-mask", ["Bengal_0.png"]),
     "pipe for a mask": (lambda p: replace(p / MASK, os.mkfifo), "missing-mask", ["Bengal_0.png"]),
-    "empty mask": (lambda p: Image.new("L", (96, 72), 2).save(p / MASK), "empty-mask", ["Bengal_0.png"]),
-    "mask of another size": (lambda p: Image.new("L", (72, 96), 1).save(p / MASK), "bad-mask", ["Bengal_0.png"]),
-    "truncated mask": (lambda p: (p / MASK).write_bytes((p / MASK).read_bytes()[:-60]), "bad-mask", ["Bengal_0.png"]),
-    "unlisted photo": (lambda p: drop_line(p, "trainval", "Bengal_0"), "unlisted", ["Bengal_0.jpg"]),
-    "file of another kind": (lambda p: (p / IMAGE).with_suffix(".mat").write_text("x"), "unlisted", ["Bengal_0.mat"]),
+    "empty mask": (
+        lambda p: Image.new("L", (96, 72), 2).save(p / MASK),
+        "empty-mask",
+        ["Bengal_0.png"],
+    ),
+    "mask of another size": (
+        lambda p: Image.new("L", (72, 96), 1).save(p / MASK),
+        "bad-mask",
+        ["Bengal_0.png"],
+    ),
+    "truncated mask": (
+        lambda p: (p / MASK).write_bytes((p / MASK).read_bytes()[:-60]),
+        "bad-mask",
+        ["Bengal_0.png"],
+    ),
+    "unlisted photo": (
+        lambda p: drop_line(p, "trainval", "Bengal_0"),
+        "unlisted",
+        ["Bengal_0.jpg"],
+    ),
+    "file of another kind": (
+        lambda p: (p / IMAGE).with_suffix(".mat").write_text("x"),
+        "unlisted",
+        ["Bengal_0.mat"],
+    ),
     "photo of zero bytes": (lambda p: (p / IMAGE).write_bytes(b""), "unreadable", ["Bengal_0.jpg"]),
     "other archive": (
         lambda p: (p / "oxford-iiit-pet" / "images.tar.gz").write_bytes(b"half of it"),
@@ -309,7 +362,9 @@ def test_an_odd_photo_that_no_listing_names_does_not_stop_training(pets):
     }
 
 
-@pytest.mark.parametrize("line", ["Bengal_0 x 1 1", "Bengal_0 9 1 1"], ids=["no label", "a gap in the labels"])
+@pytest.mark.parametrize(
+    "line", ["Bengal_0 x 1 1", "Bengal_0 9 1 1"], ids=["no label", "a gap in the labels"]
+)
 def test_a_listing_that_training_refuses_is_an_error(pets, line):
     listing = pets / "oxford-iiit-pet" / "annotations" / "trainval.txt"
     listing.write_text(listing.read_text().replace("Bengal_0 3 1 1", line))
@@ -339,7 +394,9 @@ def test_part_of_pets_is_noted_and_all_of_it_counted(pets):
             start += n
     assert [len(stems) for stems in names.values()] == [3680, 3669]
     for split, stems in names.items():
-        (folder / "annotations" / f"{split}.txt").write_text("".join(f"{stem} 1 1 1\n" for stem in stems))
+        (folder / "annotations" / f"{split}.txt").write_text(
+            "".join(f"{stem} 1 1 1\n" for stem in stems)
+        )
         for stem in stems:
             (folder / "images" / f"{stem}.jpg").write_bytes(b"x")
     assert [finding.kind for finding in doctor.quick_check(pets)] == ["missing-mask"]
@@ -368,7 +425,10 @@ def test_the_quick_check_opens_nothing(folder, monkeypatch):
     monkeypatch.setattr(Image, "open", None)
     (finding,) = doctor.quick_check(folder)
     assert (finding.severity, finding.kind, finding.files) == ("error", "unreadable", [CAT])
-    assert str(finding) == f"error    1 photo that cannot be read ({CAT} is empty): copy again, or remove"
+    assert (
+        str(finding)
+        == f"error    1 photo that cannot be read ({CAT} is empty): copy again, or remove"
+    )
 
 
 def test_the_command_prints_a_line_a_finding_and_a_verdict(folder, capsys):
@@ -384,9 +444,14 @@ def test_the_command_prints_a_line_a_finding_and_a_verdict(folder, capsys):
     cut(folder / "test" / "dog" / "0.jpg")
     assert doctor.main(["--data", str(folder)]) == 2
     error, note, verdict = capsys.readouterr().out.splitlines()
-    assert error.startswith("error    1 photo that cannot be read (test/dog/0.jpg: cannot be read as a photo (image file is tr")
+    assert error.startswith(
+        "error    1 photo that cannot be read (test/dog/0.jpg: cannot be read as a photo (image file is tr"
+    )
     names = ", ".join(f"train/cat/{i}.jpg is L" for i in range(3))
-    assert note == f"note     5 photos of an unusual mode ({names}, …): read as RGB, transparency over white"
+    assert (
+        note
+        == f"note     5 photos of an unusual mode ({names}, …): read as RGB, transparency over white"
+    )
     assert verdict.endswith(" s: 1 error, 0 warnings, 1 note; training would fail")
 
 
@@ -429,7 +494,9 @@ def test_hostile_names_neither_steer_the_terminal_nor_break_the_output(folder, c
 
 
 @pytest.mark.parametrize("what", ["absent", "empty", "a file", "no photos"])
-def test_what_is_no_data_folder_ends_in_one_line_and_downloads_nothing(tmp_path, what, capsys, monkeypatch):
+def test_what_is_no_data_folder_ends_in_one_line_and_downloads_nothing(
+    tmp_path, what, capsys, monkeypatch
+):
     monkeypatch.setattr("minivit.data.datasets.download_pets", None)
     root = tmp_path / "data"
     if what == "a file":
@@ -450,12 +517,20 @@ def test_what_is_no_data_folder_ends_in_one_line_and_downloads_nothing(tmp_path,
 def test_help_comes_without_torch():
     code = "import sys; from minivit.tools import doctor\n"
     code += "try: doctor.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
-    assert "--json" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert (
+        "--json"
+        in subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
 
 
 def test_broken_exif_is_no_defect(folder):
     photo(7).save(folder / "train" / "cat" / "odd.png", exif=b"nonsense")
-    photo(8).save(folder / "train" / "cat" / "odd.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\xff")
+    photo(8).save(
+        folder / "train" / "cat" / "odd.jpg",
+        exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\xff",
+    )
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         assert doctor.check(folder, workers=1)[1] == []

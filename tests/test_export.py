@@ -22,7 +22,9 @@ from minivit.tools import export
 from minivit.training.optimizer import freeze_except
 
 LABELS = ("Abyssinian", "boxer", "Egyptian Mau")
-needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+needs_timm = pytest.mark.skipif(
+    importlib.util.find_spec("timm") is None, reason="timm is not installed"
+)
 
 
 def fine_tune(base, folder, **options):
@@ -46,9 +48,14 @@ def run(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("img_size", [None, (48, 24)], ids=["same-size", "48x24"])
-def test_a_tail_finds_its_base_and_gives_the_same_logits_bit_for_bit(img_size, tiny_folder, tmp_path):
+def test_a_tail_finds_its_base_and_gives_the_same_logits_bit_for_bit(
+    img_size, tiny_folder, tmp_path
+):
     model = fine_tune(tiny_folder, tmp_path / "run", img_size=img_size)
-    tail, whole = load_pretrained(tmp_path / "run" / "tail.safetensors").eval(), load_pretrained(tmp_path / "run").eval()
+    tail, whole = (
+        load_pretrained(tmp_path / "run" / "tail.safetensors").eval(),
+        load_pretrained(tmp_path / "run").eval(),
+    )
     assert tail.labels == whole.labels == LABELS
     assert tail.preprocess == whole.preprocess == model.preprocess
     images = model.preprocess(draw_photo(90, 70))[None]
@@ -60,11 +67,18 @@ def test_a_tail_finds_its_base_and_gives_the_same_logits_bit_for_bit(img_size, t
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_tail_is_found_from_another_folder_and_by_the_commands(run, tmp_path, monkeypatch, capsys, photos):
+def test_a_tail_is_found_from_another_folder_and_by_the_commands(
+    run, tmp_path, monkeypatch, capsys, photos
+):
     import infer
 
     monkeypatch.chdir(tmp_path)
-    assert infer.main([str(photos[0]), "--model", "run/tail.safetensors", "--layers", "11", "--amp", "off"]) == 0
+    assert (
+        infer.main(
+            [str(photos[0]), "--model", "run/tail.safetensors", "--layers", "11", "--amp", "off"]
+        )
+        == 0
+    )
     by_tail = capsys.readouterr().out
     assert infer.main([str(photos[0]), "--model", "run", "--layers", "11", "--amp", "off"]) == 0
     assert [line for line in by_tail.splitlines() if "  " in line] == [
@@ -95,14 +109,38 @@ def retensor(tail, change):
 
 SPOILT = {
     "another base": (spoil_base, "is not the one it was trained on"),
-    "no base": (lambda folder, _: shutil.rmtree(folder), "needs its base: .*neither a folder or file here nor a Hub id"),
-    "no hash": (lambda _, tail: retag(tail, lambda m: m.pop("sha256")), "not that of a minivit tail"),
-    "labels that are no list": (lambda _, tail: retag(tail, lambda m: m.update(labels="7")), "not that of a minivit tail"),
-    "fewer labels": (lambda _, tail: retag(tail, lambda m: m.update(labels='["a"]')), "2 misshapen"),
-    "no head": (lambda _, tail: retensor(tail, lambda t: t.pop("head.bias")), r"1 missing \(head.bias\)"),
-    "a stranger": (lambda _, tail: retensor(tail, lambda t: t.update(x=torch.zeros(1))), r"1 unexpected \(x\)"),
-    "fewer tensors": (lambda _, tail: retensor(tail, lambda t: t.pop("norm.bias")), "is not the one it was trained on"),
-    "not finite": (lambda _, tail: retensor(tail, lambda t: t["norm.bias"].fill_(float("nan"))), "norm.bias holds NaN"),
+    "no base": (
+        lambda folder, _: shutil.rmtree(folder),
+        "needs its base: .*neither a folder or file here nor a Hub id",
+    ),
+    "no hash": (
+        lambda _, tail: retag(tail, lambda m: m.pop("sha256")),
+        "not that of a minivit tail",
+    ),
+    "labels that are no list": (
+        lambda _, tail: retag(tail, lambda m: m.update(labels="7")),
+        "not that of a minivit tail",
+    ),
+    "fewer labels": (
+        lambda _, tail: retag(tail, lambda m: m.update(labels='["a"]')),
+        "2 misshapen",
+    ),
+    "no head": (
+        lambda _, tail: retensor(tail, lambda t: t.pop("head.bias")),
+        r"1 missing \(head.bias\)",
+    ),
+    "a stranger": (
+        lambda _, tail: retensor(tail, lambda t: t.update(x=torch.zeros(1))),
+        r"1 unexpected \(x\)",
+    ),
+    "fewer tensors": (
+        lambda _, tail: retensor(tail, lambda t: t.pop("norm.bias")),
+        "is not the one it was trained on",
+    ),
+    "not finite": (
+        lambda _, tail: retensor(tail, lambda t: t["norm.bias"].fill_(float("nan"))),
+        "norm.bias holds NaN",
+    ),
     "cut": (lambda _, tail: tail.write_bytes(tail.read_bytes()[:-9]), "is the file complete"),
 }
 
@@ -136,7 +174,9 @@ def test_an_export_to_timm_comes_back_the_same(run, tmp_path, capsys):
     assert "eps of 1e-6, this model's 1e-12" in said.err
     again = load_pretrained(folder / "timm")
     assert again.labels == LABELS
-    assert again.preprocess == model.preprocess.__class__(**{**vars(model.preprocess), "round_margins": True})
+    assert again.preprocess == model.preprocess.__class__(
+        **{**vars(model.preprocess), "round_margins": True}
+    )
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
 
@@ -161,7 +201,9 @@ def test_timm_reads_what_was_exported_with_the_same_logits(options, tmp_path, ca
     import timm
 
     base = tmp_path / "base"
-    write_by_transformers(base, "ViTForImageClassification", SMALL | {"patch_size": 16}, {"size": 224})
+    write_by_transformers(
+        base, "ViTForImageClassification", SMALL | {"patch_size": 16}, {"size": 224}
+    )
     model = fine_tune(base, tmp_path / "run", **options)
     call = exported(tmp_path / "run", capsys).out
     theirs = eval(call, {"timm": timm}).eval()
@@ -173,8 +215,12 @@ def test_timm_reads_what_was_exported_with_the_same_logits(options, tmp_path, ca
         assert torch.equal(again(images), theirs(images))
     data = timm.data.resolve_data_config(model=again)
     photo = draw_photo(333, 500)
-    assert_close(timm.data.create_transform(**data)(photo), model.preprocess(photo), rtol=0, atol=1e-5)
-    assert json.loads((tmp_path / "run" / "timm" / "config.json").read_text())["label_names"] == list(LABELS)
+    assert_close(
+        timm.data.create_transform(**data)(photo), model.preprocess(photo), rtol=0, atol=1e-5
+    )
+    assert json.loads((tmp_path / "run" / "timm" / "config.json").read_text())[
+        "label_names"
+    ] == list(LABELS)
 
 
 @needs_timm
@@ -189,7 +235,12 @@ def test_timm_reads_exported_dinov2_backbones(kind, tmp_path, capsys):
     theirs = eval(exported(tmp_path, capsys).out, {"timm": timm}).eval()
     images = model.preprocess(draw_photo(300, 200))[None]
     with torch.no_grad():
-        assert_close(theirs.forward_features(images), model.norm(model.tokens(images, model.config.depth)), rtol=0, atol=1e-4)
+        assert_close(
+            theirs.forward_features(images),
+            model.norm(model.tokens(images, model.config.depth)),
+            rtol=0,
+            atol=1e-4,
+        )
     again = load_pretrained(tmp_path / "timm").eval()
     with torch.no_grad():
         assert_close(again(images), model(images), rtol=0, atol=1e-4)

@@ -18,8 +18,12 @@ from torch.testing import assert_close
 from minivit import load_pretrained, save_pretrained
 from minivit.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("default")  # transformers' and timm's own deprecations are not ours to mend
-needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+pytestmark = pytest.mark.filterwarnings(
+    "default"
+)  # transformers' and timm's own deprecations are not ours to mend
+needs_timm = pytest.mark.skipif(
+    importlib.util.find_spec("timm") is None, reason="timm is not installed"
+)
 
 SQUASH = {
     "image_processor_type": "ViTImageProcessor",
@@ -39,10 +43,30 @@ DEIT = {  # facebook's own, of the days when size was an int
     "resample": 3,
     "size": 256,
 }
-SMALL = {"hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 1536}
-BASE = {"hidden_size": 768, "num_hidden_layers": 3, "num_attention_heads": 12, "intermediate_size": 3072}
-LARGE = {"hidden_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 16, "intermediate_size": 4096}
-HUGE = {"hidden_size": 1280, "num_hidden_layers": 1, "num_attention_heads": 16, "intermediate_size": 5120}
+SMALL = {
+    "hidden_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "intermediate_size": 1536,
+}
+BASE = {
+    "hidden_size": 768,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}
+LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+HUGE = {
+    "hidden_size": 1280,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 16,
+    "intermediate_size": 5120,
+}
 DINOV2 = {"image_size": 518, "patch_size": 14, "mlp_ratio": 4}
 # id: class, its sizes, preprocessing
 CHECKPOINTS = {
@@ -51,13 +75,25 @@ CHECKPOINTS = {
         BASE | {"patch_size": 32, "image_size": 384},
         SQUASH | {"size": 384},
     ),
-    "google/vit-large-patch16-224": ("ViTForImageClassification", LARGE | {"patch_size": 16}, SQUASH),
+    "google/vit-large-patch16-224": (
+        "ViTForImageClassification",
+        LARGE | {"patch_size": 16},
+        SQUASH,
+    ),
     "google/vit-huge-patch14-224-in21k": ("ViTModel", HUGE | {"patch_size": 14}, SQUASH),
-    "facebook/deit-small-patch16-224": ("ViTForImageClassification", SMALL | {"patch_size": 16}, DEIT),
+    "facebook/deit-small-patch16-224": (
+        "ViTForImageClassification",
+        SMALL | {"patch_size": 16},
+        DEIT,
+    ),
     "facebook/dino-vits8": ("ViTModel", SMALL | {"patch_size": 8}, SQUASH),
     "facebook/dinov2-base": ("Dinov2Model", BASE | DINOV2, DINOV2_PREPROCESSOR),
     "facebook/dinov2-large": ("Dinov2ForImageClassification", LARGE | DINOV2, DINOV2_PREPROCESSOR),
-    "facebook/dinov2-with-registers-small": ("Dinov2WithRegistersModel", SMALL | DINOV2, DINOV2_PREPROCESSOR),
+    "facebook/dinov2-with-registers-small": (
+        "Dinov2WithRegistersModel",
+        SMALL | DINOV2,
+        DINOV2_PREPROCESSOR,
+    ),
     "a dinov2-with-registers that was fine-tuned": (
         "Dinov2WithRegistersForImageClassification",
         SMALL | DINOV2,
@@ -71,7 +107,11 @@ def write_by_transformers(folder: Path, kind: str, sizes: dict, preprocessor: di
     import transformers
 
     model_class = getattr(transformers, kind)
-    sizes = {name: value for name, value in sizes.items() if kind.startswith("ViT") or name != "intermediate_size"}
+    sizes = {
+        name: value
+        for name, value in sizes.items()
+        if kind.startswith("ViT") or name != "intermediate_size"
+    }
     labels = {i: f"thing {i}" for i in range(1000)} if "Classification" in kind else {}
     config = model_class.config_class(**sizes, **({"id2label": labels} if labels else {}))
     model = randomize(model_class._from_config(config, attn_implementation="eager"))
@@ -87,10 +127,18 @@ def agree(ours, images, hidden_states, attentions, logits=None):
         for stop, expected in enumerate(hidden_states):
             found, size = ours.tokens(images, stop=stop), max(1, expected.abs().max().item())
             # Fused and eager attention round differently: relative to the size of what came before.
-            assert_close(found, expected, rtol=0, atol=1e-5 * size, msg=lambda m, s=stop: f"hidden state {s}: {m}")
+            assert_close(
+                found,
+                expected,
+                rtol=0,
+                atol=1e-5 * size,
+                msg=lambda m, s=stop: f"hidden state {s}: {m}",
+            )
         _, attn = ours.forward_with_attention(images, range(ours.config.depth))
         for block, expected in enumerate(attentions):
-            assert_close(attn[block], expected, rtol=0, atol=1e-5, msg=lambda m, b=block: f"block {b}: {m}")
+            assert_close(
+                attn[block], expected, rtol=0, atol=1e-5, msg=lambda m, b=block: f"block {b}: {m}"
+            )
         if logits is not None:
             assert_close(ours(images), logits, rtol=0, atol=1e-4)
 
@@ -108,26 +156,42 @@ def round_trip(model, folder: Path):
     assert before.keys() == after.keys()
     for name in before:
         assert torch.equal(after[name], before[name]), name
-    assert (again.labels, again.preprocess) == (model.labels, replace(model.preprocess, round_margins=False))
+    assert (again.labels, again.preprocess) == (
+        model.labels,
+        replace(model.preprocess, round_margins=False),
+    )
     return again
 
 
 @pytest.mark.parametrize("kind, sizes, preprocessor", CHECKPOINTS.values(), ids=CHECKPOINTS)
-def test_transformers_families_agree_stage_by_stage_and_round_trips_are_lossless(kind, sizes, preprocessor, tmp_path):
+def test_transformers_families_agree_stage_by_stage_and_round_trips_are_lossless(
+    kind, sizes, preprocessor, tmp_path
+):
     theirs = write_by_transformers(tmp_path, kind, sizes, preprocessor)
     ours = load_pretrained(tmp_path)
     assert len(ours.labels) == (1000 if "Classification" in kind else 0)
     images = photo_batch(ours)
     with torch.no_grad():
         reference = theirs(images, output_hidden_states=True, output_attentions=True)
-    agree(ours, images, reference.hidden_states, reference.attentions, getattr(reference, "logits", None))
+    agree(
+        ours,
+        images,
+        reference.hidden_states,
+        reference.attentions,
+        getattr(reference, "logits", None),
+    )
     round_trip(ours, tmp_path / "again")
-    before, after = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    before, after = (
+        load_file(tmp_path / "model.safetensors"),
+        load_file(tmp_path / "again" / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("preprocessor", [SQUASH, DEIT, DINOV2_PREPROCESSOR], ids=["vit", "deit", "dinov2"])
+@pytest.mark.parametrize(
+    "preprocessor", [SQUASH, DEIT, DINOV2_PREPROCESSOR], ids=["vit", "deit", "dinov2"]
+)
 def test_pixels_are_those_of_transformers_pillow_processors(preprocessor, tiny_folder, photos):
     from transformers import AutoImageProcessor
 
@@ -137,7 +201,9 @@ def test_pixels_are_those_of_transformers_pillow_processors(preprocessor, tiny_f
     preprocess = Preprocess.from_config(preprocessor)
     for processor_source in (tiny_folder, "again"):
         if processor_source == "again":
-            (tiny_folder / "preprocessor_config.json").write_text(json.dumps(preprocess.to_config()))
+            (tiny_folder / "preprocessor_config.json").write_text(
+                json.dumps(preprocess.to_config())
+            )
         processor = AutoImageProcessor.from_pretrained(tiny_folder, backend="pil")
         for path in photos:
             photo = open_photo(path)
@@ -145,7 +211,9 @@ def test_pixels_are_those_of_transformers_pillow_processors(preprocessor, tiny_f
             assert_close(preprocess(photo), theirs, rtol=0, atol=1e-5)  # a level of 255 is 1e-2
 
 
-@pytest.mark.parametrize("kind", ["ViTForImageClassification", "ViTModel", "Dinov2Model", "Dinov2WithRegistersModel"])
+@pytest.mark.parametrize(
+    "kind", ["ViTForImageClassification", "ViTModel", "Dinov2Model", "Dinov2WithRegistersModel"]
+)
 def test_the_names_that_transformers_5_has_in_memory_are_read_too(kind, tmp_path):
     sizes = SMALL | {"patch_size": 14, "image_size": 28, "num_hidden_layers": 2}
     theirs = write_by_transformers(tmp_path, kind, sizes, SQUASH | {"size": 28})
@@ -165,7 +233,9 @@ def shard(folder: Path, theirs) -> list[Path]:
 
 def test_sharded_safetensors_are_read_by_their_index(tmp_path):
     sizes = SMALL | {"patch_size": 16, "image_size": 32, "num_hidden_layers": 2}
-    theirs = write_by_transformers(tmp_path, "ViTForImageClassification", sizes, SQUASH | {"size": 32})
+    theirs = write_by_transformers(
+        tmp_path, "ViTForImageClassification", sizes, SQUASH | {"size": 32}
+    )
     expected = load_pretrained(tmp_path).state_dict()
     shards = shard(tmp_path, theirs)
     assert len(shards) > 2
@@ -173,7 +243,10 @@ def test_sharded_safetensors_are_read_by_their_index(tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
     first = load_file(shards[0])
-    save_file(first | {name: load_file(shards[1])[name] for name in list(load_file(shards[1]))[:1]}, shards[0])
+    save_file(
+        first | {name: load_file(shards[1])[name] for name in list(load_file(shards[1]))[:1]},
+        shards[0],
+    )
     with pytest.raises(UserError, match="already in another of the files"):
         load_pretrained(tmp_path)
     shards[0].unlink()
@@ -184,7 +257,9 @@ def test_sharded_safetensors_are_read_by_their_index(tmp_path):
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a.bin"])
 def test_an_index_points_to_safetensors_beside_it_only(name, tiny_folder):
     (tiny_folder / "model.safetensors").rename(tiny_folder.parent / "model.safetensors")
-    (tiny_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"classifier.bias": name}}))
+    (tiny_folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"classifier.bias": name}})
+    )
     with pytest.raises(UserError, match="expected a weight_map to safetensors files beside it"):
         load_pretrained(tiny_folder)
 
@@ -209,8 +284,12 @@ def test_what_would_execute_code_is_refused_with_a_reason(name, tiny_folder, tmp
     if name.endswith("npz"):
         np.savez(path, cls=np.array([Exploit()], dtype=object))
     else:
-        torch.save({"class_token": Exploit()}, path, _use_new_zipfile_serialization=name != "old.pth")
-    with pytest.raises(UserError, match="allow_pickle" if name.endswith("npz") else "could execute code"):
+        torch.save(
+            {"class_token": Exploit()}, path, _use_new_zipfile_serialization=name != "old.pth"
+        )
+    with pytest.raises(
+        UserError, match="allow_pickle" if name.endswith("npz") else "could execute code"
+    ):
         load_pretrained(path)
     assert not Path("exploited").exists()
 
@@ -219,7 +298,9 @@ def hooked(modules, run):
     """Return what each module put out, or what the first one took in, while `run` ran."""
     seen: list = []
     hooks = [modules[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
-    hooks += [module.register_forward_hook(lambda _, __, out: seen.append(out)) for module in modules]
+    hooks += [
+        module.register_forward_hook(lambda _, __, out: seen.append(out)) for module in modules
+    ]
     with torch.no_grad():
         out = run()
     for hook in hooks:
@@ -247,7 +328,9 @@ def test_torchvisions_vit_b_16_agrees_stage_by_stage(torchvision_vit, tmp_path, 
     logits, hidden = hooked(layers, lambda: torchvision_vit(images))
     with torch.no_grad():
         attentions = [
-            layer.self_attention(*[layer.ln_1(x)] * 3, need_weights=True, average_attn_weights=False)[1]
+            layer.self_attention(
+                *[layer.ln_1(x)] * 3, need_weights=True, average_attn_weights=False
+            )[1]
             for layer, x in zip(layers, hidden)
         ]
     agree(ours, images, hidden, attentions, logits)
@@ -255,17 +338,25 @@ def test_torchvisions_vit_b_16_agrees_stage_by_stage(torchvision_vit, tmp_path, 
 
 
 REFUSED = {
-    "another network": ({"conv1.weight": (8, 3, 3, 3), "layer1.0.bn1.weight": (8,)}, "nearest is .* differ: .* missing"),
+    "another network": (
+        {"conv1.weight": (8, 3, 3, 3), "layer1.0.bn1.weight": (8,)},
+        "nearest is .* differ: .* missing",
+    ),
     "no class token": (
         {"class_token": None},
         r"not a ViT that minivit reads; nearest is torchvision's vit, .*1 missing \(class_token",
     ),
-    "timm's names": ("timm", "names are those of timm's vit, of which minivit reads folders, .*: timm.models.save_for_hf"),
+    "timm's names": (
+        "timm",
+        "names are those of timm's vit, of which minivit reads folders, .*: timm.models.save_for_hf",
+    ),
 }
 
 
 @pytest.mark.parametrize("change, message", REFUSED.values(), ids=REFUSED)
-def test_a_file_of_no_family_is_refused_with_the_nearest_and_what_differs(change, message, tiny, tmp_path):
+def test_a_file_of_no_family_is_refused_with_the_nearest_and_what_differs(
+    change, message, tiny, tmp_path
+):
     from torchvision.models import VisionTransformer
 
     tensors = VisionTransformer(32, 16, 2, 3, 24, 48, num_classes=5).state_dict()
@@ -281,9 +372,14 @@ def test_a_file_of_no_family_is_refused_with_the_nearest_and_what_differs(change
 
 
 def test_what_timms_trainer_saves_is_refused_with_what_to_do(tiny, tmp_path):
-    saved = {"state_dict": tiny.state_dict(), "args": argparse.Namespace(model="vit_tiny_patch16_224")}
+    saved = {
+        "state_dict": tiny.state_dict(),
+        "args": argparse.Namespace(model="vit_tiny_patch16_224"),
+    }
     torch.save(saved, tmp_path / "model_best.pth.tar")
-    with pytest.raises(UserError, match="holds more than tensors, .*; save the model alone, as safetensors"):
+    with pytest.raises(
+        UserError, match="holds more than tensors, .*; save the model alone, as safetensors"
+    ):
         load_pretrained(tmp_path / "model_best.pth.tar")
 
 
@@ -293,7 +389,10 @@ def test_torchvisions_own_preprocessing_is_ours(photos, torchvision_vit, tmp_pat
     from minivit import open_photo
 
     torch.save(torchvision_vit.state_dict(), tmp_path / "vit_b_16.pth")
-    preprocess, theirs = load_pretrained(tmp_path / "vit_b_16.pth").preprocess, ViT_B_16_Weights.IMAGENET1K_V1.transforms()
+    preprocess, theirs = (
+        load_pretrained(tmp_path / "vit_b_16.pth").preprocess,
+        ViT_B_16_Weights.IMAGENET1K_V1.transforms(),
+    )
     odd = draw_photo(503, 375)  # a margin of 59.5 pixels, which torchvision rounds up
     for photo in [odd, *map(open_photo, photos)]:
         assert_close(preprocess(photo), theirs(photo), rtol=0, atol=1e-5)
@@ -307,7 +406,9 @@ def google_npz(hub: dict[str, torch.Tensor], num_heads: int) -> dict[str, np.nda
     flax = {
         "cls": hub["embeddings.cls_token"],
         "Transformer/posembed_input/pos_embedding": hub["embeddings.position_embeddings"],
-        "embedding/kernel": hub["embeddings.patch_embeddings.projection.weight"].permute(2, 3, 1, 0),
+        "embedding/kernel": hub["embeddings.patch_embeddings.projection.weight"].permute(
+            2, 3, 1, 0
+        ),
         "embedding/bias": hub["embeddings.patch_embeddings.projection.bias"],
         "Transformer/encoder_norm/scale": hub["layernorm.weight"],
         "Transformer/encoder_norm/bias": hub["layernorm.bias"],
@@ -318,11 +419,15 @@ def google_npz(hub: dict[str, torch.Tensor], num_heads: int) -> dict[str, np.nda
         theirs, block = f"encoder.layer.{i}.", f"Transformer/encoderblock_{i}/"
         for part in ("query", "key", "value"):
             name = f"{block}MultiHeadDotProductAttention_1/{part}/"
-            flax[f"{name}kernel"] = hub[f"{theirs}attention.attention.{part}.weight"].T.reshape(D, *split)
+            flax[f"{name}kernel"] = hub[f"{theirs}attention.attention.{part}.weight"].T.reshape(
+                D, *split
+            )
             flax[f"{name}bias"] = hub[f"{theirs}attention.attention.{part}.bias"].reshape(split)
         out = hub[f"{theirs}attention.output.dense.weight"].T.reshape(*split, D)
         flax[f"{block}MultiHeadDotProductAttention_1/out/kernel"] = out
-        flax[f"{block}MultiHeadDotProductAttention_1/out/bias"] = hub[f"{theirs}attention.output.dense.bias"]
+        flax[f"{block}MultiHeadDotProductAttention_1/out/bias"] = hub[
+            f"{theirs}attention.output.dense.bias"
+        ]
         for dense, name in enumerate(("intermediate", "output")):
             flax[f"{block}MlpBlock_3/Dense_{dense}/kernel"] = hub[f"{theirs}{name}.dense.weight"].T
             flax[f"{block}MlpBlock_3/Dense_{dense}/bias"] = hub[f"{theirs}{name}.dense.bias"]
@@ -344,12 +449,18 @@ def test_googles_npz_agrees_with_the_same_weights_in_transformers(vit_base, tmp_
     np.savez(tmp_path / "ViT-B_16.npz", **arrays)
     ours, expected = load_pretrained(tmp_path / "ViT-B_16.npz"), load_pretrained(vit_base)
     assert "taken: Google's, 224 pixels" in capsys.readouterr().err
-    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    assert all(
+        torch.equal(tensor, expected.state_dict()[name])
+        for name, tensor in ours.state_dict().items()
+    )
     assert ours.preprocess == expected.preprocess
     assert ours.config.eps == 1e-6  # Flax's default, where transformers has 1e-12
     round_trip(ours, tmp_path / "again")
 
-    arrays |= {"pre_logits/kernel": np.zeros((768, 768), np.float32), "pre_logits/bias": np.zeros(768, np.float32)}
+    arrays |= {
+        "pre_logits/kernel": np.zeros((768, 768), np.float32),
+        "pre_logits/bias": np.zeros(768, np.float32),
+    }
     np.savez(tmp_path / "in21k.npz", **arrays)
     assert load_pretrained(tmp_path / "in21k.npz").config.num_classes == 0
     assert "its head reads a layer that minivit's ViT has not" in capsys.readouterr().err
@@ -381,21 +492,33 @@ TIMM_CONFIG = {
 
 def write_timm(folder: Path, state: dict, **config):
     folder.mkdir(exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     (folder / "config.json").write_text(json.dumps(TIMM_CONFIG | config))
 
 
 def test_timms_layout_agrees_with_the_same_weights_in_transformers(vit_base, tmp_path):
     expected = load_pretrained(vit_base)
     labels = [f"n{i}" for i in range(1000)]
-    write_timm(tmp_path / "timm", expected.state_dict(), label_names=labels, model_args={"depth": 3})  # our names are timm's
+    write_timm(
+        tmp_path / "timm", expected.state_dict(), label_names=labels, model_args={"depth": 3}
+    )  # our names are timm's
     ours = load_pretrained(tmp_path / "timm")
     assert ours.config.eps == 1e-6
     assert ours.labels[7] == "n7"
-    assert (ours.preprocess.resize, ours.preprocess.crop, ours.preprocess.resample) == (248, (224, 224), 3)
+    assert (ours.preprocess.resize, ours.preprocess.crop, ours.preprocess.resample) == (
+        248,
+        (224, 224),
+        3,
+    )
     images = photo_batch(ours)
     with torch.no_grad():
-        assert_close(ours(images), expected(images), rtol=0, atol=1e-3)  # they differ by the norms' eps
+        assert_close(
+            ours(images), expected(images), rtol=0, atol=1e-3
+        )  # they differ by the norms' eps
     round_trip(ours, tmp_path / "again")
 
 
@@ -422,7 +545,9 @@ def test_timms_own_models_agree_stage_by_stage(name, args, tmp_path):
     attentions = []
     for block in theirs.blocks:
         block.attn.fused_attn = False
-        block.attn.attn_drop.register_forward_pre_hook(lambda _, inputs: attentions.append(inputs[0]))
+        block.attn.attn_drop.register_forward_pre_hook(
+            lambda _, inputs: attentions.append(inputs[0])
+        )
     out, hidden = hooked(list(theirs.blocks), lambda: theirs(images))
     agree(ours, images, hidden, attentions, out if ours.labels else None)
     round_trip(ours, tmp_path / "again")
@@ -435,9 +560,17 @@ def test_timms_own_preprocessing_is_ours(photos, tmp_path):
     from minivit import open_photo
     from minivit.checkpoints.configs import timm_sizes
 
-    for name in ("vit_base_patch16_224.augreg2_in21k_ft_in1k", "vit_base_patch14_dinov2.lvd142m", "deit_small_patch16_224"):
+    for name in (
+        "vit_base_patch16_224.augreg2_in21k_ft_in1k",
+        "vit_base_patch14_dinov2.lvd142m",
+        "deit_small_patch16_224",
+    ):
         data = timm.get_pretrained_cfg(name).to_dict()
-        config = {"architecture": data["architecture"], "num_classes": data["num_classes"], "pretrained_cfg": data}
+        config = {
+            "architecture": data["architecture"],
+            "num_classes": data["num_classes"],
+            "pretrained_cfg": data,
+        }
         theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=data))
         for path in photos:
             photo = open_photo(path)
@@ -446,7 +579,12 @@ def test_timms_own_preprocessing_is_ours(photos, tmp_path):
 
 @pytest.mark.parametrize("img_size", [(384, 384), (192, 320)], ids=["384", "192x320"])
 @pytest.mark.parametrize(
-    "kind", ["ViTForImageClassification", "Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification"]
+    "kind",
+    [
+        "ViTForImageClassification",
+        "Dinov2ForImageClassification",
+        "Dinov2WithRegistersForImageClassification",
+    ],
 )
 def test_another_image_size_resamples_positions_as_transformers_does(kind, img_size, tmp_path):
     patch = 16 if kind.startswith("ViT") else 14
@@ -462,7 +600,10 @@ def test_another_image_size_resamples_positions_as_transformers_does(kind, img_s
     # What is written must be read by transformers as it is, without a word about interpolation.
     (tmp_path / "again").mkdir()
     save_pretrained(ours, tmp_path / "again")
-    again, reread = type(theirs).from_pretrained(tmp_path / "again"), load_pretrained(tmp_path / "again")
+    again, reread = (
+        type(theirs).from_pretrained(tmp_path / "again"),
+        load_pretrained(tmp_path / "again"),
+    )
     assert reread.preprocess.size == img_size
     with torch.no_grad():
         assert torch.equal(reread(images), ours(images))
@@ -484,7 +625,11 @@ def test_maps_leave_registers_out_and_name_them_if_they_do_not_fit():
     assert attn[1].shape == (2, 3, config.num_tokens, config.num_tokens) == (2, 3, 11, 11)
     maps = query_maps(attn[1], config.grid, num_registers=4)
     assert torch.equal(maps, attn[1][:, :, 0, 5:].reshape(2, 3, 2, 3))
-    assert torch.equal(sinks(attn[1], num_registers=4)[1], (maps / maps.sum((2, 3), keepdim=True)).amax((2, 3)))
+    assert torch.equal(
+        sinks(attn[1], num_registers=4)[1], (maps / maps.sum((2, 3), keepdim=True)).amax((2, 3))
+    )
     assert class_relevance(model, images, torch.tensor([0, 1]), [1])[1].shape == (2, 1, 11)
-    with pytest.raises(UserError, match="11 tokens do not fill a grid of 2 x 3 patches and one class token"):
+    with pytest.raises(
+        UserError, match="11 tokens do not fill a grid of 2 x 3 patches and one class token"
+    ):
         query_maps(attn[1], config.grid)

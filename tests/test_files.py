@@ -34,7 +34,9 @@ def test_a_file_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     done = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (done.append(name), real(*args)))
+        monkeypatch.setattr(
+            os, name, lambda *args, name=name, real=real: (done.append(name), real(*args))
+        )
     write_json(tmp_path / "a.json", {})
     assert done == ["fsync", "replace"]
 
@@ -47,7 +49,9 @@ def test_the_longest_name_can_be_written(tmp_path):
 
 @pytest.mark.parametrize("write", [save_tensors, write_json], ids=["tensors", "json"])
 def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path, write):
-    more = {save_tensors: ({"a": torch.ones(10_000)}, {}), write_json: ({"a": "x" * 10_000},)}[write]
+    more = {save_tensors: ({"a": torch.ones(10_000)}, {}), write_json: ({"a": "x" * 10_000},)}[
+        write
+    ]
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, unlimited[1]))  # stands for a full disk
     try:
@@ -67,7 +71,9 @@ def test_json_is_utf8_whatever_it_holds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data, message", [(b"{", "expected JSON"), (b"\xff", "expected JSON"), (b"[]", "found a list")], ids=repr
+    "data, message",
+    [(b"{", "expected JSON"), (b"\xff", "expected JSON"), (b"[]", "found a list")],
+    ids=repr,
 )
 def test_what_is_no_json_object_is_refused(tmp_path, data, message):
     (tmp_path / "a.json").write_bytes(data)

@@ -30,7 +30,15 @@ def run_of(model, amp=None):
 
 
 def fit(run, data, **changes):
-    how = {"amp": None, "epochs": 4, "batch_size": 4, "micro_batch": 4, "lr": 1e-3, "seed": 0, "cut": 10} | changes
+    how = {
+        "amp": None,
+        "epochs": 4,
+        "batch_size": 4,
+        "micro_batch": 4,
+        "lr": 1e-3,
+        "seed": 0,
+        "cut": 10,
+    } | changes
     return list(loop.fit(run, data, data, **how))
 
 
@@ -44,8 +52,12 @@ def test_a_working_copy_trains_in_float32_and_holds_the_rest_in_the_compute_prec
         assert parameter.requires_grad == trains
     evaluated = frozen.working_copy(copy, CPU, torch.bfloat16, train=False)
     assert {p.dtype for p in evaluated.parameters()} == {torch.bfloat16}
-    assert evaluated.blocks[0].mlp.fc1.weight.data_ptr() == copy.blocks[0].mlp.fc1.weight.data_ptr()  # once
-    assert {p.dtype for p in model.parameters()} == {torch.float32}  # what is exported keeps every bit
+    assert (
+        evaluated.blocks[0].mlp.fc1.weight.data_ptr() == copy.blocks[0].mlp.fc1.weight.data_ptr()
+    )  # once
+    assert {p.dtype for p in model.parameters()} == {
+        torch.float32
+    }  # what is exported keeps every bit
 
 
 def test_a_working_copy_in_float32_is_the_model_itself_in_memory_and_in_numbers():
@@ -57,7 +69,9 @@ def test_a_working_copy_in_float32_is_the_model_itself_in_memory_and_in_numbers(
 
 
 def test_positions_are_resampled_once():
-    model = randomize(ViT(TINY.__class__(**vars(TINY) | {"pos_grid": (5, 7)}))).requires_grad_(False)  # which matmul looks at
+    model = randomize(ViT(TINY.__class__(**vars(TINY) | {"pos_grid": (5, 7)}))).requires_grad_(
+        False
+    )  # which matmul looks at
     copy, images = frozen.working_copy(model, CPU, None, train=False), torch.randn(2, 3, 32, 32)
     assert copy.pos_grid == copy.config.grid
     assert torch.equal(copy(images), model(images))
@@ -92,7 +106,9 @@ def test_tokens_are_kept_in_order_or_computed_anew_each_time(pixels, monkeypatch
 def test_kept_views_change_no_epoch_in_which_they_are_new(pixels, views):  # noqa: F811
     plain, kept = fit(run_of(fresh()), pixels), fit(run_of(fresh()), pixels, cache_views=views)
     for a, b in zip(plain[:views], kept):
-        assert without_times([b])[0] == pytest.approx(without_times([a])[0], rel=1e-5)  # batches of other sizes round otherwise
+        assert without_times([b])[0] == pytest.approx(
+            without_times([a])[0], rel=1e-5
+        )  # batches of other sizes round otherwise
     assert (kept[3]["loss"] == pytest.approx(plain[3]["loss"], rel=1e-5)) == (views == 4)
 
 
@@ -111,15 +127,21 @@ def test_epochs_after_the_views_take_their_tokens_and_run_no_frozen_block(pixels
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4, 8, 9])
-def test_a_run_from_views_that_stopped_goes_on_to_the_same_bits(pixels, tmp_path, monkeypatch, stop):  # noqa: F811
+def test_a_run_from_views_that_stopped_goes_on_to_the_same_bits(
+    pixels, tmp_path, monkeypatch, stop
+):  # noqa: F811
     how = {"cache_views": 2, "epochs": 4}
     whole = run_of(fresh())
     rows = fit(whole, pixels, **how)
     first, real, steps = run_of(fresh()), loop.train_step, []
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", lambda *args, **named: steps.append(0) or real(*args, **named))
         patch.setattr(
-            parallel, "total", lambda values: values if len(values.shape) else torch.tensor(float(len(steps) >= stop))
+            loop, "train_step", lambda *args, **named: steps.append(0) or real(*args, **named)
+        )
+        patch.setattr(
+            parallel,
+            "total",
+            lambda values: values if len(values.shape) else torch.tensor(float(len(steps) >= stop)),
         )
         fit(first, pixels, **how)
     assert first.stopped
@@ -133,20 +155,33 @@ def test_a_run_from_views_that_stopped_goes_on_to_the_same_bits(pixels, tmp_path
 
 def test_a_view_that_is_stopped_ends_with_the_batch_under_way(pixels):  # noqa: F811
     compute, asked = frozen.Frozen(fresh(), 10, batch=2), []
-    assert compute.view(0, pixels[0], torch.full((9, 5), 0.5), lambda: asked.append(0) or len(asked) == 2) is None
+    assert (
+        compute.view(
+            0, pixels[0], torch.full((9, 5), 0.5), lambda: asked.append(0) or len(asked) == 2
+        )
+        is None
+    )
     assert len(asked) == 2  # of 5 batches
 
 
 def test_views_that_need_more_memory_than_allowed_are_refused(pixels):  # noqa: F811
-    with pytest.raises(UserError, match=r"the tokens of 3 views take .* GiB; raise --cache-gib 1e-05, or keep fewer"):
+    with pytest.raises(
+        UserError,
+        match=r"the tokens of 3 views take .* GiB; raise --cache-gib 1e-05, or keep fewer",
+    ):
         fit(run_of(fresh()), pixels, cache_views=3, cache_gib=1e-5)
 
 
 def test_compiled_training_is_the_same_but_for_rounding(pixels, monkeypatch):  # noqa: F811
     real, compiled = torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(f) or real(f, backend="aot_eager"))
     monkeypatch.setattr(
-        frozen.Tail, "compile", lambda self: setattr(self, "forward", torch.compile(self.forward)), raising=False
+        torch, "compile", lambda f, **how: compiled.append(f) or real(f, backend="aot_eager")
+    )
+    monkeypatch.setattr(
+        frozen.Tail,
+        "compile",
+        lambda self: setattr(self, "forward", torch.compile(self.forward)),
+        raising=False,
     )
     rows = fit(run_of(fresh()), pixels, compile=True, epochs=2)
     plain = fit(run_of(fresh()), pixels, epochs=2)
@@ -195,8 +230,12 @@ def test_flops_are_those_of_vit_b_16(tiny):
 
     with torch.device("meta"):
         model = ViT(ViTConfig())
-    whole = 2 * 197 * (4 * 768**2 + 2 * 768 * 3072) + 4 * 197**2 * 768  # of a block; 12 and the embeddings make 35.1e9
-    last = 4 * 197 * 768**2 + 2 * (2 * 768**2 + 2 * 768 * 3072) + 4 * 197 * 768  # whose class token alone is read
+    whole = (
+        2 * 197 * (4 * 768**2 + 2 * 768 * 3072) + 4 * 197**2 * 768
+    )  # of a block; 12 and the embeddings make 35.1e9
+    last = (
+        4 * 197 * 768**2 + 2 * (2 * 768**2 + 2 * 768 * 3072) + 4 * 197 * 768
+    )  # whose class token alone is read
     assert 12 * whole + 2 * 196 * 768**2 == pytest.approx(35.1e9, rel=2e-3)
     assert model.flops() == 11 * whole + last + 2 * 196 * 768**2
     assert model.flops(10) == whole + last
@@ -206,16 +245,29 @@ def test_flops_are_those_of_vit_b_16(tiny):
 def test_each_epoch_is_evaluated_with_that_epochs_weights_in_low_precision_too(pixels):  # noqa: F811
     run = run_of(fresh(), torch.bfloat16)
     for row in loop.fit(
-        run, pixels, pixels, cut=10, amp=torch.bfloat16, epochs=2, batch_size=4, micro_batch=4, lr=1e-2, seed=0
+        run,
+        pixels,
+        pixels,
+        cut=10,
+        amp=torch.bfloat16,
+        epochs=2,
+        batch_size=4,
+        micro_batch=4,
+        lr=1e-2,
+        seed=0,
     ):
         copy = frozen.working_copy(run.model, CPU, torch.bfloat16, train=False)
         logits = loop.predict_photos(copy, pixels[0], batch=device.cpu_batch(torch.bfloat16))
         assert row["val_loss"] == loop.score(logits, pixels[1])["loss"]
 
 
-def test_views_come_first_in_the_memory_allowed_and_other_tokens_are_kept_if_there_is_room(pixels, monkeypatch):  # noqa: F811
+def test_views_come_first_in_the_memory_allowed_and_other_tokens_are_kept_if_there_is_room(
+    pixels, monkeypatch
+):  # noqa: F811
     kept, real = [], frozen.Frozen.evaluation
-    monkeypatch.setattr(frozen.Frozen, "evaluation", lambda *args, keep: kept.append(keep) or real(*args, keep=keep))
+    monkeypatch.setattr(
+        frozen.Frozen, "evaluation", lambda *args, keep: kept.append(keep) or real(*args, keep=keep)
+    )
     gib = frozen.token_gib(fresh(), 9)
     for room, expected in ((3.9, False), (4.1, True)):  # 2 views, and the photos of both splits
         kept.clear()
@@ -234,8 +286,20 @@ def test_replayed_kernels_give_the_very_tokens(tiny):
     model = frozen.working_copy(tiny, torch.device("cuda"), torch.bfloat16, train=False)
     compute = frozen.Frozen(model, 1, batch=8)
     replayed = []
-    for size in (4, 4, 4, 3, 4, 4, 3, 3, 3):  # one photo's tokens and another's differ, so what is left over shows
-        images = torch.randint(256, (size, 3, *model.config.img_size), dtype=torch.uint8, device="cuda")
+    for size in (
+        4,
+        4,
+        4,
+        3,
+        4,
+        4,
+        3,
+        3,
+        3,
+    ):  # one photo's tokens and another's differ, so what is left over shows
+        images = torch.randint(
+            256, (size, 3, *model.config.img_size), dtype=torch.uint8, device="cuda"
+        )
         draws = torch.rand(size, 5, device="cuda")
         with torch.no_grad():
             assert torch.equal(compute(images, draws), compute.tokens(images, draws))
@@ -246,6 +310,16 @@ def test_replayed_kernels_give_the_very_tokens(tiny):
 def test_what_is_held_counts_photos_and_tokens_each_within_its_limit(tiny):
     train, rest = Split([None] * 2**20, [0] * 2**20), Split([None] * 2**19, [0] * 2**19)
     data = Data(("a", "b"), train, rest, rest, None)
-    photos, tokens = 2 * 3 * 32 * 32 / 2**10, 1.5 * 17 * 24 * 4 / 2**10  # GiB, of 2 and 1.5 million photos
-    for cache_gib, store_gib, expected in ((4, 8, photos + tokens), (2, 8, photos), (4, 5, tokens), (2, 5, 0)):
-        assert frozen.held_gib(tiny, data, 10, cache_gib=cache_gib, store_gib=store_gib) == pytest.approx(expected)
+    photos, tokens = (
+        2 * 3 * 32 * 32 / 2**10,
+        1.5 * 17 * 24 * 4 / 2**10,
+    )  # GiB, of 2 and 1.5 million photos
+    for cache_gib, store_gib, expected in (
+        (4, 8, photos + tokens),
+        (2, 8, photos),
+        (4, 5, tokens),
+        (2, 5, 0),
+    ):
+        assert frozen.held_gib(
+            tiny, data, 10, cache_gib=cache_gib, store_gib=store_gib
+        ) == pytest.approx(expected)

@@ -24,14 +24,95 @@ from minivit.data.photos import MAX_PIXELS, PhotoError, open_photo
 from minivit.errors import printable
 
 MAX_SECONDS = 2
-EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 65_500, 20_000]
+EXTREMES = [
+    0,
+    1,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0x8000,
+    0xFFFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+    65_500,
+    20_000,
+]
 DICTIONARY = [
-    *(bytes([0xFF, marker]) for marker in (0xD8, 0xD9, 0xDA, 0xC0, 0xC2, 0xC4, 0xDB, 0xDD, 0xD0, 0xE0, 0xE1, 0xE2, 0xEE, 0xFE)),
-    *(b"IHDR", b"IDAT", b"IEND", b"PLTE", b"tRNS", b"iCCP", b"zTXt", b"iTXt", b"eXIf", b"acTL", b"fcTL", b"fdAT"),
-    *(b"GIF87a", b"GIF89a", b"\x21\xf9\x04", b"\x21\xff\x0bNETSCAPE2.0", b"\x2c", b"\x3b", b"\x21\xfe"),
-    *(b"RIFF", b"WEBP", b"VP8 ", b"VP8L", b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"EXIF", b"XMP ", b"ICCP"),
-    *(b"II*\0", b"MM\0*", b"II+\0\x08\0\0\0", b"Exif\0\0", b"MPF\0", b"ICC_PROFILE\0", b"Adobe\0", b"JFIF\0", b"BM"),
-    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"P6 9 9 255\n", b"P3 9 9 9\n", b"P5 99999 9999 65535 "),
+    *(
+        bytes([0xFF, marker])
+        for marker in (
+            0xD8,
+            0xD9,
+            0xDA,
+            0xC0,
+            0xC2,
+            0xC4,
+            0xDB,
+            0xDD,
+            0xD0,
+            0xE0,
+            0xE1,
+            0xE2,
+            0xEE,
+            0xFE,
+        )
+    ),
+    *(
+        b"IHDR",
+        b"IDAT",
+        b"IEND",
+        b"PLTE",
+        b"tRNS",
+        b"iCCP",
+        b"zTXt",
+        b"iTXt",
+        b"eXIf",
+        b"acTL",
+        b"fcTL",
+        b"fdAT",
+    ),
+    *(
+        b"GIF87a",
+        b"GIF89a",
+        b"\x21\xf9\x04",
+        b"\x21\xff\x0bNETSCAPE2.0",
+        b"\x2c",
+        b"\x3b",
+        b"\x21\xfe",
+    ),
+    *(
+        b"RIFF",
+        b"WEBP",
+        b"VP8 ",
+        b"VP8L",
+        b"VP8X",
+        b"ANIM",
+        b"ANMF",
+        b"ALPH",
+        b"EXIF",
+        b"XMP ",
+        b"ICCP",
+    ),
+    *(
+        b"II*\0",
+        b"MM\0*",
+        b"II+\0\x08\0\0\0",
+        b"Exif\0\0",
+        b"MPF\0",
+        b"ICC_PROFILE\0",
+        b"Adobe\0",
+        b"JFIF\0",
+        b"BM",
+    ),
+    *(
+        b"\xff\xd8\xff",
+        b"\x89PNG\r\n\x1a\n",
+        b"P6 9 9 255\n",
+        b"P3 9 9 9\n",
+        b"P5 99999 9999 65535 ",
+    ),
 ]
 
 
@@ -137,7 +218,10 @@ def fuzz(folder: Path, *, cases: int, seed: int, minutes: float = 60) -> tuple[C
     def broken_files():
         for form, data in sound.items():
             yield form, f"cut at {0} %", b""
-            yield from ((form, f"cut at {percent} %", data[: len(data) * percent // 100]) for percent in range(1, 100))
+            yield from (
+                (form, f"cut at {percent} %", data[: len(data) * percent // 100])
+                for percent in range(1, 100)
+            )
         forms, others = list(sound), list(sound.values())
         for case in range(cases):
             form = forms[case % len(forms)]
@@ -161,7 +245,9 @@ def test_any_bytes_give_a_photo_or_one_line_that_names_the_file(tmp_path, capfd)
     counts, (seconds, case) = fuzz(tmp_path, cases=1_000, seed=0)
     assert sum(counts.values()) >= 3_000
     for form in ("JPEG", "PNG", "GIF", "WebP", "TIFF", "BMP", "PPM"):
-        assert counts[form, "photo"] >= 5, counts  # else the mutations would test nothing but the first check
+        assert counts[form, "photo"] >= 5, (
+            counts
+        )  # else the mutations would test nothing but the first check
         assert counts[form, "refused"] >= 50, counts
     assert seconds < MAX_SECONDS, case
     assert capfd.readouterr() == ("", "")
@@ -185,7 +271,9 @@ def main() -> None:
         stderr, folder = os.dup(2), Path(tempfile.mkdtemp())
         os.dup2(said.fileno(), 2)  # what C libraries say too
         try:
-            counts, (seconds, case) = fuzz(folder, cases=args.cases, seed=args.seed, minutes=args.minutes)
+            counts, (seconds, case) = fuzz(
+                folder, cases=args.cases, seed=args.seed, minutes=args.minutes
+            )
         finally:
             os.dup2(stderr, 2)
             said.seek(0)
@@ -194,7 +282,9 @@ def main() -> None:
     for (form, outcome), count in sorted(counts.items()):
         print(f"{form:5} {outcome:8} {count:6,}")
     growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"{sum(counts.values()):,} cases; slowest {seconds:.3f} s ({case}); peak memory {growth:.0f} MiB above the start's")
+    print(
+        f"{sum(counts.values()):,} cases; slowest {seconds:.3f} s ({case}); peak memory {growth:.0f} MiB above the start's"
+    )
 
 
 if __name__ == "__main__":

@@ -50,9 +50,15 @@ def hub(tiny_folder):
 
 def run_python(code, hub, cache, **environment):
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    clean |= {"HF_ENDPOINT": hub if isinstance(hub, str) else hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    clean |= {
+        "HF_ENDPOINT": hub if isinstance(hub, str) else hub.url,
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_XET": "1",
+    }
     command = [sys.executable, *code]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=clean | environment, timeout=300)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=clean | environment, timeout=300
+    )
 
 
 def get(hub, cache, *args, **environment):
@@ -61,13 +67,18 @@ def get(hub, cache, *args, **environment):
 
 
 def expected(folder: Path, weights=("model.safetensors",)) -> str:
-    hashes = (hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("config.json", *weights))
+    hashes = (
+        hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("config.json", *weights)
+    )
     return " ".join([COMMIT, *hashes]) + "\n"
 
 
 def test_what_is_fetched_is_loaded(hub, tmp_path, tiny_folder):
     done = run_python(["-c", LOAD, "owner/tiny"], hub, tmp_path / "cache")
-    assert done.stdout == f"{COMMIT} 5 {load_pretrained(tiny_folder).head.bias.sum().item()}\n", done.stderr
+    assert done.stdout == f"{COMMIT} 5 {load_pretrained(tiny_folder).head.bias.sum().item()}\n", (
+        done.stderr
+    )
 
 
 def incomplete_or_whole(cache: Path) -> list[Path]:
@@ -78,10 +89,22 @@ def incomplete_or_whole(cache: Path) -> list[Path]:
 def test_a_download_shows_its_progress_and_is_cached_for_offline_use(hub, tmp_path, tiny_folder):
     master, slave = os.openpty()  # bars are for terminals
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
     environment["HF_HUB_OFFLINE"] = "0"
     command = [sys.executable, "-c", FETCH, "owner/tiny"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=slave, text=True, cwd=ROOT, env=environment, timeout=300)
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=slave,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=300,
+    )
     assert done.stdout == expected(tiny_folder)
     assert os.read(master, 100_000).decode().count("100%") == 3  # a bar for each file
     os.close(master), os.close(slave)
@@ -96,7 +119,9 @@ def test_a_revision_is_pinned_and_its_commit_recorded(hub, tmp_path, tiny_folder
     done = get(hub, tmp_path / "cache", "owner/tiny", "v1")
     assert done.stdout == expected(tiny_folder), done.stderr
     assert all("/v1/" in path or f"/{COMMIT}/" in path for _, path in hub.requests)
-    assert sum(f"/{COMMIT}/" in path for _, path in hub.requests) > 1  # all later files from the first one's commit
+    assert (
+        sum(f"/{COMMIT}/" in path for _, path in hub.requests) > 1
+    )  # all later files from the first one's commit
     wrong = get(hub, tmp_path / "cache", "owner/tiny", "v9")
     assert f"no revision 'v9' on {hub.url}" in wrong.stderr
 
@@ -117,13 +142,17 @@ def test_shards_and_pickles_come_from_the_hub_too(hub, tmp_path, tiny_folder):
     torch.save(tensors, tiny_folder / "pytorch_model.bin")
     done, pickled = get(hub, tmp_path / "2"), ("pytorch_model.bin",)
     assert done.stdout == expected(tiny_folder, pickled), done.stderr
-    assert get("http://127.0.0.1:9", tmp_path / "2").stdout == expected(tiny_folder, pickled)  # offline, by its cached names
+    assert get("http://127.0.0.1:9", tmp_path / "2").stdout == expected(
+        tiny_folder, pickled
+    )  # offline, by its cached names
     (tiny_folder / "pytorch_model.bin").unlink()
     assert "no model.safetensors on" in get(hub, tmp_path / "3").stderr
 
 
 def test_a_download_cut_in_the_middle_goes_on_where_it_ended(tmp_path):
-    model = randomize(ViT(replace(TINY, embed_dim=384, mlp_dim=1536, depth=4)))  # 28 MB: huggingface-hub keeps 10 MB at a time
+    model = randomize(
+        ViT(replace(TINY, embed_dim=384, mlp_dim=1536, depth=4))
+    )  # 28 MB: huggingface-hub keeps 10 MB at a time
     model.labels, model.preprocess = tuple("abcde"), Preprocess((32, 32))
     save_pretrained(model, tmp_path)
     with serve(tmp_path) as hub:
@@ -134,7 +163,9 @@ def test_a_download_cut_in_the_middle_goes_on_where_it_ended(tmp_path):
     assert hub.starts[1] >= 10_000_000
 
 
-def test_a_download_that_stays_cut_leaves_nothing_that_loads_and_resumes_the_next_time(hub, tmp_path, tiny_folder):
+def test_a_download_that_stays_cut_leaves_nothing_that_loads_and_resumes_the_next_time(
+    hub, tmp_path, tiny_folder
+):
     hub.fault = "cut"
     done = get(hub, tmp_path / "cache")
     assert_one_line(done, "cannot fetch model.safetensors from", "try again")
@@ -164,7 +195,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault, parts", FAULTS.items(), ids=FAULTS)
-def test_a_fault_of_the_hub_is_one_line_that_says_what_to_do(fault, parts, hub, tmp_path, tiny_folder):
+def test_a_fault_of_the_hub_is_one_line_that_says_what_to_do(
+    fault, parts, hub, tmp_path, tiny_folder
+):
     hub.fault = fault
     assert_one_line(get(hub, tmp_path / "cache"), hub.url, *parts)
     assert incomplete_or_whole(tmp_path / "cache") == []
@@ -199,18 +232,30 @@ def test_a_full_disk_is_one_line_that_says_what_to_do(hub, tmp_path):
 
 
 def test_a_hub_id_that_is_none_is_one_line(hub, tmp_path):
-    assert_one_line(get(hub, tmp_path / "cache", "a/b/c/d"), "neither a folder or file here nor a Hub id")
-    assert_one_line(get(hub, tmp_path / "cache", "owner/other"), "no such folder here", "has no such model for you")
+    assert_one_line(
+        get(hub, tmp_path / "cache", "a/b/c/d"), "neither a folder or file here nor a Hub id"
+    )
+    assert_one_line(
+        get(hub, tmp_path / "cache", "owner/other"),
+        "no such folder here",
+        "has no such model for you",
+    )
 
 
 @pytest.mark.parametrize("how", ["refused", "silent"])
 def test_a_hub_that_does_not_answer_is_asked_once_for_a_few_seconds(how, tmp_path):
-    code = "from minivit.checkpoints import hub; assert hub.TIMEOUT_S < 10; hub.TIMEOUT_S = 0.3\n" + FETCH
+    code = (
+        "from minivit.checkpoints import hub; assert hub.TIMEOUT_S < 10; hub.TIMEOUT_S = 0.3\n"
+        + FETCH
+    )
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         if how == "silent":
             silent.listen()
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        timeouts = {"HF_HUB_ETAG_TIMEOUT": "9999", "HF_HUB_DOWNLOAD_TIMEOUT": "9999"}  # huggingface-hub's own
+        timeouts = {
+            "HF_HUB_ETAG_TIMEOUT": "9999",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "9999",
+        }  # huggingface-hub's own
         done = run_python(["-c", code, "owner/tiny"], url, tmp_path, **timeouts)
     assert_one_line(done, f"cannot fetch config.json from {url}", "--model FOLDER")

@@ -49,7 +49,9 @@ def pixels(path) -> np.ndarray:
 def seeker(preprocess: Preprocess, folder: Path) -> Path:
     """A ViT of two blocks whose every token looks at the reddest patch and at nothing else."""
     h, w = preprocess.size
-    config = ViTConfig(img_size=(h, w), patch_size=16, embed_dim=4, depth=2, num_heads=2, mlp_dim=4, num_classes=2)
+    config = ViTConfig(
+        img_size=(h, w), patch_size=16, embed_dim=4, depth=2, num_heads=2, mlp_dim=4, num_classes=2
+    )
     model = ViT(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -58,8 +60,13 @@ def seeker(preprocess: Preprocess, folder: Path) -> Path:
             block.norm1.weight.fill_(1)
             block.attn.qkv.bias[:4] = 30  # each query is the same, and long
             block.attn.qkv.weight[4:8, 0] = 30  # a key is its token's redness
-        model.patch_embed.proj.weight[0, :, :, :] = torch.tensor([1.0, -0.5, -0.5]).view(3, 1, 1) / 256
-        model.patch_embed.proj.bias[1], model.patch_embed.proj.bias[2] = 1, -1  # so that the norm keeps redness apart
+        model.patch_embed.proj.weight[0, :, :, :] = (
+            torch.tensor([1.0, -0.5, -0.5]).view(3, 1, 1) / 256
+        )
+        model.patch_embed.proj.bias[1], model.patch_embed.proj.bias[2] = (
+            1,
+            -1,
+        )  # so that the norm keeps redness apart
         model.cls_token[0, 0, 1], model.cls_token[0, 0, 2] = 1, -1
     model.labels, model.preprocess = ("a", "b"), preprocess
     folder.mkdir()
@@ -67,17 +74,38 @@ def seeker(preprocess: Preprocess, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("preprocess", [Preprocess(), Preprocess(256, (224, 224), 3)], ids=["squash", "crop"])
 @pytest.mark.parametrize(
-    "size", [(640, 480), (300, 500), (900, 300), (120, 360)], ids=["landscape", "portrait", "panorama", "tall"]
+    "preprocess", [Preprocess(), Preprocess(256, (224, 224), 3)], ids=["squash", "crop"]
 )
-def test_the_map_is_brightest_on_the_object_in_every_exif_orientation(tmp_path, capsys, preprocess, size):
+@pytest.mark.parametrize(
+    "size",
+    [(640, 480), (300, 500), (900, 300), (120, 360)],
+    ids=["landscape", "portrait", "panorama", "tall"],
+)
+def test_the_map_is_brightest_on_the_object_in_every_exif_orientation(
+    tmp_path, capsys, preprocess, size
+):
     folder, (W, H) = seeker(preprocess, tmp_path / "seeker"), size
     side = min(size) // 8
-    left, top = (int(W / 2 - min(size) / 4), int(H / 2 + min(size) / 8)) if preprocess.crop else (W // 5, H * 2 // 3)
-    photo = Image.fromarray(np.random.default_rng(0).integers(90, 150, (H, W, 1)).repeat(3, 2).astype(np.uint8))
+    left, top = (
+        (int(W / 2 - min(size) / 4), int(H / 2 + min(size) / 8))
+        if preprocess.crop
+        else (W // 5, H * 2 // 3)
+    )
+    photo = Image.fromarray(
+        np.random.default_rng(0).integers(90, 150, (H, W, 1)).repeat(3, 2).astype(np.uint8)
+    )
     photo.paste((230, 20, 20), (left, top, left + side, top + side))
-    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transpositions that lay an upright photo down
+    undo = {
+        1: None,
+        2: 0,
+        3: 3,
+        4: 1,
+        5: 5,
+        6: 2,
+        7: 6,
+        8: 4,
+    }  # the transpositions that lay an upright photo down
     paths = []
     for orientation, transposition in undo.items():
         exif = Image.Exif()
@@ -95,12 +123,29 @@ def test_the_map_is_brightest_on_the_object_in_every_exif_orientation(tmp_path, 
         panels.append((seen.panel, row.panels[0].values))
         y, x = np.unravel_index(np.nanargmax(row.panels[0].values), (h, w))
         box = preprocess.box(size)
-        half = (box[2] - box[0]) / 28, (box[3] - box[1]) / 28  # a patch, of 14 x 14, is brightest in its middle
+        half = (
+            (box[2] - box[0]) / 28,
+            (box[3] - box[1]) / 28,
+        )  # a patch, of 14 x 14, is brightest in its middle
         assert left - half[0] <= x * W / w <= left + side + half[0]
         assert top - half[1] <= y * H / h <= top + side + half[1]
         assert np.isnan(row.panels[0].values).any() == (preprocess.crop is not None)
-    assert all(np.array_equal(found, first, equal_nan=True) for panel in panels for found, first in zip(panel, panels[0]))
-    found = answers(paths[0], paths[5], "--model", folder, "--layers", "1", "--out", tmp_path / "out", capsys=capsys)
+    assert all(
+        np.array_equal(found, first, equal_nan=True)
+        for panel in panels
+        for found, first in zip(panel, panels[0])
+    )
+    found = answers(
+        paths[0],
+        paths[5],
+        "--model",
+        folder,
+        "--layers",
+        "1",
+        "--out",
+        tmp_path / "out",
+        capsys=capsys,
+    )
     upright, lying = (pixels(answer["figure"]) for answer in found)
     assert np.array_equal(upright, lying)
 
@@ -110,16 +155,24 @@ def test_a_figure_shows_each_value_over_its_pixel_of_the_photo(tmp_path):
     values = np.zeros((120, 200))
     values[30:40, 150:170] = 7
     values[:, :20] = np.nan
-    rows = [plots.Row("photo", [plots.Panel("block 8", values), plots.Panel("block 9", values / 2)])]
-    plots.draw_attention(tmp_path / "f.png", photo, rows, "$title", "caption", mark=(0.5, 0.25, 0.6, 0.5))
+    rows = [
+        plots.Row("photo", [plots.Panel("block 8", values), plots.Panel("block 9", values / 2)])
+    ]
+    plots.draw_attention(
+        tmp_path / "f.png", photo, rows, "$title", "caption", mark=(0.5, 0.25, 0.6, 0.5)
+    )
     figure = pixels(tmp_path / "f.png")
     green = (figure == (0, 128, 0)).all(-1)
     ys, xs = green.nonzero()
     top, left = ys.min(), xs.min()
     assert (ys.max() - top, xs.max() - left) == (119, 199)
     marked = ~green[top : top + 120, left : left + 200]
-    assert np.array_equal([edge for a in marked.nonzero() for edge in (a.min() // 4, a.max() // 4)], [6, 15, 24, 30])
-    bright = (figure.min(-1) > 110) & (figure[..., 0] > 180) & (figure[..., 2] < 150)  # the end of the colours, over grey
+    assert np.array_equal(
+        [edge for a in marked.nonzero() for edge in (a.min() // 4, a.max() // 4)], [6, 15, 24, 30]
+    )
+    bright = (
+        (figure.min(-1) > 110) & (figure[..., 0] > 180) & (figure[..., 2] < 150)
+    )  # the end of the colours, over grey
     for i in (1, 2):
         x = left + i * 214
         ys, xs = bright[top : top + 120, x : x + 200].nonzero()
@@ -137,14 +190,28 @@ def test_a_scale_is_of_what_was_seen_and_of_differences_the_same_to_either_side_
     assert plots.value_range([np.full((2, 2), np.nan)]) == (0, 0)
 
 
-@pytest.mark.parametrize("preprocess", [Preprocess((32, 32)), Preprocess(40, (32, 32))], ids=["squash", "crop"])
+@pytest.mark.parametrize(
+    "preprocess", [Preprocess((32, 32)), Preprocess(40, (32, 32))], ids=["squash", "crop"]
+)
 def test_photos_of_any_size_are_drawn(tiny, tmp_path, capsys, preprocess):
     tiny.preprocess, paths = preprocess, []
     save_pretrained(tiny, tmp_path)
-    for i, size in enumerate([(1, 1), (1, 8000), (65_535, 1), (8000, 3), (4000, 3000), (2000, 100)]):
+    for i, size in enumerate(
+        [(1, 1), (1, 8000), (65_535, 1), (8000, 3), (4000, 3000), (2000, 100)]
+    ):
         paths.append(tmp_path / f"{i}.png")
         Image.new("RGB", size, (90, 60, 30)).save(paths[-1])
-    flags = ("--model", tmp_path, "--compare", tmp_path, "--layers", "11", "--html", "--out", tmp_path / "out")
+    flags = (
+        "--model",
+        tmp_path,
+        "--compare",
+        tmp_path,
+        "--layers",
+        "11",
+        "--html",
+        "--out",
+        tmp_path / "out",
+    )
     found = answers(*paths, *flags, capsys=capsys)
     assert len(found) == 6
     for answer in found:
@@ -153,9 +220,21 @@ def test_photos_of_any_size_are_drawn(tiny, tmp_path, capsys, preprocess):
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (1000, 200), (7, 7)], ids=str)
-@pytest.mark.parametrize("preprocess", [Preprocess((64, 96)), Preprocess(100, (64, 96))], ids=["squash", "crop"])
+@pytest.mark.parametrize(
+    "preprocess", [Preprocess((64, 96)), Preprocess(100, (64, 96))], ids=["squash", "crop"]
+)
 def test_a_pixels_patch_is_the_one_whose_mark_holds_it(size, preprocess):
-    model = ViT(ViTConfig(img_size=(64, 96), patch_size=8, embed_dim=4, depth=1, num_heads=1, mlp_dim=4, num_classes=0))
+    model = ViT(
+        ViTConfig(
+            img_size=(64, 96),
+            patch_size=8,
+            embed_dim=4,
+            depth=1,
+            num_heads=1,
+            mlp_dim=4,
+            num_classes=0,
+        )
+    )
     model.preprocess = preprocess
     left, top, right, bottom = preprocess.box(size)
     for x, y in np.random.default_rng(0).uniform(0, 1, (200, 2)):
@@ -172,7 +251,9 @@ def test_a_pixel_that_the_crop_cut_away_has_no_patch(x, y):
     left, top, right, bottom = preprocess.box((400, 200))
     assert 95 < left < right < 305
     assert 10 < top < bottom < 190
-    with pytest.raises(UserError, match=f"no patch at {x},{y}: of 400 x 200 pixels, the model sees x from 1"):
+    with pytest.raises(
+        UserError, match=f"no patch at {x},{y}: of 400 x 200 pixels, the model sees x from 1"
+    ):
         preprocess.patch_at(x, y, (400, 200), (7, 7))
 
 
@@ -190,7 +271,10 @@ def photo(tmp_path) -> Path:
 def other_folder(tmp_path) -> Path:
     """Another tiny ViT of the same sizes, with other weights and classes."""
     model = randomize(ViT(TINY), seed=1)
-    model.labels, model.preprocess = ("other 0", "other 1", "other 2", "other 3", "thing 4"), Preprocess((32, 32))
+    model.labels, model.preprocess = (
+        ("other 0", "other 1", "other 2", "other 3", "thing 4"),
+        Preprocess((32, 32)),
+    )
     (tmp_path / "other").mkdir()
     save_pretrained(model, tmp_path / "other")
     return tmp_path / "other"
@@ -204,16 +288,29 @@ def attention_of(folder, photo):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_arrays_are_the_rows_of_the_method_and_say_what_they_are(tiny_folder, other_folder, photo, tmp_path, capsys):
+def test_arrays_are_the_rows_of_the_method_and_say_what_they_are(
+    tiny_folder, other_folder, photo, tmp_path, capsys
+):
     model, images, logits, attn = attention_of(tiny_folder, photo)
-    flags = (photo, "--model", tiny_folder, "--npz", "--layers", "3,10-11", "--out", tmp_path / "out")
+    flags = (
+        photo,
+        "--model",
+        tiny_folder,
+        "--npz",
+        "--layers",
+        "3,10-11",
+        "--out",
+        tmp_path / "out",
+    )
     relevant = class_relevance(model, images, torch.tensor([2]), [3, 10, 11])
     wanted = {
         (): torch.stack([attn[i][0, :, :1] for i in (3, 10, 11)]),
         ("--query", "79,59"): torch.stack([attn[i][0, :, 16:] for i in (3, 10, 11)]),
         ("--html",): torch.stack([attn[i][0] for i in (3, 10, 11)]),
         ("--method", "rollout"): torch.stack([rollout(attn)[i][:, :1] for i in (3, 10, 11)]),
-        ("--method", "relevance", "--target", "Thing 2"): torch.stack([relevant[i] for i in (3, 10, 11)]),
+        ("--method", "relevance", "--target", "Thing 2"): torch.stack(
+            [relevant[i] for i in (3, 10, 11)]
+        ),
     }
     for more, rows in wanted.items():
         (answer,) = answers(*flags, *more, "--compare", other_folder, capsys=capsys)
@@ -222,15 +319,30 @@ def test_arrays_are_the_rows_of_the_method_and_say_what_they_are(tiny_folder, ot
             assert arrays["base_rows"].shape == arrays["rows"].shape
             assert abs(arrays["base_rows"] - arrays["rows"]).max() > 1e-3
             assert arrays["blocks"].tolist() == [3, 10, 11]
-            assert arrays["queries"].tolist() == ([*range(17)] if more == ("--html",) else [16] if "--query" in more else [0])
+            assert arrays["queries"].tolist() == (
+                [*range(17)] if more == ("--html",) else [16] if "--query" in more else [0]
+            )
             assert (arrays["grid"].tolist(), arrays["photo_size"].tolist()) == ([4, 4], [80, 60])
             assert arrays["box"].tolist() == [0, 0, 80, 60]
-            np.testing.assert_allclose(arrays["probabilities"], logits[0].softmax(0), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(
+                arrays["probabilities"], logits[0].softmax(0), rtol=1e-4, atol=1e-6
+            )
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_amp_is_the_precision_that_the_model_computes_in(tiny_folder, photo, tmp_path, capsys):
-    flags = [photo, "--model", tiny_folder, "--layers", "11", "--out", tmp_path / "out", "--json", "--device", "cpu"]
+    flags = [
+        photo,
+        "--model",
+        tiny_folder,
+        "--layers",
+        "11",
+        "--out",
+        tmp_path / "out",
+        "--json",
+        "--device",
+        "cpu",
+    ]
     model = load_pretrained(tiny_folder)
     images = model.preprocess(open_photo(photo))[None]
     for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16)):
@@ -239,7 +351,9 @@ def test_amp_is_the_precision_that_the_model_computes_in(tiny_folder, photo, tmp
         with torch.no_grad():
             expected = model.to(dtype)(images).float().softmax(1)[0]
         found = [top["probability"] for top in answer["predictions"]]
-        assert found == pytest.approx(expected.sort(descending=True).values[: len(found)].tolist(), rel=1e-5)
+        assert found == pytest.approx(
+            expected.sort(descending=True).values[: len(found)].tolist(), rel=1e-5
+        )
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -265,12 +379,20 @@ def test_answers_in_json_tell_what_the_text_does_and_how_much_the_class_token_ke
     assert answer["layers"] == [11]
     top = logits[0].softmax(0).topk(2)
     assert [p["index"] for p in answer["predictions"]] == top.indices.tolist()
-    assert [p["label"] for p in answer["predictions"]] == [f"thing {i}" for i in top.indices.tolist()]
-    assert [p["probability"] for p in answer["predictions"]] == pytest.approx(top.values.tolist(), rel=1e-4)
+    assert [p["label"] for p in answer["predictions"]] == [
+        f"thing {i}" for i in top.indices.tolist()
+    ]
+    assert [p["probability"] for p in answer["predictions"]] == pytest.approx(
+        top.values.tolist(), rel=1e-4
+    )
     row = attn[11][0, :, 0].mean(0)
     assert answer["maps"]["11"]["class_token"] == pytest.approx(row[0].item(), rel=1e-4)
-    assert answer["maps"]["11"]["top_patch"] == pytest.approx((row[1:].max() / row[1:].sum()).item(), rel=1e-4)
-    assert all(p["label"].startswith(("other", "thing 4")) for p in answer["compare"]["predictions"])
+    assert answer["maps"]["11"]["top_patch"] == pytest.approx(
+        (row[1:].max() / row[1:].sum()).item(), rel=1e-4
+    )
+    assert all(
+        p["label"].startswith(("other", "thing 4")) for p in answer["compare"]["predictions"]
+    )
     _, printed = run(*flags, capsys=capsys)
     said = [f"{p['probability']:.3f}  {p['label']}" for p in answer["predictions"]]
     base = [f"{p['probability']:.3f}  {p['label']}" for p in answer["compare"]["predictions"]]
@@ -291,9 +413,14 @@ def test_a_difference_is_the_second_models_share_less_the_firsts(tiny_folder, ot
     rows = look.figure_rows(seen, looks, "attention", [10, 11], heads=False)
     assert [row.signed for row in rows] == [False, False, True]
     for i, block in enumerate((10, 11)):
-        maps = [attention_of(folder, photo)[3][block][0, :, 0, 1:].mean(0) for folder in (other_folder, tiny_folder)]
+        maps = [
+            attention_of(folder, photo)[3][block][0, :, 0, 1:].mean(0)
+            for folder in (other_folder, tiny_folder)
+        ]
         first, second = ((m / m.sum()).view(4, 4) for m in maps)
-        wanted = models[0].preprocess.to_photo(100 * (second - first), seen.size, seen.panel.shape[:2])
+        wanted = models[0].preprocess.to_photo(
+            100 * (second - first), seen.size, seen.panel.shape[:2]
+        )
         np.testing.assert_allclose(rows[2].panels[i].values, wanted, atol=1e-4)
     assert str(other_folder) in rows[0].label
     assert str(tiny_folder) in rows[1].label
@@ -302,7 +429,9 @@ def test_a_difference_is_the_second_models_share_less_the_firsts(tiny_folder, ot
 def test_heads_have_a_panel_each_and_their_mean(tiny_folder, photo):
     model = load_pretrained(tiny_folder).eval()
     seen = look.read_photo(photo, [model], None, small=True)
-    rows = look.figure_rows(seen, look.look_at(model, [seen], 0, [9, 11]), "attention", [9, 11], heads=True)
+    rows = look.figure_rows(
+        seen, look.look_at(model, [seen], 0, [9, 11]), "attention", [9, 11], heads=True
+    )
     attn = attention_of(tiny_folder, photo)[3]
     assert [[panel.title for panel in row.panels] for row in rows] == [
         [f"block {b}, {part}" for part in ("mean", "head 0", "head 1", "head 2")] for b in (9, 11)
@@ -315,7 +444,9 @@ def test_heads_have_a_panel_each_and_their_mean(tiny_folder, photo):
 
 
 @pytest.mark.parametrize("method", cli.METHODS)
-def test_photos_in_one_batch_are_what_they_are_alone_each_with_its_own_query(tiny_folder, tmp_path, method):
+def test_photos_in_one_batch_are_what_they_are_alone_each_with_its_own_query(
+    tiny_folder, tmp_path, method
+):
     model = load_pretrained(tiny_folder).eval()
     photos = []
     for i, size in enumerate([(80, 60), (50, 90), (300, 40)]):
@@ -325,9 +456,13 @@ def test_photos_in_one_batch_are_what_they_are_alone_each_with_its_own_query(tin
     together = look.look_at(model, photos, 0, [2, 11], methods=[method])
     for photo, one in zip(photos, together, strict=True):
         (alone,) = look.look_at(model, [photo], 0, [2, 11], methods=[method])
-        assert len(one.rows[method][2][0]) == (1 if method == "relevance" else len({p.query for p in photos}))
+        assert len(one.rows[method][2][0]) == (
+            1 if method == "relevance" else len({p.query for p in photos})
+        )
         for block in (2, 11):
-            torch.testing.assert_close(one.row(method, block), alone.row(method, block), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                one.row(method, block), alone.row(method, block), rtol=1e-4, atol=1e-6
+            )
         torch.testing.assert_close(one.probabilities, alone.probabilities, rtol=1e-4, atol=1e-6)
 
 
@@ -337,7 +472,16 @@ def test_a_backbone_has_no_probabilities_for_its_features_are_none(tmp_path, pho
     model.preprocess = Preprocess((32, 32))
     (tmp_path / "bare").mkdir()
     save_pretrained(model, tmp_path / "bare")
-    (answer,) = answers(photo, "--model", tmp_path / "bare", "--npz", "--html", "--out", tmp_path / "out", capsys=capsys)
+    (answer,) = answers(
+        photo,
+        "--model",
+        tmp_path / "bare",
+        "--npz",
+        "--html",
+        "--out",
+        tmp_path / "out",
+        capsys=capsys,
+    )
     assert answer["predictions"] == []
     with np.load(answer["npz"]) as arrays:
         assert arrays["probabilities"].shape == (0,)
@@ -346,21 +490,33 @@ def test_a_backbone_has_no_probabilities_for_its_features_are_none(tmp_path, pho
 @pytest.mark.parametrize("all_rows", [True, False], ids=["all rows", "one row"])
 def test_registers_ask_nothing_and_have_no_place_in_a_map(photo, all_rows):
     model = randomize(ViT(ViTConfig(**vars(TINY) | {"num_registers": 2})))
-    model.labels, model.preprocess, model.origin = tuple("abcde"), Preprocess((32, 32)), Origin("registers")
+    model.labels, model.preprocess, model.origin = (
+        tuple("abcde"),
+        Preprocess((32, 32)),
+        Origin("registers"),
+    )
     images = model.preprocess(open_photo(photo))[None]
     with torch.no_grad():
         attn = model.forward_with_attention(images, range(12))[1]
     kept = [0, *range(3, 19)]
     seen = look.read_photo(photo, [model], (79, 59), small=False)
-    (one,) = look.look_at(model, [seen], 0, [11], methods=["attention", "rollout"], all_rows=all_rows)
+    (one,) = look.look_at(
+        model, [seen], 0, [11], methods=["attention", "rollout"], all_rows=all_rows
+    )
     for method, rows in (("attention", attn[11][0]), ("rollout", rollout(attn)[11])):
-        torch.testing.assert_close(one.row(method, 11), rows[:, 18, kept], rtol=1e-4, atol=1e-6)  # the last patch's
+        torch.testing.assert_close(
+            one.row(method, 11), rows[:, 18, kept], rtol=1e-4, atol=1e-6
+        )  # the last patch's
     if all_rows:
-        torch.testing.assert_close(one.rows["attention"][11], attn[11][0][:, kept][..., kept], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            one.rows["attention"][11], attn[11][0][:, kept][..., kept], rtol=1e-4, atol=1e-6
+        )
         assert look.pane(seen, one, 3).attn[11].shape == (3, 17, 17)
 
 
-def test_relevance_is_for_the_first_prediction_or_the_class_asked_for_and_the_figure_says_which(tiny_folder, photo):
+def test_relevance_is_for_the_first_prediction_or_the_class_asked_for_and_the_figure_says_which(
+    tiny_folder, photo
+):
     model, images, logits, _ = attention_of(tiny_folder, photo)
     seen = look.read_photo(photo, [model], None, small=False)
     for target in (None, 0, 3):
@@ -371,25 +527,38 @@ def test_relevance_is_for_the_first_prediction_or_the_class_asked_for_and_the_fi
         said = one.says("relevance")
         assert said.endswith(f", relevance for thing {index}") == (index != logits.argmax())
         (row,) = look.figure_rows(seen, [one], "relevance", [11], heads=False)
-        assert np.nansum(row.panels[0].values) * 16 / row.panels[0].values.size == pytest.approx(100, rel=0.05)
+        assert np.nansum(row.panels[0].values) * 16 / row.panels[0].values.size == pytest.approx(
+            100, rel=0.05
+        )
 
 
-def test_a_map_that_one_token_dominates_is_named_on_stderr_and_in_the_figure(tmp_path, photo, capsys):
+def test_a_map_that_one_token_dominates_is_named_on_stderr_and_in_the_figure(
+    tmp_path, photo, capsys
+):
     model = seeker(Preprocess((64, 64)), tmp_path / "seeker")
     scene = Image.new("RGB", (64, 64), "grey")
     scene.paste((255, 0, 0), (16, 16, 32, 32))
     scene.save(photo)
-    code, printed = run(photo, "--model", model, "--layers", "1", "--out", tmp_path / "out", capsys=capsys)
+    code, printed = run(
+        photo, "--model", model, "--layers", "1", "--out", tmp_path / "out", capsys=capsys
+    )
     assert code == 0
     assert f"{photo}: one token dominates block 1 (keeps 0% · top patch 100%)" in printed.err
     seen = look.read_photo(photo, [load_pretrained(model)], None, small=False)
-    (row,) = look.figure_rows(seen, look.look_at(load_pretrained(model), [seen], 0, [1]), "attention", [1], heads=False)
+    (row,) = look.figure_rows(
+        seen, look.look_at(load_pretrained(model), [seen], 0, [1]), "attention", [1], heads=False
+    )
     assert row.panels[0].warn
     plots.draw_attention(tmp_path / "a.png", seen.panel, [row], "", "")
     reddish = lambda a: ((a[..., 0] > 150) & (a[..., 1] < 60) & (a[..., 2] < 80))[-60:].sum()  # noqa: E731
     assert reddish(pixels(tmp_path / "a.png")) > 100
     Image.new("RGB", (64, 64), "grey").save(photo)
-    assert "one token" not in run(photo, "--model", model, "--layers", "1", "--out", tmp_path / "out", capsys=capsys)[1].err
+    assert (
+        "one token"
+        not in run(
+            photo, "--model", model, "--layers", "1", "--out", tmp_path / "out", capsys=capsys
+        )[1].err
+    )
 
 
 # What is refused
@@ -398,7 +567,10 @@ def test_a_map_that_one_token_dominates_is_named_on_stderr_and_in_the_figure(tmp
 REFUSED = {
     "heads of rollout": (["--heads", "--method", "rollout"], "--method rollout has no heads"),
     "relevance of a patch": (["--query", "1,1", "--method", "relevance"], "leave --query away"),
-    "a target without use": (["--target", "thing 1"], "--target is for --method relevance or --html"),
+    "a target without use": (
+        ["--target", "thing 1"],
+        "--target is for --method relevance or --html",
+    ),
     "an unknown class": (
         ["--method", "relevance", "--target", "thing 9"],
         "no such class; expected one of the model's, as thing",
@@ -410,15 +582,29 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("flags, message", REFUSED.values(), ids=REFUSED)
-def test_flags_that_would_mean_nothing_are_refused_in_one_line(tiny_folder, photo, tmp_path, capsys, flags, message):
+def test_flags_that_would_mean_nothing_are_refused_in_one_line(
+    tiny_folder, photo, tmp_path, capsys, flags, message
+):
     model = randomize(
-        ViT(ViTConfig(img_size=(48, 48), patch_size=8, embed_dim=24, depth=12, num_heads=3, mlp_dim=48, num_classes=1))
+        ViT(
+            ViTConfig(
+                img_size=(48, 48),
+                patch_size=8,
+                embed_dim=24,
+                depth=12,
+                num_heads=3,
+                mlp_dim=48,
+                num_classes=1,
+            )
+        )
     )
     model.labels, model.preprocess = ("x",), Preprocess((48, 48))
     (tmp_path / "grid").mkdir()
     save_pretrained(model, tmp_path / "grid")
     flags = [tmp_path / "grid" if flag == "GRID" else flag for flag in flags]
-    code, printed = run(photo, "--model", tiny_folder, *flags, "--out", tmp_path / "out", capsys=capsys)
+    code, printed = run(
+        photo, "--model", tiny_folder, *flags, "--out", tmp_path / "out", capsys=capsys
+    )
     assert code == 2
     assert message in printed.err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
@@ -433,11 +619,26 @@ def test_a_query_is_two_numbers(text, capsys):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_class_that_only_one_of_two_models_has_is_said(tiny_folder, other_folder, photo, tmp_path, capsys):
-    flags = (photo, "--model", tiny_folder, "--compare", other_folder, "--method", "relevance", "--out", tmp_path / "out")
+def test_a_class_that_only_one_of_two_models_has_is_said(
+    tiny_folder, other_folder, photo, tmp_path, capsys
+):
+    flags = (
+        photo,
+        "--model",
+        tiny_folder,
+        "--compare",
+        other_folder,
+        "--method",
+        "relevance",
+        "--out",
+        tmp_path / "out",
+    )
     code, printed = run(*flags, "--target", "thing 1", capsys=capsys)
     assert code == 0
-    assert f"{other_folder} has no class 'thing 1': relevance there is for its own first prediction" in printed.err
+    assert (
+        f"{other_folder} has no class 'thing 1': relevance there is for its own first prediction"
+        in printed.err
+    )
     assert "has no class" not in run(*flags, "--target", "thing 4", capsys=capsys)[1].err
 
 
@@ -446,10 +647,20 @@ def test_a_query_outside_of_a_photo_does_not_stop_the_others(tiny_folder, tmp_pa
     for name, size in (("small", (20, 20)), ("large", (200, 200))):
         draw_photo(*size).save(tmp_path / f"{name}.png")
     paths = (tmp_path / "small.png", tmp_path / "large.png")
-    code, printed = run(*paths, "--model", tiny_folder, "--query", "100,100", "--out", tmp_path / "out", capsys=capsys)
+    code, printed = run(
+        *paths,
+        "--model",
+        tiny_folder,
+        "--query",
+        "100,100",
+        "--out",
+        tmp_path / "out",
+        capsys=capsys,
+    )
     assert code == 2
     assert (
-        f"{paths[0]}: no patch at 100,100: of 20 x 20 pixels, the model sees x from 0 to 20 and y from 0 to 20" in printed.err
+        f"{paths[0]}: no patch at 100,100: of 20 x 20 pixels, the model sees x from 0 to 20 and y from 0 to 20"
+        in printed.err
     )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["large.png"]
 
@@ -466,16 +677,24 @@ def many(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_folder_is_drawn_in_processes_in_order_and_one_bad_photo_stops_nothing(tiny_folder, many, tmp_path, capsys):
+def test_a_folder_is_drawn_in_processes_in_order_and_one_bad_photo_stops_nothing(
+    tiny_folder, many, tmp_path, capsys
+):
     flags = ("--model", tiny_folder, "--layers", "11")
-    code, printed = run(many, *flags, "--workers", "2", "--out", tmp_path / "out", "--json", capsys=capsys)
+    code, printed = run(
+        many, *flags, "--workers", "2", "--out", tmp_path / "out", "--json", capsys=capsys
+    )
     assert code == 2
     lines = [json.loads(line) for line in printed.out.splitlines()]
     assert [Path(line["photo"]).name for line in lines] == [f"{i}.png" for i in range(10) if i != 5]
     assert f"{many / '5.png'}: cannot be read as a photo" in printed.err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [Path(line["photo"]).name for line in lines]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        Path(line["photo"]).name for line in lines
+    ]
     (alone,) = answers(many / "3.png", *flags, "--out", tmp_path / "alone", capsys=capsys)
-    assert abs(pixels(alone["figure"]) - pixels(tmp_path / "out" / "3.png")).mean() < 0.05  # a batch rounds otherwise
+    assert (
+        abs(pixels(alone["figure"]) - pixels(tmp_path / "out" / "3.png")).mean() < 0.05
+    )  # a batch rounds otherwise
 
 
 def test_a_disk_that_is_full_for_a_figure_ends_with_one_line(tiny_folder, many, tmp_path, capsys):
@@ -491,7 +710,9 @@ def test_an_interrupt_leaves_no_process_and_no_half_figure(tiny_folder, many, tm
     paths = [many / "0.png"] * 200
     flags = ["--model", tiny_folder, "--workers", "1", "--out", tmp_path / "out", *CPU]
     command = [sys.executable, ROOT / "infer.py", *paths, *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     process.stdout.readline()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of them
     _, err = process.communicate(timeout=60)
@@ -511,9 +732,18 @@ def test_an_interrupt_leaves_no_process_and_no_half_figure(tiny_folder, many, tm
 
 def test_torchrun_shares_the_photos_out_and_waits_for_all(tiny_folder, many, tmp_path):
     """The first of two processes has only photos that cannot be read, and ends when the other has drawn none yet."""
-    (tmp_path / "sitecustomize.py").write_text("import os, time\nif os.environ.get('RANK') == '1': time.sleep(3)")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\nif os.environ.get('RANK') == '1': time.sleep(3)"
+    )
     paths = [many / f"{i}.png" for i in (5, 0, 5, 1, 5, 2)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     flags = ["--model", tiny_folder, "--layers", "11", "--out", tmp_path / "out", "--json", *CPU]
     command = list(map(str, [*torchrun, ROOT / "infer.py", *paths, *flags]))
     late = os.environ | {"PYTHONPATH": str(tmp_path)}

@@ -13,7 +13,13 @@ from torch.testing import assert_close
 from minivit import Preprocess, ViT, load_pretrained
 from minivit.errors import UserError
 from minivit.training import step as loop
-from minivit.training.optimizer import freeze_except, lr_at, parameter_groups, parse_blocks, trainable
+from minivit.training.optimizer import (
+    freeze_except,
+    lr_at,
+    parameter_groups,
+    parse_blocks,
+    trainable,
+)
 from minivit.training.state import begin
 
 CPU_SCALER_OFF = torch.amp.GradScaler("cpu", enabled=False)
@@ -21,7 +27,9 @@ CPU_SCALER_OFF = torch.amp.GradScaler("cpu", enabled=False)
 
 def batch(n=7):
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(n, 3, 32, 32, generator=generator), torch.randint(5, (n,), generator=generator)
+    return torch.randn(n, 3, 32, 32, generator=generator), torch.randint(
+        5, (n,), generator=generator
+    )
 
 
 def tail_of(model):
@@ -40,12 +48,23 @@ def test_micro_batches_add_up_to_the_full_batch(tiny, micro_batch):
     expected = {name: p.grad.clone() for name, p in trainable(tiny).items()}
     norm = torch.cat([g.flatten() for g in expected.values()]).norm()
     loss, found_norm, _ = loop.train_step(
-        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=micro_batch, amp=None
+        tiny,
+        sgd(tiny),
+        CPU_SCALER_OFF,
+        images.__getitem__,
+        labels,
+        micro_batch=micro_batch,
+        amp=None,
     )
     assert_close(loss, F.cross_entropy(randomize(ViT(TINY))(images), labels).detach())
     assert_close(found_norm, norm)
     for name, p in trainable(tiny).items():  # what remains is the clipped sum
-        assert_close(p.grad, expected[name] * min(1, loop.MAX_GRAD_NORM / (norm.item() + 1e-6)), rtol=1e-4, atol=1e-6)
+        assert_close(
+            p.grad,
+            expected[name] * min(1, loop.MAX_GRAD_NORM / (norm.item() + 1e-6)),
+            rtol=1e-4,
+            atol=1e-6,
+        )
 
 
 @pytest.mark.parametrize("blocks", [[], [11], [8, 11], list(range(12))], ids=str)
@@ -54,9 +73,13 @@ def test_only_the_chosen_blocks_norm_and_head_change(tiny, blocks):
     images, labels = batch()
     cut = freeze_except(tiny, blocks)
     assert cut == min(blocks, default=12)
-    loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=7, amp=None)
+    loop.train_step(
+        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=7, amp=None
+    )
     for name, p in tiny.named_parameters():
-        chosen = name.split(".")[0] in ("norm", "head") or any(name.startswith(f"blocks.{i}.") for i in blocks)
+        chosen = name.split(".")[0] in ("norm", "head") or any(
+            name.startswith(f"blocks.{i}.") for i in blocks
+        )
         assert torch.equal(p, before[name]) != chosen, name
         assert (p.grad is not None) == chosen, name
 
@@ -65,12 +88,20 @@ def test_frozen_blocks_build_no_graph(tiny):
     freeze_except(tiny, [10, 11])
     saved = []
     images, labels = batch()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=7, amp=None)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.shape) or t, lambda t: t
+    ):
+        loop.train_step(
+            tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=7, amp=None
+        )
     few = len(saved)
     freeze_except(tiny, range(12))
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=7, amp=None)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.shape) or t, lambda t: t
+    ):
+        loop.train_step(
+            tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=7, amp=None
+        )
     assert len(saved) - few > 4 * few
 
 
@@ -80,12 +111,16 @@ def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(tiny):
     before = {name: p.clone() for name, p in trainable(tiny).items()}
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     optimizer = sgd(tiny)
-    _, norm, _ = loop.train_step(tiny, optimizer, scaler, images.__getitem__, labels, micro_batch=3, amp=torch.float16)
+    _, norm, _ = loop.train_step(
+        tiny, optimizer, scaler, images.__getitem__, labels, micro_batch=3, amp=torch.float16
+    )
     assert not norm.isfinite()
     assert scaler.get_scale() == 2.0**59
     assert all(torch.equal(p, before[name]) for name, p in trainable(tiny).items())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    _, norm, _ = loop.train_step(tiny, optimizer, scaler, images.__getitem__, labels, micro_batch=3, amp=torch.float16)
+    _, norm, _ = loop.train_step(
+        tiny, optimizer, scaler, images.__getitem__, labels, micro_batch=3, amp=torch.float16
+    )
     assert norm.isfinite()
     assert not torch.equal(tiny.head.weight, before["head.weight"])
 
@@ -94,17 +129,29 @@ def test_clipping_sees_the_unscaled_gradients(tiny):
     images, labels = batch()
     freeze_except(tiny, [10, 11])
     kept = {name: p.detach().clone() for name, p in tiny.named_parameters()}
-    _, expected, _ = loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=3, amp=None)
+    _, expected, _ = loop.train_step(
+        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=3, amp=None
+    )
     stepped = tiny.head.weight.detach().clone()
     tiny.load_state_dict(kept)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    _, norm, _ = loop.train_step(tiny, sgd(tiny), scaler, images.__getitem__, labels, micro_batch=3, amp=None)
+    _, norm, _ = loop.train_step(
+        tiny, sgd(tiny), scaler, images.__getitem__, labels, micro_batch=3, amp=None
+    )
     assert_close(norm, expected)
     assert_close(tiny.head.weight.detach(), stepped)
 
 
 def fit(model, data, val=None, **changes):
-    settings = {"amp": None, "epochs": 2, "batch_size": 4, "micro_batch": 4, "lr": 1e-3, "seed": 0, "cut": 10} | changes
+    settings = {
+        "amp": None,
+        "epochs": 2,
+        "batch_size": 4,
+        "micro_batch": 4,
+        "lr": 1e-3,
+        "seed": 0,
+        "cut": 10,
+    } | changes
     run = begin(model, amp=settings["amp"], weight_decay=0.05)
     return list(loop.fit(run, data, val or data, **settings))
 
@@ -112,7 +159,9 @@ def fit(model, data, val=None, **changes):
 @pytest.fixture
 def pixels():
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(256, (9, 3, 32, 32), generator=generator, dtype=torch.uint8), torch.arange(9) % 5
+    return torch.randint(256, (9, 3, 32, 32), generator=generator, dtype=torch.uint8), torch.arange(
+        9
+    ) % 5
 
 
 def fresh():
@@ -130,7 +179,11 @@ def test_micro_batch_changes_speed_and_never_the_result(pixels):
     for a, b in zip(whole, parts):
         for key in a.keys() - TIMES:
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
-    assert whole[0].keys() >= {"epoch", "loss", "lr", "train_accuracy", "train_loss", "val_accuracy", "val_loss"} | TIMES
+    assert (
+        whole[0].keys()
+        >= {"epoch", "loss", "lr", "train_accuracy", "train_loss", "val_accuracy", "val_loss"}
+        | TIMES
+    )
     assert whole[0].keys() >= {"val_precision", "val_recall", "val_f1"}
 
 
@@ -151,7 +204,9 @@ def test_training_metrics_are_of_photos_without_augmentation(pixels):
 
 
 def test_a_skipped_step_moves_neither_schedule_nor_weights(pixels, monkeypatch):
-    monkeypatch.setattr(loop, "train_step", lambda *_, **__: (torch.tensor(1.0), torch.tensor(math.inf), 4))
+    monkeypatch.setattr(
+        loop, "train_step", lambda *_, **__: (torch.tensor(1.0), torch.tensor(math.inf), 4)
+    )
     rows = fit(fresh(), pixels, amp=torch.float16)
     assert rows[-1]["lr"] == lr_at(0, peak=1e-3, total=6)
 
@@ -164,7 +219,9 @@ def test_a_loss_that_is_not_finite_stops_with_a_clear_line(pixels):
 
 
 def test_an_epoch_of_nothing_but_skipped_steps_stops_too(pixels, monkeypatch):
-    monkeypatch.setattr(loop, "train_step", lambda *_, **__: (torch.tensor(math.inf), torch.tensor(math.inf), 4))
+    monkeypatch.setattr(
+        loop, "train_step", lambda *_, **__: (torch.tensor(math.inf), torch.tensor(math.inf), 4)
+    )
     with pytest.raises(UserError, match="the loss of epoch 1 is inf; try a lower --lr than 0.001"):
         fit(fresh(), pixels, amp=torch.float16)
 
@@ -172,14 +229,20 @@ def test_an_epoch_of_nothing_but_skipped_steps_stops_too(pixels, monkeypatch):
 def test_mfu_is_the_share_that_the_models_products_take_of_the_devices(pixels, monkeypatch):
     monkeypatch.setattr(loop, "product_flops", lambda *_: 1e9)
     model = fresh()
-    for row, whole in zip(fit(model, pixels, cache_views=1), (model.flops(), model.flops(10)), strict=True):
-        passes = whole + 2 * model.flops(10)  # forward, and backward through what trains, which takes twice as much
+    for row, whole in zip(
+        fit(model, pixels, cache_views=1), (model.flops(), model.flops(10)), strict=True
+    ):
+        passes = whole + 2 * model.flops(
+            10
+        )  # forward, and backward through what trains, which takes twice as much
         assert row["mfu"] == pytest.approx(row["images_per_s"] * passes / 1e9)
 
 
 def test_what_is_not_scored_is_left_out_and_nothing_else_changes(pixels):
     for row, both in zip(fit(fresh(), pixels, scored=["val"]), fit(fresh(), pixels), strict=True):
-        assert {name: value for name, value in both.items() if not name.startswith("train_")}.keys() == row.keys()
+        assert {
+            name: value for name, value in both.items() if not name.startswith("train_")
+        }.keys() == row.keys()
         assert all(row[name] == both[name] for name in row.keys() - TIMES)
 
 
@@ -204,7 +267,13 @@ def test_matrices_decay_and_the_rest_does_not(tiny):
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("8-11", [8, 9, 10, 11]), ("10,11", [10, 11]), ("0, 3-4,3", [0, 3, 4]), ("all", list(range(12))), ("none", [])],
+    [
+        ("8-11", [8, 9, 10, 11]),
+        ("10,11", [10, 11]),
+        ("0, 3-4,3", [0, 3, 4]),
+        ("all", list(range(12))),
+        ("none", []),
+    ],
 )
 def test_ranges_of_blocks_are_from_0_and_inclusive(text, expected):
     assert parse_blocks(text, 12) == expected
@@ -224,7 +293,15 @@ def test_micro_batches_change_the_update_by_rounding_only(tiny):
     for micro_batch in (9, 4, 2, 1):  # a last micro-batch of one photo for 4 and 2
         tiny.load_state_dict(kept)
         before = tail_of(tiny)
-        loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=micro_batch, amp=None)
+        loop.train_step(
+            tiny,
+            sgd(tiny),
+            CPU_SCALER_OFF,
+            images.__getitem__,
+            labels,
+            micro_batch=micro_batch,
+            amp=None,
+        )
         updates.append(tail_of(tiny) - before)
     for update in updates[1:]:  # 1e-6 is of float32's own rounding of the weights
         assert (update - updates[0]).norm() <= 1e-6 * updates[0].norm()
@@ -256,7 +333,9 @@ def test_of_a_step_that_ran_out_of_memory_nothing_is_held_while_it_is_redone(tin
         made.append(weakref.ref(logits))
         return logits
 
-    *_, micro_batch = loop.train_step(net, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=8, amp=None)
+    *_, micro_batch = loop.train_step(
+        net, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=8, amp=None
+    )
     assert micro_batch == 2
     assert alive[:3] == [0, 0, 0]  # of 8 photos, of 4, of the first 2
     assert "micro-batches of 4\n" in capsys.readouterr().err
@@ -280,23 +359,31 @@ def test_out_of_memory_halves_the_micro_batch_and_redoes_the_step(tiny, capsys):
     images, labels = batch(7)
     freeze_except(tiny, [10, 11])
     kept = {name: p.detach().clone() for name, p in tiny.named_parameters()}
-    expected = loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=1, amp=None)
+    expected = loop.train_step(
+        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=1, amp=None
+    )
     stepped = tail_of(tiny)
     tiny.load_state_dict(kept)
     seen = too_much(tiny, 2)
-    found = loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=64, amp=None)
+    found = loop.train_step(
+        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=64, amp=None
+    )
     assert seen == [7, 3, 1, 1, 1, 1, 1, 1, 1]
     assert found[2] == 1
     assert_close(found[0], expected[0])
     assert_close(tail_of(tiny), stepped)
-    assert capsys.readouterr().err.count("out of memory; the step is redone in micro-batches of ") == 2
+    assert (
+        capsys.readouterr().err.count("out of memory; the step is redone in micro-batches of ") == 2
+    )
 
 
 def test_a_step_is_tried_down_to_one_photo_at_a_time(tiny):
     images, labels = batch(4)
     freeze_except(tiny, [10, 11])
     seen = too_much(tiny, 1)
-    loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=4, amp=None)
+    loop.train_step(
+        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=4, amp=None
+    )
     assert seen == [4, 2, 1, 1, 1, 1]
 
 
@@ -304,7 +391,9 @@ def test_out_of_memory_in_the_middle_of_a_step_leaves_no_gradient_behind(tiny):
     images, labels = batch(7)
     freeze_except(tiny, [10, 11])
     kept = {name: p.detach().clone() for name, p in tiny.named_parameters()}
-    loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=2, amp=None)
+    loop.train_step(
+        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=2, amp=None
+    )
     stepped = tail_of(tiny)
     tiny.load_state_dict(kept)
     real, calls = tiny.forward, []
@@ -316,7 +405,9 @@ def test_out_of_memory_in_the_middle_of_a_step_leaves_no_gradient_behind(tiny):
         return real(images)
 
     tiny.forward = third_fails
-    loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=4, amp=None)
+    loop.train_step(
+        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=4, amp=None
+    )
     assert calls == [4, 3, 2, 2, 2, 1]
     assert_close(tail_of(tiny), stepped)
 
@@ -325,9 +416,13 @@ def test_where_not_one_photo_fits_it_says_so(tiny):
     images, labels = batch(2)
     freeze_except(tiny, [10, 11])
     too_much(tiny, 0)
-    with pytest.raises(UserError, match="cpu: out of memory; try a lower --batch-size or --micro-batch"):
+    with pytest.raises(
+        UserError, match="cpu: out of memory; try a lower --batch-size or --micro-batch"
+    ):
         tiny.forward(images[:0])
-        loop.train_step(tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=2, amp=None)
+        loop.train_step(
+            tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=2, amp=None
+        )
 
 
 def test_a_stand_in_counts_neither_in_the_loss_nor_in_the_gradients(tiny):
@@ -335,7 +430,14 @@ def test_a_stand_in_counts_neither_in_the_loss_nor_in_the_gradients(tiny):
     freeze_except(tiny, [10, 11])
     before = tail_of(tiny)
     loss, norm, _ = loop.train_step(
-        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=1, amp=None, batch=math.inf
+        tiny,
+        sgd(tiny),
+        CPU_SCALER_OFF,
+        images.__getitem__,
+        labels,
+        micro_batch=1,
+        amp=None,
+        batch=math.inf,
     )
     assert (loss, norm) == (0, 0)
     assert torch.equal(tail_of(tiny), before)
@@ -346,7 +448,14 @@ def test_label_smoothing_is_torchs(tiny):
     freeze_except(tiny, [10, 11])
     expected = F.cross_entropy(tiny(images), labels, label_smoothing=0.2).detach()
     loss, *_ = loop.train_step(
-        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=3, amp=None, label_smoothing=0.2
+        tiny,
+        sgd(tiny),
+        CPU_SCALER_OFF,
+        images.__getitem__,
+        labels,
+        micro_batch=3,
+        amp=None,
+        label_smoothing=0.2,
     )
     assert_close(loss, expected)
 
@@ -354,7 +463,11 @@ def test_label_smoothing_is_torchs(tiny):
 def test_layer_decay_lowers_the_learning_rate_block_by_block(tiny):
     freeze_except(tiny, [8, 10, 11])
     names = {id(p): name for name, p in tiny.named_parameters()}
-    scale = {names[id(p)]: group["lr_scale"] for group in parameter_groups(tiny, 0.05, 0.5) for p in group["params"]}
+    scale = {
+        names[id(p)]: group["lr_scale"]
+        for group in parameter_groups(tiny, 0.05, 0.5)
+        for p in group["params"]
+    }
     assert scale.keys() == trainable(tiny).keys()
     assert scale["head.weight"] == scale["norm.bias"] == 1
     assert scale["blocks.11.attn.qkv.weight"] == scale["blocks.11.norm1.bias"] == 0.5
@@ -368,8 +481,27 @@ def test_layer_decay_reaches_the_steps(pixels):
         model = fresh()
         before = {name: p.detach().clone() for name, p in trainable(model).items()}
         run = begin(model, amp=None, weight_decay=0.05, layer_decay=layer_decay)
-        next(loop.fit(run, pixels, pixels, cut=10, amp=None, epochs=2, batch_size=4, micro_batch=4, lr=1e-3, seed=0))
-        moved.append({name.split(".")[0] for name, p in trainable(model).items() if not torch.equal(p, before[name])})
+        next(
+            loop.fit(
+                run,
+                pixels,
+                pixels,
+                cut=10,
+                amp=None,
+                epochs=2,
+                batch_size=4,
+                micro_batch=4,
+                lr=1e-3,
+                seed=0,
+            )
+        )
+        moved.append(
+            {
+                name.split(".")[0]
+                for name, p in trainable(model).items()
+                if not torch.equal(p, before[name])
+            }
+        )
     assert moved == [{"blocks", "norm", "head"}, {"norm", "head"}]
 
 
@@ -386,18 +518,25 @@ def test_patience_ends_after_epochs_that_were_not_the_best(pixels, monkeypatch):
 
 def test_the_mean_loss_weighs_a_short_last_batch_by_its_photos(pixels, monkeypatch):
     losses = iter([1.0, 2.0, 7.0] * 2)
-    monkeypatch.setattr(loop, "train_step", lambda *_, **__: (torch.tensor(next(losses)), torch.tensor(1.0), 4))
+    monkeypatch.setattr(
+        loop, "train_step", lambda *_, **__: (torch.tensor(next(losses)), torch.tensor(1.0), 4)
+    )
     assert fit(fresh(), pixels)[0]["loss"] == (4 * 1 + 4 * 2 + 1 * 7) / 9
 
 
 def test_a_rehearsal_changes_nothing_and_says_what_fits(tiny, capsys):
     freeze_except(tiny, [10, 11])
-    tiny.labels, before = ("a", "b"), {name: p.detach().clone() for name, p in tiny.named_parameters()}
+    tiny.labels, before = (
+        ("a", "b"),
+        {name: p.detach().clone() for name, p in tiny.named_parameters()},
+    )
     seen = too_much(tiny, 2, "logits")
     micro_batch, gib = loop.rehearse(tiny, cut=10, batch_size=8, micro_batch=8, amp=None)
     assert micro_batch == max(seen[-8:]) == 2
     assert 0.1 < gib < 5
-    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in tiny.named_parameters())
+    assert all(
+        torch.equal(p, before[name]) and p.grad is None for name, p in tiny.named_parameters()
+    )
 
 
 def test_20_steps_follow_transformers_and_torchs_adamw(tiny_folder):
@@ -405,9 +544,13 @@ def test_20_steps_follow_transformers_and_torchs_adamw(tiny_folder):
     from transformers import ViTForImageClassification
 
     ours = load_pretrained(tiny_folder)
-    theirs = ViTForImageClassification.from_pretrained(tiny_folder, attn_implementation="eager").train()
+    theirs = ViTForImageClassification.from_pretrained(
+        tiny_folder, attn_implementation="eager"
+    ).train()
     tail = [
-        (name, p) for name, p in theirs.named_parameters() if re.search(r"layers?\.1[01]\.|vit\.layernorm|classifier", name)
+        (name, p)
+        for name, p in theirs.named_parameters()
+        if re.search(r"layers?\.1[01]\.|vit\.layernorm|classifier", name)
     ]
     theirs.requires_grad_(False)
     for _, p in tail:
@@ -415,7 +558,10 @@ def test_20_steps_follow_transformers_and_torchs_adamw(tiny_folder):
     freeze_except(ours, [10, 11])
     assert sum(p.numel() for _, p in tail) == tail_of(ours).numel()
     split = {True: 0.05, False: 0.0}
-    groups = [{"params": [p for _, p in tail if (p.ndim > 1) == matrix], "weight_decay": split[matrix]} for matrix in split]
+    groups = [
+        {"params": [p for _, p in tail if (p.ndim > 1) == matrix], "weight_decay": split[matrix]}
+        for matrix in split
+    ]
     reference, run = torch.optim.AdamW(groups, lr=0.0), begin(ours, amp=None, weight_decay=0.05)
     first = None
     for step in range(20):
@@ -423,7 +569,9 @@ def test_20_steps_follow_transformers_and_torchs_adamw(tiny_folder):
         images, labels = torch.randn(6, 3, 32, 32, generator=generator), torch.arange(6) % 5
         for group in (*reference.param_groups, *run.optimizer.param_groups):
             group["lr"] = lr_at(step, peak=3e-3, total=20)
-        loss, *_ = loop.train_step(ours, run.optimizer, run.scaler, images.__getitem__, labels, micro_batch=4, amp=None)
+        loss, *_ = loop.train_step(
+            ours, run.optimizer, run.scaler, images.__getitem__, labels, micro_batch=4, amp=None
+        )
         reference.zero_grad()
         expected = F.cross_entropy(theirs(pixel_values=images).logits, labels)
         expected.backward()
@@ -436,12 +584,22 @@ def test_20_steps_follow_transformers_and_torchs_adamw(tiny_folder):
 
 def test_evaluating_seldom_changes_no_epoch_and_no_row_that_is_left(pixels):
     def rows(every):
-        how = {"cut": 10, "amp": None, "epochs": 5, "batch_size": 4, "micro_batch": 4, "lr": 1e-3, "seed": 0}
+        how = {
+            "cut": 10,
+            "amp": None,
+            "epochs": 5,
+            "batch_size": 4,
+            "micro_batch": 4,
+            "lr": 1e-3,
+            "seed": 0,
+        }
         run = begin(fresh(), amp=None, weight_decay=0.05)
         return list(loop.fit(run, pixels, pixels, evaluate_every=every, **how)), run.tail()
 
     (all_rows, tail), (some, same_tail) = rows(1), rows(2)
-    kept = {name for name in all_rows[0] if name not in ("images_per_s", "mfu", "seconds", "peak_gib")}
+    kept = {
+        name for name in all_rows[0] if name not in ("images_per_s", "mfu", "seconds", "peak_gib")
+    }
     assert [{name: row[name] for name in kept} for row in some] == [
         {name: row[name] for name in kept} for row in all_rows if row["epoch"] in (2, 4, 5)
     ]

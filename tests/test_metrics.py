@@ -7,7 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from minivit.training.metrics import confused_pairs, confusion_matrix, overfits_from, per_class, summarize, verdict
+from minivit.training.metrics import (
+    confused_pairs,
+    confusion_matrix,
+    overfits_from,
+    per_class,
+    summarize,
+    verdict,
+)
 from minivit.training.report import write_classes
 
 
@@ -32,7 +39,9 @@ def test_metrics_of_a_confusion_matrix_made_by_hand():
 
 
 def test_a_class_that_neither_is_nor_was_predicted_does_not_count_in_macro_f1():
-    assert summarize(confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 1]), 4))["macro_f1"] == 1
+    assert (
+        summarize(confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 1]), 4))["macro_f1"] == 1
+    )
 
 
 def test_a_class_of_one_photo_that_was_predicted_once_is_all_right():
@@ -41,7 +50,9 @@ def test_a_class_of_one_photo_that_was_predicted_once_is_all_right():
 
 
 def test_a_class_that_was_predicted_but_never_is_counts_in_macro_f1():
-    assert summarize(confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 0]), 3))["macro_f1"] == pytest.approx(2 / 3 / 2)
+    assert summarize(confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 0]), 3))[
+        "macro_f1"
+    ] == pytest.approx(2 / 3 / 2)
 
 
 def drawn(path) -> torch.Tensor:
@@ -58,25 +69,47 @@ def test_figures_show_their_contents_and_take_any_name(tmp_path):
 
     Image.new("RGB", (300, 200), "green").save(tmp_path / "green.png")
     plots.draw_predictions(
-        tmp_path / "p.png", [tmp_path / "green.png"] * 7, [(HOSTILE.replace("\x1b", ""), "a", 0.5)] * 7, "title"
+        tmp_path / "p.png",
+        [tmp_path / "green.png"] * 7,
+        [(HOSTILE.replace("\x1b", ""), "a", 0.5)] * 7,
+        "title",
     )
     picture = drawn(tmp_path / "p.png")
-    assert (picture == torch.tensor([0.0, 128.0, 0.0])).all(-1).float().mean() > 0.2  # the photos themselves
-    plots.draw_confusion(tmp_path / "c.png", np.eye(40, dtype=int), [HOSTILE.replace("\x1b", "")] * 40, "title")
+    assert (picture == torch.tensor([0.0, 128.0, 0.0])).all(
+        -1
+    ).float().mean() > 0.2  # the photos themselves
+    plots.draw_confusion(
+        tmp_path / "c.png", np.eye(40, dtype=int), [HOSTILE.replace("\x1b", "")] * 40, "title"
+    )
     pairs = [(HOSTILE.replace("\x1b", ""), "b", 3)] * 8
     plots.draw_confusion(tmp_path / "d.png", np.eye(40, dtype=int), ["a"] * 40, "title", pairs)
     row = {"train_loss": 1, "val_loss": 2, "train_accuracy": 0.5, "val_accuracy": 0.4}
     plots.draw_curves(tmp_path / "l.png", [row | {"epoch": i} for i in (1, 2)], 2)
     plots.draw_curves(tmp_path / "m.png", [row | {"epoch": i} for i in (1, 2)], 2, 2, "a verdict")
     plain, shaded = drawn(tmp_path / "l.png"), drawn(tmp_path / "m.png")
-    assert (shaded[..., :3] - torch.tensor([254.0, 234.0, 208.0])).abs().amax(-1).le(2).sum() > 10_000  # #fdb863 at 0.3
+    assert (shaded[..., :3] - torch.tensor([254.0, 234.0, 208.0])).abs().amax(-1).le(
+        2
+    ).sum() > 10_000  # #fdb863 at 0.3
     assert (plain[..., :3] - torch.tensor([254.0, 234.0, 208.0])).abs().amax(-1).le(2).sum() == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.png", "d.png", "green.png", "l.png", "m.png", "p.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "c.png",
+        "d.png",
+        "green.png",
+        "l.png",
+        "m.png",
+        "p.png",
+    ]
 
 
 def rows_of(*losses):
     return [
-        {"epoch": i, "train_loss": train, "val_loss": val, "train_accuracy": 0.998, "val_accuracy": 0.931 - 0.01 * (i > 3)}
+        {
+            "epoch": i,
+            "train_loss": train,
+            "val_loss": val,
+            "train_accuracy": 0.998,
+            "val_accuracy": 0.931 - 0.01 * (i > 3),
+        }
         for i, (train, val) in enumerate(losses, 1)
     ]
 
@@ -127,7 +160,10 @@ def test_the_table_of_classes_is_scikit_learns(tmp_path):
 def test_curves_leave_room_above_for_losses_that_hardly_fall_and_for_an_accuracy_of_1(monkeypatch):
     from minivit.figures import plots
 
-    figures, row = [], {"train_loss": 1.78, "val_loss": 1.79, "train_accuracy": 1.0, "val_accuracy": 0.0}
+    figures, row = (
+        [],
+        {"train_loss": 1.78, "val_loss": 1.79, "train_accuracy": 1.0, "val_accuracy": 0.0},
+    )
     monkeypatch.setattr(plots, "save", lambda figure, _: figures.append(figure))
     plots.draw_curves(None, [row | {"epoch": i} for i in (1, 2)], 2)
     (loss, accuracy), marker = figures[0].axes, 0.01  # of an axis, half a marker

@@ -10,7 +10,11 @@ from minivit import ViT, ViTConfig
 from minivit.errors import UserError
 from minivit.training.optimizer import freeze_except, trainable
 
-DTYPES = {"fp32": (torch.float32, None), "autocast bf16": (torch.float32, torch.bfloat16), "bf16": (torch.bfloat16, None)}
+DTYPES = {
+    "fp32": (torch.float32, None),
+    "autocast bf16": (torch.float32, torch.bfloat16),
+    "bf16": (torch.bfloat16, None),
+}
 
 
 @pytest.mark.parametrize("dtype, amp", DTYPES.values(), ids=DTYPES)
@@ -55,7 +59,9 @@ def test_attention_is_what_mixes_the_values(tiny):
     _, _, v = block.attn._qkv(x, False)
     mixed, attn = block.attn.forward_with_attention(x)
     # float32 sums of 17 terms in another order than the fused kernel's
-    assert_close(mixed, block.attn.proj((attn @ v).transpose(1, 2).flatten(2)), rtol=1e-5, atol=1e-5)
+    assert_close(
+        mixed, block.attn.proj((attn @ v).transpose(1, 2).flatten(2)), rtol=1e-5, atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -71,7 +77,9 @@ def test_logits_from_any_cut_are_the_whole_forward(tiny):
 
 
 def test_a_model_without_classes_gives_features():
-    assert ViT(ViTConfig(num_classes=0, depth=1, embed_dim=24, num_heads=3, mlp_dim=24))(torch.zeros(1, 3, 224, 224)).shape == (
+    assert ViT(ViTConfig(num_classes=0, depth=1, embed_dim=24, num_heads=3, mlp_dim=24))(
+        torch.zeros(1, 3, 224, 224)
+    ).shape == (
         1,
         24,
     )
@@ -86,7 +94,9 @@ def test_the_default_fine_tuning_has_14205733_parameters():
 
 
 def test_positions_of_the_own_grid_are_left_alone_and_others_resampled():
-    small = ViTConfig(img_size=(32, 48), patch_size=8, embed_dim=24, depth=1, num_heads=3, mlp_dim=24)
+    small = ViTConfig(
+        img_size=(32, 48), patch_size=8, embed_dim=24, depth=1, num_heads=3, mlp_dim=24
+    )
     assert torch.equal((model := ViT(small)).positions(), model.pos_embed)
     from dataclasses import replace
 
@@ -99,11 +109,23 @@ def test_positions_of_the_own_grid_are_left_alone_and_others_resampled():
 @pytest.mark.parametrize(
     "call, message",
     {
-        "block": (lambda m: m.forward_with_attention(torch.zeros(1, 3, 32, 32), [12]), "block 12 is out of range"),
-        "negative": (lambda m: m.forward_with_attention(torch.zeros(1, 3, 32, 32), [-1]), "block -1 is out of range"),
-        "token": (lambda m: m.forward_with_attention(torch.zeros(1, 3, 32, 32), [0], [17]), "token 17 is out of range"),
+        "block": (
+            lambda m: m.forward_with_attention(torch.zeros(1, 3, 32, 32), [12]),
+            "block 12 is out of range",
+        ),
+        "negative": (
+            lambda m: m.forward_with_attention(torch.zeros(1, 3, 32, 32), [-1]),
+            "block -1 is out of range",
+        ),
+        "token": (
+            lambda m: m.forward_with_attention(torch.zeros(1, 3, 32, 32), [0], [17]),
+            "token 17 is out of range",
+        ),
         "stop": (lambda m: m.tokens(torch.zeros(1, 3, 32, 32), stop=13), "stop 13 is out of range"),
-        "size": (lambda m: m(torch.zeros(1, 3, 32, 40)), r"expected images \(B, 3, 32, 32\), found \(1, 3, 32, 40\)"),
+        "size": (
+            lambda m: m(torch.zeros(1, 3, 32, 40)),
+            r"expected images \(B, 3, 32, 32\), found \(1, 3, 32, 40\)",
+        ),
         "heads": (lambda _: ViTConfig(embed_dim=10, num_heads=3), "does not divide"),
         "patches": (lambda _: ViTConfig(img_size=(30, 32)), "whole number of patches"),
         "pool": (lambda _: ViTConfig(pool="max"), "pool is"),

@@ -37,10 +37,29 @@ EPOCHS = ("--epochs", "6", "--micro-batch", "3")
 
 
 def torchrun(tiny_saved, data, out, *flags, more=()):
-    known = ["--model", tiny_saved, "--data", data, "--out", out, "--amp", "off", "--device", "cpu", "--lr", "0.003"]
+    known = [
+        "--model",
+        tiny_saved,
+        "--data",
+        data,
+        "--out",
+        out,
+        "--amp",
+        "off",
+        "--device",
+        "cpu",
+        "--lr",
+        "0.003",
+    ]
     command = [*TORCHRUN, *more, ROOT / "train.py", *known, "--batch-size", "8", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +72,9 @@ def straight(tiny_saved, shapes_data, tmp_path_factory):
     return folder, out
 
 
-def test_two_processes_follow_the_curve_of_one(tiny_saved, shapes_data, straight, tmp_path, no_figures):
+def test_two_processes_follow_the_curve_of_one(
+    tiny_saved, shapes_data, straight, tmp_path, no_figures
+):
     """33 photos to train and 3 to validate divide neither by 2 nor by 8: the last batch leaves the second without a photo."""
     folder, out = straight
     assert run_train(tiny_saved, shapes_data, tmp_path / "one", "--epochs", "6") == 0
@@ -61,13 +82,19 @@ def test_two_processes_follow_the_curve_of_one(tiny_saved, shapes_data, straight
     assert len(two) == 6
     for a, b in zip(two, one):
         assert a == pytest.approx(b, rel=1e-4)
-    summaries = [json.loads((run / "summary.json").read_text()) for run in (folder, tmp_path / "one")]
+    summaries = [
+        json.loads((run / "summary.json").read_text()) for run in (folder, tmp_path / "one")
+    ]
     assert summaries[0]["test_accuracy"] == summaries[1]["test_accuracy"]
     assert [summary["processes"] for summary in summaries] == [2, 1]
-    assert out.count("12 blocks, 3 heads") == out.count("epoch 6/6") == out.count("test accuracy") == 1  # only one speaks
+    assert (
+        out.count("12 blocks, 3 heads") == out.count("epoch 6/6") == out.count("test accuracy") == 1
+    )  # only one speaks
 
 
-def test_sigterm_to_torchrun_saves_and_resume_ends_in_the_same_bytes(tiny_saved, shapes_data, straight, tmp_path):
+def test_sigterm_to_torchrun_saves_and_resume_ends_in_the_same_bytes(
+    tiny_saved, shapes_data, straight, tmp_path
+):
     out = tmp_path / "run"
     with torchrun(tiny_saved, shapes_data, out, *EPOCHS) as process:
         for line in process.stdout:
@@ -86,7 +113,9 @@ def test_sigterm_to_torchrun_saves_and_resume_ends_in_the_same_bytes(tiny_saved,
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_sigterm_to_torchrun_at_any_moment_and_resume_end_in_the_same_bytes(tiny_saved, shapes_data, straight, tmp_path):
+def test_sigterm_to_torchrun_at_any_moment_and_resume_end_in_the_same_bytes(
+    tiny_saved, shapes_data, straight, tmp_path
+):
     started, interrupted = time.perf_counter(), 0
     with torchrun(tiny_saved, shapes_data, tmp_path / "whole", *EPOCHS) as process:
         process.communicate(timeout=500)
@@ -112,7 +141,9 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_saved, shape
         for line in process.stdout:
             if line.startswith("epoch 2/"):
                 break
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        children = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
         os.kill(int(children[-1]), signal.SIGTERM)
         _, err = process.communicate(timeout=500)
     assert err.count(f"all is saved in {out}") == 1
@@ -121,11 +152,15 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_saved, shape
 
 def test_torchrun_restarts_after_a_killed_rank_and_the_run_ends(tiny_saved, shapes_data, tmp_path):
     out = tmp_path / "run"
-    with torchrun(tiny_saved, shapes_data, out, *EPOCHS, "--resume", more=["--max-restarts", "1"]) as process:
+    with torchrun(
+        tiny_saved, shapes_data, out, *EPOCHS, "--resume", more=["--max-restarts", "1"]
+    ) as process:
         for line in process.stdout:
             if line.startswith("epoch 2/6"):  # by then the state after the first is on disk
                 break
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        children = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
         os.kill(int(children[-1]), signal.SIGKILL)
         output, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
@@ -139,8 +174,19 @@ def test_two_machines_follow_the_curve_of_one(tiny_saved, shapes_data, straight,
     """Two torchruns on this machine, which find each other as on two."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    more = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "two"]
-    machines = [torchrun(tiny_saved, shapes_data, tmp_path / "run", *EPOCHS, more=more) for _ in range(2)]
+    more = [
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-endpoint",
+        f"127.0.0.1:{port}",
+        "--rdzv-id",
+        "two",
+    ]
+    machines = [
+        torchrun(tiny_saved, shapes_data, tmp_path / "run", *EPOCHS, more=more) for _ in range(2)
+    ]
     outs = [machine.communicate(timeout=500)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0]
     assert sorted(out.count("test accuracy") for out in outs) == [0, 1]
@@ -150,7 +196,9 @@ def test_two_machines_follow_the_curve_of_one(tiny_saved, shapes_data, straight,
 def test_a_mistake_is_said_once_by_all_processes_together(tiny_saved, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "file").touch()
-    with torchrun(tiny_saved, tmp_path / "data", tmp_path / "run", "--resume", "--epochs", "1") as process:
+    with torchrun(
+        tiny_saved, tmp_path / "data", tmp_path / "run", "--resume", "--epochs", "1"
+    ) as process:
         _, err = process.communicate(timeout=500)
     assert process.returncode != 0
     assert err.count("expected oxford-iiit-pet/") == 1
@@ -184,6 +232,11 @@ def test_under_torchrun_each_process_has_the_gpu_of_its_local_rank(monkeypatch):
     assert parallel.own_device("auto") == "auto"
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [parallel.own_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:3", "cuda:1", "cpu"]
+    assert [parallel.own_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
+        "cuda:3",
+        "cuda:3",
+        "cuda:1",
+        "cpu",
+    ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert parallel.own_device("auto") == "auto"

@@ -15,7 +15,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from minivit import ViT, load_pretrained, open_photo, save_pretrained
 from minivit.training.optimizer import freeze_except
 
-pytestmark = pytest.mark.filterwarnings("default")  # transformers' own deprecations are not ours to mend
+pytestmark = pytest.mark.filterwarnings(
+    "default"
+)  # transformers' own deprecations are not ours to mend
 
 NUM_LABELS = 7
 LR = 1e-3
@@ -36,14 +38,22 @@ def pair(request, tmp_path_factory) -> Pair:
     folder = request.getfixturevalue(request.param)
     photos = request.getfixturevalue("photos")
     if request.param == "real_weights":
-        photos = sorted((request.getfixturevalue("pets3") / "oxford-iiit-pet" / "images").glob("*.jpg"))[:3]
+        photos = sorted(
+            (request.getfixturevalue("pets3") / "oxford-iiit-pet" / "images").glob("*.jpg")
+        )[:3]
     ours = load_pretrained(folder)
-    if not ours.labels:  # a backbone: with a head of its own, transformers' classifier can be held against it
+    if (
+        not ours.labels
+    ):  # a backbone: with a head of its own, transformers' classifier can be held against it
         ours = load_pretrained(folder, num_classes=NUM_LABELS)
-        torch.nn.init.normal_(ours.head.weight, std=0.05, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(
+            ours.head.weight, std=0.05, generator=torch.Generator().manual_seed(0)
+        )
         folder = tmp_path_factory.mktemp("with-head")
         save_pretrained(ours, folder)
-    theirs = AutoModelForImageClassification.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    theirs = AutoModelForImageClassification.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    ).eval()
     images = torch.stack([ours.preprocess(open_photo(path)) for path in photos[:2]])
     return Pair(folder, ours, theirs, images)
 
@@ -71,7 +81,9 @@ def test_pixels(pair, photos, backend, bound):
 def test_embeddings_and_every_hidden_state(pair, reference):
     with torch.no_grad():
         found = pair.ours.tokens(pair.images, stop=0)
-        for stop, (expected, block) in enumerate(zip(reference.hidden_states, [*pair.ours.blocks, None], strict=True)):
+        for stop, (expected, block) in enumerate(
+            zip(reference.hidden_states, [*pair.ours.blocks, None], strict=True)
+        ):
             # Fused and eager attention round differently, and activations reach the hundreds: relative to their size.
             bound = 1e-5 * max(1, expected.abs().max().item())
             assert_close(found, expected, rtol=0, atol=bound, msg=lambda m, s=stop: f"{s}: {m}")
@@ -96,7 +108,9 @@ def test_every_attention(pair, reference, request):
         if exact[block] is not None:
             bound = max(bound, 1.5 * (expected - exact[block]).abs().max().item())
             expected = exact[block].float()
-        assert_close(attn[block], expected, rtol=0, atol=bound, msg=lambda m, b=block: f"block {b}: {m}")
+        assert_close(
+            attn[block], expected, rtol=0, atol=bound, msg=lambda m, b=block: f"block {b}: {m}"
+        )
 
 
 def test_every_attention_in_float64(pair):
@@ -105,7 +119,9 @@ def test_every_attention_in_float64(pair):
         _, attn = pair.ours.double().forward_with_attention(pair.images[:1].double(), range(12))
     pair.theirs.float(), pair.ours.float()
     for block in range(12):
-        assert_close(attn[block], expected[block], rtol=0, atol=1e-6)  # transformers' softmax is in float32 all the same
+        assert_close(
+            attn[block], expected[block], rtol=0, atol=1e-6
+        )  # transformers' softmax is in float32 all the same
 
 
 def test_logits(pair, reference):
@@ -123,7 +139,9 @@ def test_gradients_and_one_adamw_step(pair, tmp_path):
     torch.nn.functional.cross_entropy(ours.logits(tokens, start=cut), labels).backward()
 
     for name, parameter in theirs.named_parameters():
-        parameter.requires_grad_(re.search(r"layers?\.1[01]\.|^\w+\.layernorm\.|^classifier", name) is not None)
+        parameter.requires_grad_(
+            re.search(r"layers?\.1[01]\.|^\w+\.layernorm\.|^classifier", name) is not None
+        )
     torch.nn.functional.cross_entropy(theirs(pair.images).logits, labels).backward()
     start = load_file(pair.folder / "model.safetensors")
     prefix = theirs.base_model_prefix
@@ -131,7 +149,12 @@ def test_gradients_and_one_adamw_step(pair, tmp_path):
         name
         for name in start
         if name.startswith(
-            (f"{prefix}.encoder.layer.10.", f"{prefix}.encoder.layer.11.", f"{prefix}.layernorm.", "classifier.")
+            (
+                f"{prefix}.encoder.layer.10.",
+                f"{prefix}.encoder.layer.11.",
+                f"{prefix}.layernorm.",
+                "classifier.",
+            )
         )
     }
     assert len(trained) > 30
@@ -152,15 +175,22 @@ def test_gradients_and_one_adamw_step(pair, tmp_path):
     def gradients(model):
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
 
-    found, expected = written(ours, "our-gradients", gradients(ours)), written(theirs, "their-gradients", gradients(theirs))
+    found, expected = (
+        written(ours, "our-gradients", gradients(ours)),
+        written(theirs, "their-gradients", gradients(theirs)),
+    )
     scale = max(expected[name].abs().max().item() for name in trained)
     for name in trained:
         # Float32 sums in another order: relative to the tensor's largest gradient. A key's bias shifts all scores of a
         # row alike, so its true gradient is 0 and what is there is rounding: relative to all gradients.
         largest = expected[name].abs().max().item()
         bound = 1e-6 * scale if name.endswith("key.bias") else 1e-4 * largest
-        assert_close(found[name], expected[name], rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
-    frozen = {name for name in start.keys() - trained if "mask_token" not in name}  # that one is only carried along
+        assert_close(
+            found[name], expected[name], rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    frozen = {
+        name for name in start.keys() - trained if "mask_token" not in name
+    }  # that one is only carried along
     assert not any(found[name].any() for name in frozen), "a frozen tensor has a gradient"
 
     stepped = []
@@ -171,8 +201,12 @@ def test_gradients_and_one_adamw_step(pair, tmp_path):
     for name in trained:
         # Adam's first step is LR times a gradient's sign, but where that gradient is no larger than its own rounding.
         difference = (stepped[0][name] - stepped[1][name]).abs()
-        certain = expected[name].abs() > 1e-4 * (scale if name.endswith("key.bias") else expected[name].abs().max())
-        assert difference[certain].max() <= 0.01 * LR if certain.any() else name.endswith("key.bias"), name
+        certain = expected[name].abs() > 1e-4 * (
+            scale if name.endswith("key.bias") else expected[name].abs().max()
+        )
+        assert (
+            difference[certain].max() <= 0.01 * LR if certain.any() else name.endswith("key.bias")
+        ), name
         assert difference.max() <= 2.1 * LR, name
         assert not torch.equal(stepped[0][name], start[name]), f"{name} did not move"
     for name in start.keys() - trained:

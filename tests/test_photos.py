@@ -32,7 +32,15 @@ def test_every_exif_orientation_is_turned_upright(tmp_path, orientation, form):
     upright = Image.new("RGB", (60, 40), "black")
     upright.paste("red", (0, 0, 20, 20))
     upright.paste("blue", (40, 0, 60, 20))
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transposition that a camera so held amounts to
+    undo = {
+        2: 0,
+        3: 3,
+        4: 1,
+        5: 5,
+        6: 2,
+        7: 6,
+        8: 4,
+    }  # Pillow's transposition that a camera so held amounts to
     stored = upright if orientation == 1 else upright.transpose(Image.Transpose(undo[orientation]))
     exif = Image.Exif()
     exif[274] = orientation
@@ -99,7 +107,9 @@ def test_a_jpeg_that_lacks_data_in_the_middle_is_read_as_other_programs_do(tmp_p
         open_photo(tmp_path / "photo.jpg")
 
 
-@pytest.mark.parametrize("exif", [b"", b"nonsense", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff\xff"], ids=repr)
+@pytest.mark.parametrize(
+    "exif", [b"", b"nonsense", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff\xff"], ids=repr
+)
 def test_a_photo_with_broken_exif_is_read_as_it_lies(tmp_path, exif):
     for form in ("JPEG", "WEBP", "PNG"):
         draw_photo(30, 20).save(tmp_path / "photo", form, exif=b"Exif\0\0" + exif)
@@ -153,7 +163,10 @@ BAD_PHOTOS = {
     "device": (lambda path: path.symlink_to("/dev/zero"), "expected a regular file"),
     "to nowhere": (lambda path: path.symlink_to("nowhere"), "no such photo"),
     "to itself": (lambda path: path.symlink_to(path.name), "symbolic links"),
-    "huge": (lambda path: (path.touch(), os.truncate(path, MAX_BYTES + 1)), "of at most 390,000,000 bytes"),
+    "huge": (
+        lambda path: (path.touch(), os.truncate(path, MAX_BYTES + 1)),
+        "of at most 390,000,000 bytes",
+    ),
     "float": (lambda path: Image.new("F", (4, 4)).save(path, "TIFF"), "floating-point"),
 }
 
@@ -179,7 +192,9 @@ def chunk(kind, data):
 
 def png(width, height, before=b"", after=b""):
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    pixels = chunk(b"IDAT", zlib.compress(bytes((width + 1) * height if width * height < 1000 else 99)))
+    pixels = chunk(
+        b"IDAT", zlib.compress(bytes((width + 1) * height if width * height < 1000 else 99))
+    )
     return b"\x89PNG\r\n\x1a\n" + head + before + pixels + after + chunk(b"IEND", b"")
 
 
@@ -189,16 +204,32 @@ def tiff(tags, data=b""):
 
 
 def tiff_tags(width, height, *more):
-    return [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1), *more]
+    return [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, 1, 8),
+        (259, 3, 1, 8),
+        (262, 3, 1, 1),
+        (277, 3, 1, 1),
+        *more,
+    ]
 
 
 def bmp(width, height, compression=0, data=b""):
-    head = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, compression, len(data), 0, 0, 256, 0)
+    head = struct.pack(
+        "<IiiHHIIiiII", 40, width, height, 1, 8, compression, len(data), 0, 0, 256, 0
+    )
     return b"BM" + struct.pack("<IHHI", 1078 + len(data), 0, 0, 1078) + head + bytes(1024) + data
 
 
 def gif(screen, frame):
-    return b"GIF89a" + struct.pack("<HHBBB", *screen, 0x80, 0, 0) + bytes(6) + b"," + struct.pack("<HHHHBB", 0, 0, *frame, 0, 2)
+    return (
+        b"GIF89a"
+        + struct.pack("<HHBBB", *screen, 0x80, 0, 0)
+        + bytes(6)
+        + b","
+        + struct.pack("<HHHHBB", 0, 0, *frame, 0, 2)
+    )
 
 
 def webp(width, height):
@@ -218,14 +249,25 @@ BOMBS = {
     "PNG": (png(20_000, 6_000), "20000 x 6000 pixels, more than the 65,000,000"),
     "PNG, long": (png(100_000, 1), "100000 x 1 pixels, more than"),
     "PNG, largest": (png(2**31 - 1, 2**31 - 1), "exceeds limit"),
-    "JPEG": (jpeg(Image.new("L", (8, 8))).replace(b"\0\x08\0\x08", b"\x20\0\x20\0", 1), "8192 x 8192 pixels"),
+    "JPEG": (
+        jpeg(Image.new("L", (8, 8))).replace(b"\0\x08\0\x08", b"\x20\0\x20\0", 1),
+        "8192 x 8192 pixels",
+    ),
     "JPEG, scans": (many_scans(), "15.. scans of 1000 x 1000 pixels"),
     "GIF": (gif((65_535, 65_535), (1, 1)), "exceeds limit"),
     "GIF, frame": (gif((8, 8), (60_000, 2_000)), "60000 x 2000 pixels"),
     "WebP": (webp(9_000, 9_000), "9000 x 9000 pixels"),
-    "TIFF": (tiff(tiff_tags(10_000, 10_000, (273, 4, 1, 8), (279, 4, 1, 9))), "10000 x 10000 pixels"),
+    "TIFF": (
+        tiff(tiff_tags(10_000, 10_000, (273, 4, 1, 8), (279, 4, 1, 9))),
+        "10000 x 10000 pixels",
+    ),
     "TIFF, tile": (
-        tiff(tiff_tags(16, 16, (322, 4, 1, 40_000), (323, 4, 1, 40_000), (324, 4, 1, 300), (325, 4, 1, 99)), bytes(400)),
+        tiff(
+            tiff_tags(
+                16, 16, (322, 4, 1, 40_000), (323, 4, 1, 40_000), (324, 4, 1, 300), (325, 4, 1, 99)
+            ),
+            bytes(400),
+        ),
         "40000 x 40000 pixels",
     ),
     "BMP": (bmp(10_000, -10_000), "10000 x 10000 pixels"),
@@ -248,8 +290,14 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch, data, mes
 
 def repeated_tags(width=8):
     """2,000 tags that all point at the same megabyte."""
-    tags = [tag for tag in tiff_tags(width, 8, (274, 3, 1, 6), (273, 4, 1, 8), (279, 4, 1, 64)) if tag[0] != 259]
-    return tiff(tags + [(number, 3, 500_000, 800_000) for number in range(1_000, 3_000)], bytes(2_000_000))
+    tags = [
+        tag
+        for tag in tiff_tags(width, 8, (274, 3, 1, 6), (273, 4, 1, 8), (279, 4, 1, 64))
+        if tag[0] != 259
+    ]
+    return tiff(
+        tags + [(number, 3, 500_000, 800_000) for number in range(1_000, 3_000)], bytes(2_000_000)
+    )
 
 
 zeros = zlib.compress(bytes(50_000_000))
@@ -282,7 +330,9 @@ def test_decoding_takes_at_most_20_bytes_a_pixel_and_says_nothing(tmp_path):
     """In a process of its own: what one needs at its peak is known only of all that it has done, and pytest hears logs."""
     pixels, exif = (3_000, 2_000), Image.Exif()
     exif[274] = 6
-    Image.new("RGBA", pixels, (9, 9, 9, 9)).save(tmp_path / "1.webp", lossless=True, quality=0, method=0, exif=exif)
+    Image.new("RGBA", pixels, (9, 9, 9, 9)).save(
+        tmp_path / "1.webp", lossless=True, quality=0, method=0, exif=exif
+    )
     Image.new("RGBA", pixels, (9, 9, 9, 9)).save(tmp_path / "2.png", compress_level=1, exif=exif)
     Image.new("CMYK", pixels).save(tmp_path / "3.jpg", progressive=True, exif=exif)
     Image.new("I;16", pixels).save(tmp_path / "4.tif", tiffinfo=exif, compression="tiff_lzw")
@@ -295,7 +345,9 @@ def test_decoding_takes_at_most_20_bytes_a_pixel_and_says_nothing(tmp_path):
         "for path in sys.argv[2:]: assert open_photo(path).size in ((3000, 2000), (2000, 3000)), path\n"
         "print(peak() - before)"
     )
-    (tmp_path / "0.tif").write_bytes(tiff([*tiff_tags(8, 8)[:-1], (277, 3, 1, 99)]))  # Pillow logs an error
+    (tmp_path / "0.tif").write_bytes(
+        tiff([*tiff_tags(8, 8)[:-1], (277, 3, 1, 99)])
+    )  # Pillow logs an error
     command = [sys.executable, "-c", code, *map(str, sorted(tmp_path.iterdir()))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stderr == ""
@@ -331,7 +383,9 @@ def test_a_map_lands_on_the_pixels_it_came_from(preprocess, size):
     x, y = int(left + (right - left) * 0.7), int(top + (bottom - top) * 0.3)
     photo.paste("white", (x - 12, y - 12, x + 12, y + 12))
     seen = preprocess.pixels(photo).float().mean(0)
-    values = torch.nn.functional.avg_pool2d(seen[None], 16)[0]  # a map that marks the white square's patches
+    values = torch.nn.functional.avg_pool2d(seen[None], 16)[
+        0
+    ]  # a map that marks the white square's patches
     brought_back = preprocess.to_photo(values, size)
     assert brought_back.shape == (H, W)
     found = np.argwhere(brought_back >= np.nanmax(brought_back) - 1e-6).mean(0)
@@ -344,7 +398,11 @@ def test_a_map_lands_on_the_pixels_it_came_from(preprocess, size):
 
 
 def test_config_goes_there_and_back():
-    for preprocess in (SQUASH, CROP, Preprocess((64, 32), None, 3, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))):
+    for preprocess in (
+        SQUASH,
+        CROP,
+        Preprocess((64, 32), None, 3, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+    ):
         assert Preprocess.from_config(preprocess.to_config()) == preprocess
     assert Preprocess.from_config({"size": 384}).resize == (384, 384)
     with pytest.raises(UserError, match="does not fit a shortest edge"):
@@ -354,7 +412,13 @@ def test_config_goes_there_and_back():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"mean": (0.5,)}, {"std": (0.5, 0.5, 0.0)}, {"std": (1.0,) * 4}, {"mean": (0.5, 0.5, float("nan"))}]
+    "wrong",
+    [
+        {"mean": (0.5,)},
+        {"std": (0.5, 0.5, 0.0)},
+        {"std": (1.0,) * 4},
+        {"mean": (0.5, 0.5, float("nan"))},
+    ],
 )
 def test_mean_and_std_are_three_numbers_each_whoever_says_them(wrong):
     with pytest.raises(UserError, match="expected three numbers each"):

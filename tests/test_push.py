@@ -56,13 +56,23 @@ def test_the_card_says_what_is_in_the_summary(pets):
     }
     assert result["dataset"]["name"] == ("Oxford-IIIT Pet" if pets else "photos in class folders")
     assert (front["base_model"], front["license"]) == ("google/vit-base-patch16-224", "apache-2.0")
-    for part in (COMMIT, "14,205,733 of 86,567,656", "Blocks 10-11", "## Limits", "## Licence", "curves.png", "confusion.png"):
+    for part in (
+        COMMIT,
+        "14,205,733 of 86,567,656",
+        "Blocks 10-11",
+        "## Limits",
+        "## Licence",
+        "curves.png",
+        "confusion.png",
+    ):
         assert part in text
     assert (card.PETS in text) == ("CC BY-SA 4.0" in text) == pets
 
 
 def test_the_card_of_a_local_base_claims_no_licence_and_tells_no_folders():
-    text = card.model_card(SUMMARY | {"base": "/home/me/secret/vit", "base_commit": None}, name="run", pets=False)
+    text = card.model_card(
+        SUMMARY | {"base": "/home/me/secret/vit", "base_commit": None}, name="run", pets=False
+    )
     assert front_matter(text)["license"] == "other"
     assert "base_model" not in front_matter(text)
     assert "secret" not in text
@@ -96,8 +106,19 @@ assert torch.equal(tail(images), whole(images))
 
 
 def test_a_run_is_pushed_with_its_card_and_what_was_recorded(hub, shapes_data, tmp_path):
-    args = ["-c", TRAIN, tmp_path / "cache", tmp_path / "run", "--model", "owner/tiny", "--data", shapes_data]
-    done = run_python([*args, "--push-to-hub", "owner/new"], hub, tmp_path / "cache", HF_TOKEN=TOKEN)
+    args = [
+        "-c",
+        TRAIN,
+        tmp_path / "cache",
+        tmp_path / "run",
+        "--model",
+        "owner/tiny",
+        "--data",
+        shapes_data,
+    ]
+    done = run_python(
+        [*args, "--push-to-hub", "owner/new"], hub, tmp_path / "cache", HF_TOKEN=TOKEN
+    )
     assert done.returncode == 0, done.stderr
     assert f"pushed: {hub.url}/owner/new/commit/{COMMIT}" in done.stderr
     assert done.stdout.splitlines()[-1].startswith("test accuracy")
@@ -128,7 +149,11 @@ def test_who_may_not_push_learns_why_and_how_to_go_on(hub, tiny_folder, tmp_path
     refused = {
         "owner/new": ({}, "hf auth login", ""),
         "a/b/c": ({"HF_TOKEN": TOKEN}, "owner/name", ""),
-        "owner/full": ({"HF_TOKEN": TOKEN}, "try again, or later with `hf upload owner/full", "may\n"),
+        "owner/full": (
+            {"HF_TOKEN": TOKEN},
+            "try again, or later with `hf upload owner/full",
+            "may\n",
+        ),
     }
     hub.fault = "commit 500"
     for repo, (environment, advice, may) in refused.items():
@@ -147,7 +172,18 @@ def test_training_asks_first_whether_it_may_push_and_a_failed_push_leaves_the_ru
     for done, (first, last) in enumerate([(refuse, None), (lambda repo: None, refuse)]):
         monkeypatch.setattr("minivit.checkpoints.hub.prepare_push", first)
         monkeypatch.setattr("minivit.checkpoints.hub.push", last)
-        assert run_train(tiny_folder, shapes_data, tmp_path / "run", "--epochs", "1", "--push-to-hub", "owner/new") == 2
+        assert (
+            run_train(
+                tiny_folder,
+                shapes_data,
+                tmp_path / "run",
+                "--epochs",
+                "1",
+                "--push-to-hub",
+                "owner/new",
+            )
+            == 2
+        )
         assert capsys.readouterr().err.splitlines()[-1] == "python -m minivit train: refused"
         assert (tmp_path / "run" / "summary.json").exists() == done
     assert load_pretrained(tmp_path / "run").labels == ("blue", "green", "red")
@@ -177,21 +213,27 @@ def test_describe_tells_a_model_by_its_config_alone(hub, tmp_path, tiny_folder):
 def test_describe_counts_google_vits_parameters_and_those_that_train(vit_b16, capsys):
     said = described(capsys, str(vit_b16))
     assert "86,567,656" in said
-    assert "14,946,280 with blocks 10-11, norm and head" in said  # with its own head of 1,000, not 37
+    assert (
+        "14,946,280 with blocks 10-11, norm and head" in said
+    )  # with its own head of 1,000, not 37
 
 
 def test_describe_tells_files_by_their_tensors(tiny_folder, tmp_path, capsys):
     from test_export import fine_tune
 
     fine_tune(tiny_folder, tmp_path / "run")
-    assert "3: Abyssinian, boxer, Egyptian Mau" in described(capsys, str(tmp_path / "run" / "tail.safetensors"))
+    assert "3: Abyssinian, boxer, Egyptian Mau" in described(
+        capsys, str(tmp_path / "run" / "tail.safetensors")
+    )
 
 
 def test_describe_says_which_of_a_folders_files_it_has_a_fact_from(tiny_folder, tmp_path, capsys):
     assert export.main([str(tiny_folder), "--to", "timm", "--out", str(tmp_path)]) == 0
     capsys.readouterr()
     for folder, source in ((tiny_folder, "preprocessor_config.json"), (tmp_path, "config.json")):
-        rows = {line[:18].strip(): line[19:] for line in described(capsys, str(folder)).splitlines()}
+        rows = {
+            line[:18].strip(): line[19:] for line in described(capsys, str(folder)).splitlines()
+        }
         assert rows["resizing"].endswith(f"; bilinear  ({source})")
         assert rows["blocks"].endswith("MLP 48  (config.json)")
 
@@ -207,7 +249,10 @@ def test_describe_tells_a_data_set(shapes_data, capsys):
 
 
 def test_describe_tells_pets_cats_from_dogs(pets3, capsys):
-    rows = {line[:18].strip(): line[19:] for line in described(capsys, "demo", "--data", str(pets3)).splitlines()}
+    rows = {
+        line[:18].strip(): line[19:]
+        for line in described(capsys, "demo", "--data", str(pets3)).splitlines()
+    }
     assert rows["cats and dogs"].startswith("398 cats, 200 dogs")
     assert rows["licence"].startswith("CC BY-SA 4.0")
 

@@ -33,7 +33,9 @@ HOSTILE = {
 }
 
 
-def random_attn(heads=HEADS, grid=GRID, blocks=BLOCKS, seed=0, spread=1.5) -> dict[int, torch.Tensor]:
+def random_attn(
+    heads=HEADS, grid=GRID, blocks=BLOCKS, seed=0, spread=1.5
+) -> dict[int, torch.Tensor]:
     rng, N = np.random.default_rng(seed), 1 + grid[0] * grid[1]
     scores = rng.normal(0, spread, (len(blocks), heads, N, N)).astype(np.float32)
     return dict(zip(blocks, torch.from_numpy(scores).softmax(-1)))
@@ -42,12 +44,21 @@ def random_attn(heads=HEADS, grid=GRID, blocks=BLOCKS, seed=0, spread=1.5) -> di
 def pane(name="a model", *, seed=0, size=(300, 200), box=None, methods=None, **sizes) -> Pane:
     grid = sizes.get("grid", GRID)
     predictions = [("tabby", 0.75), ("Egyptian Mau", 0.125)]
-    return Pane(name, predictions, random_attn(seed=seed, **sizes), grid, box or (0, 0, *size), methods or {})
+    return Pane(
+        name,
+        predictions,
+        random_attn(seed=seed, **sizes),
+        grid,
+        box or (0, 0, *size),
+        methods or {},
+    )
 
 
 def held(page: str) -> dict:
     """Return the data in a page."""
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
+    )
 
 
 def unpack(pane: dict, num_blocks: int) -> list[np.ndarray]:
@@ -72,18 +83,28 @@ def half_step(rows: np.ndarray, steps=255) -> float:
 
 
 def test_blocks_8_to_11_of_vit_b16_fit_in_3_mb_at_full_precision():
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), np.uint8))  # compresses worst
-    one = pane(heads=12, grid=(14, 14), blocks=range(8, 12), size=noise.size, spread=0.02)  # so do rows near uniform
+    noise = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), np.uint8)
+    )  # compresses worst
+    one = pane(
+        heads=12, grid=(14, 14), blocks=range(8, 12), size=noise.size, spread=0.02
+    )  # so do rows near uniform
     page = explorer([one], noise, "noise.jpg")
     assert 1_000_000 < len(page.encode()) <= 3_000_000
-    assert held(page)["stored"] == "Stored: every head and patch, in 255 steps of each row's largest value."
+    assert (
+        held(page)["stored"]
+        == "Stored: every head and patch, in 255 steps of each row's largest value."
+    )
 
 
 def test_two_models_of_that_size_fit_too_in_fewer_steps():
     panes = [pane(heads=12, grid=(14, 14), blocks=range(8, 12), seed=seed) for seed in (0, 1)]
     page = explorer(panes, draw_photo(300, 200), "x.jpg")
     assert len(page.encode()) <= 3_000_000
-    assert held(page)["stored"] == "Stored: every head and patch, in 100 steps of each row's largest value."
+    assert (
+        held(page)["stored"]
+        == "Stored: every head and patch, in 100 steps of each row's largest value."
+    )
     for shown, given in zip(held(page)["panes"], panes):
         (maps,) = unpack(shown, 4)
         rows = np.stack([a.numpy() for a in given.attn.values()])[..., 1:]
@@ -92,17 +113,24 @@ def test_two_models_of_that_size_fit_too_in_fewer_steps():
 
 @pytest.mark.parametrize(
     ("limit", "heads", "queries", "says"),
-    [(330_000, 1, 197, "the mean of the heads; fewer"), (90_000, 12, 1, "the class token's rows; fewer")],
+    [
+        (330_000, 1, 197, "the mean of the heads; fewer"),
+        (90_000, 12, 1, "the class token's rows; fewer"),
+    ],
     ids=["mean of heads", "class token"],
 )
-def test_of_a_page_that_is_still_too_large_less_is_stored_and_it_says_so(monkeypatch, limit, heads, queries, says):
+def test_of_a_page_that_is_still_too_large_less_is_stored_and_it_says_so(
+    monkeypatch, limit, heads, queries, says
+):
     monkeypatch.setattr(report, "MAX_BYTES", limit)
     one = pane(heads=12, grid=(14, 14), blocks=range(8, 12))
     page = explorer([one], Image.new("RGB", (300, 200)), "x.jpg")
     data = held(page)
     assert len(page) <= limit
     assert says in data["stored"]
-    assert data["panes"][0]["methods"] == [{"name": "attention", "heads": heads, "queries": queries}]
+    assert data["panes"][0]["methods"] == [
+        {"name": "attention", "heads": heads, "queries": queries}
+    ]
     rows = np.stack([a.numpy() for a in one.attn.values()])[..., 1:]
     rows = rows.mean(1, keepdims=True) if heads == 1 else rows[:, :, :1]
     np.testing.assert_allclose(unpack(data["panes"][0], 4)[0], rows, rtol=0, atol=half_step(rows))
@@ -111,7 +139,9 @@ def test_of_a_page_that_is_still_too_large_less_is_stored_and_it_says_so(monkeyp
 def test_what_is_too_large_to_fit_in_any_steps_is_not_even_tried(monkeypatch):
     tried = []
     monkeypatch.setattr(report, "MAX_BYTES", 40_000)
-    monkeypatch.setattr(report, "_pane", lambda pane, maps, *_: tried.append(maps["attention"].shape[1:3]) or {})
+    monkeypatch.setattr(
+        report, "_pane", lambda pane, maps, *_: tried.append(maps["attention"].shape[1:3]) or {}
+    )
     explorer([pane(heads=12, grid=(14, 14), blocks=(0,))], Image.new("RGB", (30, 20)), "x.jpg")
     assert tried == [(1, 197)]  # of 460,000 values none, of the heads' mean the first
 
@@ -120,7 +150,11 @@ def test_all_that_is_given_comes_back_from_the_page():
     rollout = {i: a.mean(0) for i, a in random_attn(seed=1).items()}
     relevance = {i: a[0, 0, 1:].reshape(GRID) for i, a in random_attn(seed=2).items()}
     rows = {i: a[:1, :1] for i, a in random_attn(seed=3).items()}
-    one = pane("a model", box=(50, 0, 250, 200), methods={"rollout": rollout, "relevance": relevance, "rows": rows})
+    one = pane(
+        "a model",
+        box=(50, 0, 250, 200),
+        methods={"rollout": rollout, "relevance": relevance, "rows": rows},
+    )
     data = held(explorer([one], draw_photo(300, 200), "cat.jpg"))
     assert (data["title"], data["blocks"], data["size"]) == ("cat.jpg", [2, 3, 7], [300, 200])
     (shown,) = data["panes"]
@@ -137,7 +171,11 @@ def test_all_that_is_given_comes_back_from_the_page():
 
 
 def test_a_large_photo_is_sent_small_and_a_strip_keeps_its_shape():
-    for size, sent in (((3000, 1500), (1000, 500)), ((2000, 100), (1000, 50)), ((40, 30), (40, 30))):
+    for size, sent in (
+        ((3000, 1500), (1000, 500)),
+        ((2000, 100), (1000, 50)),
+        ((40, 30), (40, 30)),
+    ):
         data = report._jpeg(Image.new("RGB", size, "teal"))
         with Image.open(report.io.BytesIO(data)) as image:
             assert image.size == sent
@@ -145,17 +183,31 @@ def test_a_large_photo_is_sent_small_and_a_strip_keeps_its_shape():
 
 def test_numpy_arrays_and_tensors_of_any_kind_are_the_same():
     attn = random_attn()
-    kinds = [attn, {i: a.numpy() for i, a in attn.items()}, {i: a.double().requires_grad_() for i, a in attn.items()}]
-    pages = {explorer([Pane("m", [], kind, GRID, (0, 0, 30, 20))], Image.new("RGB", (30, 20)), "x") for kind in kinds}
+    kinds = [
+        attn,
+        {i: a.numpy() for i, a in attn.items()},
+        {i: a.double().requires_grad_() for i, a in attn.items()},
+    ]
+    pages = {
+        explorer([Pane("m", [], kind, GRID, (0, 0, 30, 20))], Image.new("RGB", (30, 20)), "x")
+        for kind in kinds
+    }
     assert len(pages) == 1
 
 
 def test_the_page_may_load_nothing_and_run_only_its_own_script():
     page = explorer([pane()], draw_photo(300, 200), "x.jpg")
-    policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', page, re.DOTALL)[1]
+    policy = re.search(
+        r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', page, re.DOTALL
+    )[1]
     directives = dict(part.split(maxsplit=1) for part in policy.split(";"))
-    own = {tag: re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1] for tag in ("script", "style")}
-    hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for tag, text in own.items()}
+    own = {
+        tag: re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1] for tag in ("script", "style")
+    }
+    hashes = {
+        tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for tag, text in own.items()
+    }
     assert directives == {
         "default-src": "'none'",
         "img-src": "data:",
@@ -165,7 +217,9 @@ def test_the_page_may_load_nothing_and_run_only_its_own_script():
         "form-action": "'none'",
     }
     assert page.index("Content-Security-Policy") < page.index("<title>")
-    assert not re.search(r"https?:|//[a-z]|@import|url\(|<link", page.replace(held(page)["panes"][0]["maps"], ""))
+    assert not re.search(
+        r"https?:|//[a-z]|@import|url\(|<link", page.replace(held(page)["panes"][0]["maps"], "")
+    )
     assert len(re.findall("<script", page)) == 2
 
 
@@ -184,10 +238,18 @@ def test_names_never_leave_their_json(text):
 def test_maps_that_do_not_fit_are_the_users_to_mend():
     def fails(match, attn, methods=None, grid=GRID):
         with pytest.raises(UserError, match=match):
-            explorer([Pane("m", [], attn, grid, (0, 0, 30, 20), methods or {})], Image.new("RGB", (30, 20)), "x")
+            explorer(
+                [Pane("m", [], attn, grid, (0, 0, 30, 20), methods or {})],
+                Image.new("RGB", (30, 20)),
+                "x",
+            )
 
     attn = random_attn()
-    fails("attention: found maps of .3, 16, 16., expected one shape for all blocks, of 5 x 5 patches", attn, grid=(5, 5))
+    fails(
+        "attention: found maps of .3, 16, 16., expected one shape for all blocks, of 5 x 5 patches",
+        attn,
+        grid=(5, 5),
+    )
     fails("expected one shape", {0: attn[2], 1: attn[3][:1]})
     fails("expected one shape", {0: attn[2][None]})
     fails("expected one shape", {0: attn[2][:, :2]})  # which two rows?
@@ -195,7 +257,11 @@ def test_maps_that_do_not_fit_are_the_users_to_mend():
     fails("at least 0", {0: attn[2] * torch.nan})
     fails("at least 0", {0: attn[2] + torch.inf})
     fails(r"attention: expected maps of the blocks of attn, \[\], found \[\]$", {})
-    fails(r"rollout: expected maps of the blocks of attn, \[2, 3, 7\], found \[2\]", attn, {"rollout": {2: attn[2]}})
+    fails(
+        r"rollout: expected maps of the blocks of attn, \[2, 3, 7\], found \[2\]",
+        attn,
+        {"rollout": {2: attn[2]}},
+    )
     photo = Image.new("RGB", (300, 200))
     for panes in ([], [pane(), pane(blocks=(1, 2, 3))], [pane(), pane(methods={"m": attn})]):
         with pytest.raises(UserError, match="all of the same blocks and methods"):
@@ -205,7 +271,9 @@ def test_maps_that_do_not_fit_are_the_users_to_mend():
 def test_a_report_is_written_whole(tmp_path):
     photo = draw_photo(300, 200)
     write_report(tmp_path / "cat.html", [pane()], photo, "cat.jpg")
-    assert (tmp_path / "cat.html").read_text(encoding="utf-8") == explorer([pane()], photo, "cat.jpg")
+    assert (tmp_path / "cat.html").read_text(encoding="utf-8") == explorer(
+        [pane()], photo, "cat.jpg"
+    )
     with pytest.raises(UserError):
         write_report(tmp_path / "dog.html", [], photo, "dog.jpg")
     assert [path.name for path in tmp_path.iterdir()] == ["cat.html"]
@@ -216,7 +284,9 @@ def test_a_notebook_gets_the_page_in_a_frame_and_not_as_a_string_of_megabytes():
     shown = page._repr_html_()
     assert isinstance(page, Page)
     assert len(repr(page)) < 40
-    assert re.fullmatch(r'<iframe [^<>]*sandbox="allow-scripts"[^<>]* srcdoc="[^"<>]*"></iframe>', shown)
+    assert re.fullmatch(
+        r'<iframe [^<>]*sandbox="allow-scripts"[^<>]* srcdoc="[^"<>]*"></iframe>', shown
+    )
     assert report.html.unescape(re.search('srcdoc="([^"]*)"', shown)[1]) == page
 
 
@@ -225,7 +295,9 @@ def test_a_notebook_gets_the_page_in_a_frame_and_not_as_a_string_of_megabytes():
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium (pip install selenium)")
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="no selenium (pip install selenium)"
+    )
     from selenium.webdriver.chrome.service import Service
 
     paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
@@ -235,7 +307,12 @@ def browser(tmp_path_factory):
     options.binary_location = paths[0]
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     flags = "headless=new no-sandbox disable-gpu disable-dev-shm-usage no-first-run disable-background-networking"
-    for flag in [*flags.split(), "disable-component-update", "disable-sync", "window-size=1280,900"]:
+    for flag in [
+        *flags.split(),
+        "disable-component-update",
+        "disable-sync",
+        "window-size=1280,900",
+    ]:
         options.add_argument(f"--{flag}")
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
     driver = webdriver.Chrome(options=options, service=Service(paths[1]))
@@ -249,21 +326,31 @@ def look(browser, tmp_path):
 
     def open_page(page: str, width=1280, height=900):
         browser.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
         )
         path = tmp_path / "page.html"
         path.write_text(page, encoding="utf-8")
         browser.get(path.as_uri())
-        wait_for(browser, "return !window.minivit || window.minivit.maps.length > 0 || !problem.hidden")
+        wait_for(
+            browser, "return !window.minivit || window.minivit.maps.length > 0 || !problem.hidden"
+        )
         return browser
 
     browser.get("about:blank")
-    browser.get_log("browser"), browser.get_log("performance")  # what was logged before is none of this test's
+    (
+        browser.get_log("browser"),
+        browser.get_log("performance"),
+    )  # what was logged before is none of this test's
     yield open_page
     assert browser.execute_script("return window.pwned") is None
     assert browser.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    asked = [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
     assert asked
     assert [url for url in asked if not url.startswith(("file:", "data:", "about:", "blob:"))] == []
 
@@ -271,7 +358,9 @@ def look(browser, tmp_path):
 def wait_for(browser, script):
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(browser, 60, poll_frequency=0.05).until(lambda browser: browser.execute_script(script))
+    WebDriverWait(browser, 60, poll_frequency=0.05).until(
+        lambda browser: browser.execute_script(script)
+    )
 
 
 def find(browser, css, i=0):
@@ -292,7 +381,9 @@ def table(browser, css):
 def assert_shows(browser, values, i=0):
     """The map that pane i holds is this one (P), within half a step of its row, or of the heads' rows."""
     shown = np.array(browser.execute_script(f"return Array.from(window.minivit.maps[{i}])"))
-    np.testing.assert_allclose(shown, values.mean(0), rtol=0, atol=(values.max(1) / 510).mean() * 1.001)
+    np.testing.assert_allclose(
+        shown, values.mean(0), rtol=0, atol=(values.max(1) / 510).mean() * 1.001
+    )
 
 
 def rows_of(attn, block, query, head=None):
@@ -308,7 +399,10 @@ def point_at(browser, row, column, i=0, *, click=False, kind="mouse", grid=GRID)
 
     script = f"const box = document.querySelectorAll('.box')[{i}]; box.scrollIntoView({{block: 'center'}}); "
     rect = browser.execute_script(script + "return box.getBoundingClientRect().toJSON()")
-    x, y = rect["x"] + (column + 0.5) / grid[1] * rect["width"], rect["y"] + (row + 0.5) / grid[0] * rect["height"]
+    x, y = (
+        rect["x"] + (column + 0.5) / grid[1] * rect["width"],
+        rect["y"] + (row + 0.5) / grid[0] * rect["height"],
+    )
     actions = ActionBuilder(browser, mouse=PointerInput(kind, kind), duration=0)
     actions.pointer_action.move_to_location(int(x), int(y))
     if click:
@@ -323,14 +417,20 @@ def choose(browser, method):
 
 
 def too_wide(browser):
-    return browser.execute_script("const page = document.documentElement; return page.scrollWidth - page.clientWidth")
+    return browser.execute_script(
+        "const page = document.documentElement; return page.scrollWidth - page.clientWidth"
+    )
 
 
 def press(browser, keys, shift=False):
     from selenium.webdriver import ActionChains
 
     chain = ActionChains(browser, duration=0)
-    (chain.key_down("\ue008").send_keys(keys).key_up("\ue008") if shift else chain.send_keys(keys)).perform()
+    (
+        chain.key_down("\ue008").send_keys(keys).key_up("\ue008")
+        if shift
+        else chain.send_keys(keys)
+    ).perform()
 
 
 UP, DOWN, LEFT, RIGHT, ESCAPE, TAB = "\ue013\ue015\ue012\ue014\ue00c\ue004"
@@ -353,8 +453,12 @@ def test_the_class_token_of_the_last_block_is_shown_first(look):
     assert texts(browser, "h1, h2") == ["cat.jpg", "a model"]
     assert table(browser, ".predictions") == [["tabby", "0.750"], ["Egyptian Mau", "0.125"]]
     strongest = table(browser, ".strongest")
-    assert [(int(row), int(column)) for row, column, _ in strongest] == [divmod(int(i), 5) for i in order]
-    np.testing.assert_allclose([float(percent) for *_, percent in strongest], 100 * mean[order], atol=0.1)
+    assert [(int(row), int(column)) for row, column, _ in strongest] == [
+        divmod(int(i), 5) for i in order
+    ]
+    np.testing.assert_allclose(
+        [float(percent) for *_, percent in strongest], 100 * mean[order], atol=0.1
+    )
 
 
 def test_pointing_at_a_patch_shows_where_it_looks_and_leaving_returns(look):
@@ -363,7 +467,9 @@ def test_pointing_at_a_patch_shows_where_it_looks_and_leaving_returns(look):
     for row, column in ((0, 0), (2, 4), (1, 3)):
         point_at(browser, row, column)
         assert_shows(browser, rows_of(one.attn, 7, (row, column)))
-        assert f", patch at row {row}, column {column}: largest" in texts(browser, "[role=status]")[0]
+        assert (
+            f", patch at row {row}, column {column}: largest" in texts(browser, "[role=status]")[0]
+        )
         mark, box = (find(browser, css).rect for css in (".mark", ".box"))
         assert mark["x"] == pytest.approx(box["x"] + column * box["width"] / 5, abs=1)
         assert mark["y"] == pytest.approx(box["y"] + row * box["height"] / 3, abs=1)
@@ -426,7 +532,10 @@ def test_sliders_and_numbers_choose_the_block_the_head_the_opacity_and_the_patch
     find(browser, "#block").send_keys(LEFT)
     find(browser, "#head").send_keys(RIGHT * 3)
     assert_shows(browser, rows_of(one.attn, 3, None, 2))
-    assert [find(browser, f"#{name}").get_attribute("aria-valuetext") for name in ("block", "head", "opacity")] == [
+    assert [
+        find(browser, f"#{name}").get_attribute("aria-valuetext")
+        for name in ("block", "head", "opacity")
+    ] == [
         "3",
         "2",
         "60 %",
@@ -445,7 +554,16 @@ def test_each_control_and_photo_has_a_name_and_all_are_reached_by_tab(look):
         press(browser, TAB)
         names.append(browser.switch_to.active_element.accessible_name)
     names = [re.sub(r"\s+", " ", name) for name in names]
-    controls = ["block 7", "head mean", "opacity 60 %", "common scale", "smooth", "class token", "row", "column"]
+    controls = [
+        "block 7",
+        "head mean",
+        "opacity 60 %",
+        "common scale",
+        "smooth",
+        "class token",
+        "row",
+        "column",
+    ]
     assert names == ["method", *controls, "cat.jpg, as a model sees it"]
 
 
@@ -457,7 +575,9 @@ def test_other_methods_are_shown_by_name_and_without_rows_for_the_class_token_on
     choose(browser, "rollout")
     point_at(browser, 2, 1)
     assert_shows(browser, rows_of({i: a[None] for i, a in rollout.items()}, 7, (2, 1)))
-    assert texts(browser, "[role=status]")[0].startswith("rollout, block 7, patch at row 2, column 1: ")
+    assert texts(browser, "[role=status]")[0].startswith(
+        "rollout, block 7, patch at row 2, column 1: "
+    )
     assert texts(browser, ".unit") == ["% of rollout per patch (own scale of this map)"]
     assert not find(browser, "#head").is_enabled()
     choose(browser, "relevance")
@@ -468,7 +588,10 @@ def test_other_methods_are_shown_by_name_and_without_rows_for_the_class_token_on
 
 
 def test_two_panes_move_together_each_to_its_own_patch_at_the_same_place(look):
-    whole, cropped = pane("one"), pane("a name of several lines " * 5, seed=1, box=(60, 80, 260, 200))
+    whole, cropped = (
+        pane("one"),
+        pane("a name of several lines " * 5, seed=1, box=(60, 80, 260, 200)),
+    )
     browser = look(explorer([whole, cropped], PHOTO, "cat.jpg"))
     assert texts(browser, "h2")[0] == "one"
     tops = [find(browser, ".stage", i).rect["y"] for i in (0, 1)]
@@ -481,10 +604,14 @@ def test_two_panes_move_together_each_to_its_own_patch_at_the_same_place(look):
     press(browser, "b", shift=True)
     assert_shows(browser, rows_of(whole.attn, 3, (1, 0), 1), 0)
     assert_shows(browser, rows_of(cropped.attn, 3, (0, 0), 1), 1)
-    spoken = browser.execute_script("return [...document.querySelectorAll('[role=status]')].map(e => e.textContent)")
+    spoken = browser.execute_script(
+        "return [...document.querySelectorAll('[role=status]')].map(e => e.textContent)"
+    )
     assert [text.partition(":")[0] for text in spoken] == ["one", cropped.name]
     look(explorer([whole, cropped], PHOTO, "cat.jpg"), 390, 844)
-    assert find(browser, ".pane", 1).rect["y"] > find(browser, ".pane").rect["y"] + 300  # one above the other
+    assert (
+        find(browser, ".pane", 1).rect["y"] > find(browser, ".pane").rect["y"] + 300
+    )  # one above the other
 
 
 CROP = Preprocess(256, (224, 224)).box(PHOTO.size)
@@ -499,17 +626,19 @@ def test_the_map_lies_on_the_part_of_the_photo_that_the_model_saw_in_the_colours
     scale = image["width"] / 300
     found = [canvas["x"] - image["x"], canvas["y"] - image["y"], canvas["width"], canvas["height"]]
     left, top, right, bottom = CROP
-    assert found == pytest.approx([v * scale for v in (left, top, right - left, bottom - top)], abs=0.5)
-    assert image["width"] / image["height"] == pytest.approx(1.5, abs=0.01)
-    read = (
-        "const c = document.querySelector('canvas'); return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
+    assert found == pytest.approx(
+        [v * scale for v in (left, top, right - left, bottom - top)], abs=0.5
     )
+    assert image["width"] / image["height"] == pytest.approx(1.5, abs=0.01)
+    read = "const c = document.querySelector('canvas'); return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
     pixels = np.array(browser.execute_script(read)).reshape(*GRID, 4)
     mean = rows_of(one.attn, 7, None).mean(0).reshape(GRID)
     expected = 255 * colormaps["inferno"]((mean - mean.min()) / (mean.max() - mean.min()))
     np.testing.assert_allclose(pixels, expected, atol=8)
     ticks = [float(text) for text in texts(browser, ".ticks span")]
-    np.testing.assert_allclose(ticks, [100 * v for v in (mean.min(), (mean.min() + mean.max()) / 2, mean.max())], atol=0.1)
+    np.testing.assert_allclose(
+        ticks, [100 * v for v in (mean.min(), (mean.min() + mean.max()) / 2, mean.max())], atol=0.1
+    )
     assert texts(browser, ".unit") == ["% of attention per patch (own scale of this map)"]
 
 
@@ -520,9 +649,13 @@ def test_a_common_scale_is_that_of_all_blocks_and_models(look):
     means = np.stack([rows_of(one.attn, block, None).mean(0) for one in panes for block in BLOCKS])
     ticks = [float(text) for text in texts(browser, ".ticks span")]
     np.testing.assert_allclose(
-        ticks, 2 * [100 * v for v in (means.min(), (means.min() + means.max()) / 2, means.max())], atol=0.1
+        ticks,
+        2 * [100 * v for v in (means.min(), (means.min() + means.max()) / 2, means.max())],
+        atol=0.1,
     )
-    assert texts(browser, ".unit") == 2 * ["% of attention per patch (one scale for all blocks and models)"]
+    assert texts(browser, ".unit") == 2 * [
+        "% of attention per patch (one scale for all blocks and models)"
+    ]
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
@@ -535,7 +668,10 @@ def test_hostile_names_are_shown_as_text(look, text):
     read = f"return [...document.querySelectorAll('{css}')].map(element => element.textContent)"
     assert browser.execute_script(read) == [line, "attention", line, line, line, line, line]
     assert browser.title == f"{line} · minivit"
-    assert browser.execute_script("return [document.images.length, document.scripts.length]") == [2, 2]
+    assert browser.execute_script("return [document.images.length, document.scripts.length]") == [
+        2,
+        2,
+    ]
     assert too_wide(browser) == 0
 
 
@@ -561,7 +697,9 @@ def test_a_model_without_a_classifier_and_with_one_block_and_head_is_shown_too(l
 
 def test_the_frame_of_a_notebook_shows_the_page(look):
     one = pane()
-    browser = look(f"<!doctype html><title>notebook</title>{explorer([one], PHOTO, 'cat.jpg')._repr_html_()}")
+    browser = look(
+        f"<!doctype html><title>notebook</title>{explorer([one], PHOTO, 'cat.jpg')._repr_html_()}"
+    )
     browser.switch_to.frame(find(browser, "iframe"))
     wait_for(browser, "return window.minivit && window.minivit.maps.length > 0")
     assert_shows(browser, rows_of(one.attn, 7, None))
@@ -575,7 +713,9 @@ def test_a_browser_that_cannot_draw_the_page_is_told_so(look):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_pointing_at_a_patch_of_infers_own_page_shows_the_row_that_its_arrays_hold(look, tiny_folder, tmp_path, capsys):
+def test_pointing_at_a_patch_of_infers_own_page_shows_the_row_that_its_arrays_hold(
+    look, tiny_folder, tmp_path, capsys
+):
     import infer
 
     draw_photo(320, 240).save(tmp_path / "<b>photo.png")
@@ -599,7 +739,12 @@ def test_pointing_at_a_patch_of_infers_own_page_shows_the_row_that_its_arrays_ho
     point_at(browser, 3, 2, 1, grid=(4, 4))
     for i in (0, 1):
         assert_shows(browser, every[1, :, 15, 1:], i)
-    assert infer.main([str(tmp_path / "<b>photo.png"), *flags, "--query", "200,230", "--layers", "9,11"]) == 0
+    assert (
+        infer.main(
+            [str(tmp_path / "<b>photo.png"), *flags, "--query", "200,230", "--layers", "9,11"]
+        )
+        == 0
+    )
     with np.load(tmp_path / "out" / "<b>photo.npz") as arrays:
         np.testing.assert_allclose(arrays["rows"][:, :, 0], every[:, :, 15], rtol=1e-4, atol=1e-6)
     assert texts(browser, "#method option") == ["attention", "rollout", "relevance"]

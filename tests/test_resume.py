@@ -73,7 +73,9 @@ def stop_in_step(monkeypatch, number, then=lambda: os.kill(os.getpid(), signal.S
     monkeypatch.setattr(loop, "train_step", step)
 
 
-@pytest.mark.parametrize("number, which", [(n, signal.SIGTERM) for n in (1, 7, 10, 20)] + [(8, signal.SIGINT)])
+@pytest.mark.parametrize(
+    "number, which", [(n, signal.SIGTERM) for n in (1, 7, 10, 20)] + [(8, signal.SIGINT)]
+)
 def test_a_signal_ends_the_step_and_resume_ends_as_if_it_had_never_come(
     tiny_saved, shapes_data, straight, tmp_path, monkeypatch, capsys, number, which
 ):
@@ -81,16 +83,24 @@ def test_a_signal_ends_the_step_and_resume_ends_as_if_it_had_never_come(
     with monkeypatch.context() as patch:
         stop_in_step(patch, number, lambda: os.kill(os.getpid(), which))
         assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 130
-    assert f"all is saved in {out}: the same command with --resume goes on" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        f"all is saved in {out}: the same command with --resume goes on"
+        in capsys.readouterr().err.splitlines()[-1]
+    )
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     with safe_open(out / runs.STATE, "pt") as file:
         about = json.loads(file.metadata()["state"])
-    assert (about["step"], len(about["losses"])) == (number, (number - 1) % 5 + 1)  # 5 steps an epoch
+    assert (about["step"], len(about["losses"])) == (
+        number,
+        (number - 1) % 5 + 1,
+    )  # 5 steps an epoch
     assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume") == 0
     assert_same_end(out, straight)
 
 
-def test_a_row_that_was_cut_short_is_mended(tiny_saved, shapes_data, straight, tmp_path, monkeypatch):
+def test_a_row_that_was_cut_short_is_mended(
+    tiny_saved, shapes_data, straight, tmp_path, monkeypatch
+):
     out = tmp_path / "run"
 
     def half(rows, epochs, out):
@@ -116,11 +126,21 @@ def test_a_second_interrupt_ends_at_once(tiny_saved, shapes_data, tmp_path, monk
 
 
 def test_fp16_goes_on_with_its_scaler(pixels, tmp_path):  # noqa: F811
-    how = {"cut": 10, "amp": torch.float16, "epochs": 3, "batch_size": 4, "micro_batch": 4, "lr": 1e-2, "seed": 0}
+    how = {
+        "cut": 10,
+        "amp": torch.float16,
+        "epochs": 3,
+        "batch_size": 4,
+        "micro_batch": 4,
+        "lr": 1e-2,
+        "seed": 0,
+    }
 
     def begin():
         run = state.begin(fresh(), amp=torch.float16, weight_decay=0.05)
-        run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=2)  # overflows at first
+        run.scaler = torch.amp.GradScaler(
+            "cpu", init_scale=2.0**40, growth_interval=2
+        )  # overflows at first
         return run
 
     whole, first, second = begin(), begin(), begin()
@@ -136,7 +156,20 @@ def test_fp16_goes_on_with_its_scaler(pixels, tmp_path):  # noqa: F811
 
 def test_the_best_epochs_weights_come_back_whether_or_not_they_are_the_last(pixels, tmp_path):  # noqa: F811
     run = state.begin(fresh(), amp=None, weight_decay=0.05)
-    next(loop.fit(run, pixels, pixels, cut=10, amp=None, epochs=2, batch_size=4, micro_batch=4, lr=1e-2, seed=0))
+    next(
+        loop.fit(
+            run,
+            pixels,
+            pixels,
+            cut=10,
+            amp=None,
+            epochs=2,
+            batch_size=4,
+            micro_batch=4,
+            lr=1e-2,
+            seed=0,
+        )
+    )
     last = run.tail()
     before = {name: tensor - 1 for name, tensor in last.items()}
     sizes = []
@@ -151,7 +184,10 @@ def test_the_best_epochs_weights_come_back_whether_or_not_they_are_the_last(pixe
 
 
 def test_a_snapshot_stays_as_it_is_while_training_goes_on(pixels):  # noqa: F811
-    run, how = state.begin(fresh(), amp=None, weight_decay=0.05), {"batch_size": 4, "micro_batch": 4, "lr": 1e-2, "seed": 0}
+    run, how = (
+        state.begin(fresh(), amp=None, weight_decay=0.05),
+        {"batch_size": 4, "micro_batch": 4, "lr": 1e-2, "seed": 0},
+    )
     epochs = loop.fit(run, pixels, pixels, cut=10, amp=None, epochs=2, **how)
     next(epochs)
     taken, _ = run.snapshot({})
@@ -159,7 +195,9 @@ def test_a_snapshot_stays_as_it_is_while_training_goes_on(pixels):  # noqa: F811
     next(epochs)
     assert all(torch.equal(tensor, before[name]) for name, tensor in taken.items())
     after, _ = run.snapshot({})
-    assert not any(torch.equal(after[name], before[name]) for name in before if name.endswith("exp_avg"))
+    assert not any(
+        torch.equal(after[name], before[name]) for name in before if name.endswith("exp_avg")
+    )
 
 
 CHANGED = {
@@ -199,17 +237,34 @@ def test_other_settings_that_change_the_mathematics_are_refused_by_name(
     assert (out / runs.STATE).read_bytes() == before
 
 
-def test_what_changes_only_speed_may_change(tiny_saved, shapes_data, straight, tmp_path, monkeypatch):
+def test_what_changes_only_speed_may_change(
+    tiny_saved, shapes_data, straight, tmp_path, monkeypatch
+):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_in_step(patch, 7)
         assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 130
-    assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume", "--micro-batch", "3", "--workers", "1") == 0
+    assert (
+        run_train(
+            tiny_saved,
+            shapes_data,
+            out,
+            *EPOCHS,
+            "--resume",
+            "--micro-batch",
+            "3",
+            "--workers",
+            "1",
+        )
+        == 0
+    )
     for a, b in zip(rows_of(out), rows_of(straight)):
         assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_a_finished_run_is_not_run_again_and_an_absent_one_begins(tiny_saved, shapes_data, tmp_path, capsys):
+def test_a_finished_run_is_not_run_again_and_an_absent_one_begins(
+    tiny_saved, shapes_data, tmp_path, capsys
+):
     out = tmp_path / "run"
     assert run_train(tiny_saved, shapes_data, out, "--epochs", "1", "--resume") == 0
     printed = capsys.readouterr()
@@ -235,13 +290,17 @@ def test_without_resume_an_interrupted_run_is_kept_aside_and_can_go_on_there(
     assert_same_end(out / "earlier-1", straight)
 
 
-def test_a_second_run_into_the_same_folder_is_refused_until_the_first_ends(tiny_saved, shapes_data, tmp_path, capsys):
+def test_a_second_run_into_the_same_folder_is_refused_until_the_first_ends(
+    tiny_saved, shapes_data, tmp_path, capsys
+):
     out = tmp_path / "run"
     out.mkdir()
     hold = "import sys, time; from pathlib import Path; from minivit.system.files import locked\n"
     hold += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     path = {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", hold, out], stdout=subprocess.PIPE, env=os.environ | path) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, out], stdout=subprocess.PIPE, env=os.environ | path
+    ) as other:
         assert other.stdout.readline() == b"held\n"
         code = run_train(tiny_saved, shapes_data, out, "--epochs", "1")
         left = sorted(path.name for path in out.iterdir())
@@ -273,7 +332,10 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_stays(
         patch.setattr(tensors, "save_file", full)
         assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"python -m minivit train: {out / runs.STATE}: cannot be written (No space left on device)"
+    assert (
+        last
+        == f"python -m minivit train: {out / runs.STATE}: cannot be written (No space left on device)"
+    )
     assert sorted(path.name for path in out.iterdir()) == [".lock", "metrics.jsonl", runs.STATE]
     assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume") == 0
     assert_same_end(out, straight)
@@ -284,10 +346,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(tiny_saved, shapes_data, ca
     assert capsys.readouterr().err.startswith("python -m minivit train: /sys/run: ")
 
 
-def test_a_loss_that_is_not_finite_leaves_the_last_good_state(tiny_saved, shapes_data, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_leaves_the_last_good_state(
+    tiny_saved, shapes_data, tmp_path, monkeypatch, capsys
+):
     out, models = tmp_path / "run", []
     real = state.begin
-    monkeypatch.setattr(state, "begin", lambda model, **how: models.append(model) or real(model, **how))
+    monkeypatch.setattr(
+        state, "begin", lambda model, **how: models.append(model) or real(model, **how)
+    )
     stop_in_step(monkeypatch, 12, lambda: models[0].head.weight.data.fill_(torch.nan))
     assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 2
     assert (
@@ -360,12 +426,31 @@ print(json.dumps(died))
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(25, marks=[pytest.mark.slow, pytest.mark.long])])
-def test_runs_killed_at_any_moment_go_on_to_the_same_bytes(tiny_saved, shapes_data, tmp_path, kills):
+def test_runs_killed_at_any_moment_go_on_to_the_same_bytes(
+    tiny_saved, shapes_data, tmp_path, kills
+):
     """Half of them at random times, half in the middle of a save; forked from one process, which has imported torch."""
-    flags = ["--model", tiny_saved, "--data", shapes_data, "--amp", "off", "--device", "cpu", "--workers", "1"]
+    flags = [
+        "--model",
+        tiny_saved,
+        "--data",
+        shapes_data,
+        "--amp",
+        "off",
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+    ]
     flags += ["--batch-size", "8", "--lr", "0.003", *EPOCHS]
     command = [sys.executable, "-c", KILL, str(time.time_ns() % 2**32), str(kills), *flags]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, (command, done.stderr)
     assert json.loads(done.stdout).count(signal.SIGKILL) >= kills // 2  # the rest had already ended
     for i in range(kills):

@@ -22,7 +22,10 @@ def pets(tmp_path_factory):
 
 @pytest.mark.parametrize("thing", scenes.OBJECTS)
 def test_a_thing_is_drawn_where_it_stands_and_nowhere_else(thing):
-    drawn, empty = (scenes.draw_scene(np.random.default_rng(2), what, None, size=(200, 150)) for what in (thing, None))
+    drawn, empty = (
+        scenes.draw_scene(np.random.default_rng(2), what, None, size=(200, 150))
+        for what in (thing, None)
+    )
     assert drawn.photo.size == (200, 150)
     assert drawn.head is None
     assert set(np.unique(drawn.mask)) == {scenes.BACKGROUND}
@@ -32,7 +35,9 @@ def test_a_thing_is_drawn_where_it_stands_and_nowhere_else(thing):
 @pytest.mark.parametrize("breed", scenes.BREEDS)
 def test_an_animal_is_under_its_mask_and_its_head_in_the_box(breed):
     for seed in range(6):
-        photo, mask, head = scenes.draw_scene(np.random.default_rng(seed), "sofa", scenes.BREEDS[breed])
+        photo, mask, head = scenes.draw_scene(
+            np.random.default_rng(seed), "sofa", scenes.BREEDS[breed]
+        )
         values, (left, top, right, bottom) = np.asarray(mask), head
         assert photo.size == mask.size
         assert set(np.unique(values)) == {scenes.PET, scenes.BACKGROUND, scenes.BORDER}
@@ -51,14 +56,20 @@ def test_an_animal_is_under_its_mask_and_its_head_in_the_box(breed):
 
 
 def test_the_animals_pixels_change_with_the_breed_only_inside_its_mask():
-    one, other = (scenes.draw_scene(np.random.default_rng(7), None, scenes.BREEDS[b]) for b in ("Siamese", "Tuxedo_Cat"))
+    one, other = (
+        scenes.draw_scene(np.random.default_rng(7), None, scenes.BREEDS[b])
+        for b in ("Siamese", "Tuxedo_Cat")
+    )
     differs = np.abs(np.asarray(one.photo, np.int16) - np.asarray(other.photo)).max(-1) > 25
     assert differs.any()
     assert (np.asarray(one.mask) != scenes.BACKGROUND)[differs].mean() > 0.95
 
 
 def test_a_scale_gives_the_same_scene_in_more_pixels():
-    small, large = (scenes.draw_scene(np.random.default_rng(3), "bed", None, size=(200, 150), scale=s) for s in (1, 2))
+    small, large = (
+        scenes.draw_scene(np.random.default_rng(3), "bed", None, size=(200, 150), scale=s)
+        for s in (1, 2)
+    )
     assert large.photo.size == (400, 300)
     assert np.abs(np.asarray(large.photo.reduce(2), np.int16) - np.asarray(small.photo)).mean() < 8
 
@@ -78,7 +89,10 @@ def test_drawn_pets_are_in_the_originals_layout(pets):
     assert data.classes == tuple(name.replace("_", " ") for name in demo.BREEDS)
     assert [len(split) for split in (data.train, data.val, data.test)] == [18, 6, 12]
     for path in data.test.paths:
-        with Image.open(folder / "annotations" / "trimaps" / f"{path.stem}.png") as mask, Image.open(path) as photo:
+        with (
+            Image.open(folder / "annotations" / "trimaps" / f"{path.stem}.png") as mask,
+            Image.open(path) as photo,
+        ):
             assert mask.size == photo.size
             assert (np.asarray(mask) == scenes.PET).any()
     boxes = sorted((folder / "annotations" / "xmls").iterdir())
@@ -91,7 +105,9 @@ def test_drawn_pets_are_in_the_originals_layout(pets):
 def test_torchvision_reads_drawn_pets(pets):
     from torchvision.datasets import OxfordIIITPet
 
-    there = OxfordIIITPet(pets, split="test", target_types=["category", "segmentation"], download=False)
+    there = OxfordIIITPet(
+        pets, split="test", target_types=["category", "segmentation"], download=False
+    )
     assert len(there) == 12
     photo, (label, mask) = there[11]
     with mask:
@@ -102,7 +118,10 @@ def test_torchvision_reads_drawn_pets(pets):
 def test_one_seed_gives_one_data_set_whatever_the_number_of_workers(pets, tmp_path):
     def digest(root):
         files = sorted(path for path in root.rglob("*") if path.is_file())
-        return [(path.relative_to(root), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+        return [
+            (path.relative_to(root), hashlib.sha256(path.read_bytes()).hexdigest())
+            for path in files
+        ]
 
     demo.draw_pets(tmp_path / "same", per_breed=(4, 2), seed=5, workers=1)
     demo.draw_pets(tmp_path / "other", per_breed=(1, 0), seed=6, workers=1)

@@ -36,17 +36,26 @@ def read_regions(*args):
 
 def test_scores_of_a_map_by_hand():
     maps = torch.tensor([[[0.4, 0.3, 0.2, 0.1], [0.1, 0.4, 0.2, 0.3]]])
-    inside, outside = torch.tensor([[1, 0, 0.5, 0]]), torch.tensor([[0, 1, 0.25, 1]])  # a quarter of patch 2 is border
+    inside, outside = (
+        torch.tensor([[1, 0, 0.5, 0]]),
+        torch.tensor([[0, 1, 0.25, 1]]),
+    )  # a quarter of patch 2 is border
     first, second = region_scores(maps, inside, outside)[0].tolist()
-    assert first == pytest.approx([0.5 / 0.95, 0.5 / 0.95 / 0.4, 1, (1 * 1 + 0.5 * 1.5 / 2.75) / 1.5])
-    assert second == pytest.approx([0.2 / 0.95, 0.2 / 0.95 / 0.4, 0, (0.5 * 0.5 / 2.75 + 1 * 1.5 / 3.75) / 1.5])
+    assert first == pytest.approx(
+        [0.5 / 0.95, 0.5 / 0.95 / 0.4, 1, (1 * 1 + 0.5 * 1.5 / 2.75) / 1.5]
+    )
+    assert second == pytest.approx(
+        [0.2 / 0.95, 0.2 / 0.95 / 0.4, 0, (0.5 * 0.5 / 2.75 + 1 * 1.5 / 3.75) / 1.5]
+    )
 
 
 def test_a_map_all_on_the_region_scores_1_and_all_around_it_0():
     inside = torch.tensor([[0.0, 1, 1, 0, 0, 0]])
     on, off = region_scores(torch.stack([inside, 1 - inside], 1), inside, 1 - inside)[0]
     assert on.tolist() == [1, 3, 1, 1]
-    assert off[:3].tolist() == [0, 0, 0] and off[3] == pytest.approx(1 / 3)  # what comes last is found among all
+    assert off[:3].tolist() == [0, 0, 0] and off[3] == pytest.approx(
+        1 / 3
+    )  # what comes last is found among all
 
 
 def test_the_border_is_neither_inside_nor_outside():
@@ -56,9 +65,14 @@ def test_the_border_is_neither_inside_nor_outside():
         assert_close(found, torch.tensor([[[0.75, 1.5, 1, 1]]]))
 
 
-@pytest.mark.parametrize("maps", [torch.zeros(1, 1, 4), torch.full((1, 1, 4), 0.2), torch.tensor([[[0.0, 0, 0, 0.9]]])])
+@pytest.mark.parametrize(
+    "maps", [torch.zeros(1, 1, 4), torch.full((1, 1, 4), 0.2), torch.tensor([[[0.0, 0, 0, 0.9]]])]
+)
 def test_an_even_map_is_chance_and_so_is_one_that_says_nothing_of_the_region(maps):
-    inside, outside = torch.tensor([[1.0, 0, 0.2, 0]]), torch.tensor([[0.0, 1, 0.8, 0]])  # patch 3 is all border
+    inside, outside = (
+        torch.tensor([[1.0, 0, 0.2, 0]]),
+        torch.tensor([[0.0, 1, 0.8, 0]]),
+    )  # patch 3 is all border
     assert_close(region_scores(maps, inside, outside), torch.tensor([[[0.4, 1, 1 / 3, 0.4]]]))
 
 
@@ -87,7 +101,9 @@ def test_average_precision_and_pointing_are_those_of_the_pixels(levels):
     parts[:, :, :3] = 0  # border only
     inside = np.minimum(parts[:, 0], 10)
     outside = np.minimum(parts[:, 1], 10 - inside)  # of 10 pixels a patch
-    found = region_scores(torch.from_numpy(maps), *(torch.from_numpy(p / np.float32(10)) for p in (inside, outside)))
+    found = region_scores(
+        torch.from_numpy(maps), *(torch.from_numpy(p / np.float32(10)) for p in (inside, outside))
+    )
     for b, m in np.ndindex(3, 2):
         labels = np.concatenate([[1] * i + [0] * o for i, o in zip(inside[b], outside[b])])
         values = np.repeat(maps[b, m], inside[b] + outside[b])
@@ -103,7 +119,9 @@ def test_intervals_are_those_of_the_mean_over_photos():
     assert mean.shape == (2, 3)
     np.testing.assert_allclose(mean, values.mean(0), rtol=1e-5)
     half = 1.96 * values.std(0) / 20
-    np.testing.assert_allclose(mean - low, half, rtol=0.15)  # of 1,000 resamplings, each end errs by some 5%
+    np.testing.assert_allclose(
+        mean - low, half, rtol=0.15
+    )  # of 1,000 resamplings, each end errs by some 5%
     np.testing.assert_allclose(high - mean, half, rtol=0.15)
     mean, low, high = score.bootstrap(values[:1])
     assert (mean == values[0]).all() and np.isnan(low).all() and np.isnan(high).all()
@@ -134,8 +152,12 @@ def blob(W, H, box):
     return mask
 
 
-@pytest.mark.parametrize("preprocess", [Preprocess((32, 32)), Preprocess((32, 48)), CROP], ids=["squash", "wide", "crop"])
-@pytest.mark.parametrize("size", [(50, 40), (31, 77), (300, 90)], ids=["landscape", "portrait", "strip"])
+@pytest.mark.parametrize(
+    "preprocess", [Preprocess((32, 32)), Preprocess((32, 48)), CROP], ids=["squash", "wide", "crop"]
+)
+@pytest.mark.parametrize(
+    "size", [(50, 40), (31, 77), (300, 90)], ids=["landscape", "portrait", "strip"]
+)
 def test_masks_go_through_the_photos_geometry(tmp_path, preprocess, size):
     W, H = size
     mask = blob(W, H, (W // 3, H // 4, W // 3 + W // 4, H // 4 + H // 3))
@@ -145,7 +167,9 @@ def test_masks_go_through_the_photos_geometry(tmp_path, preprocess, size):
     assert_close(pet + around, torch.ones_like(pet))
     pixels = preprocess.pixels(Image.open(path)).float().mean(0) / 255  # white is pet
     seen = pixels.unflatten(0, (grid[0], 8)).unflatten(2, (grid[1], 8)).mean((1, 3)).flatten()
-    assert_close(pet, seen, rtol=0, atol=0.07)  # resampling blurs the edge across patches; another row or column is 0.2 off
+    assert_close(
+        pet, seen, rtol=0, atol=0.07
+    )  # resampling blurs the edge across patches; another row or column is 0.2 off
     assert pet.max() > 0.5
 
 
@@ -156,11 +180,23 @@ def test_masks_are_averaged_by_area_and_the_border_counts_as_neither(tmp_path):
     regions = read_regions(path, (53, 41), Preprocess((32, 48)), (4, 6))
     assert regions.shape == (2, 2, 24) and regions.dtype == torch.float32
     for found, value in zip(regions[0], (1, 2)):
-        fine = (mask == value).repeat(4, 0).repeat(6, 1)  # now each patch is a whole number of these
-        assert_close(found.double(), torch.from_numpy(fine.reshape(4, 41, 6, 53).mean((1, 3))).flatten(), rtol=0, atol=1e-6)
+        fine = (
+            (mask == value).repeat(4, 0).repeat(6, 1)
+        )  # now each patch is a whole number of these
+        assert_close(
+            found.double(),
+            torch.from_numpy(fine.reshape(4, 41, 6, 53).mean((1, 3))).flatten(),
+            rtol=0,
+            atol=1e-6,
+        )
     fine = np.zeros((41 * 4, 53 * 6))
     fine[4 * 4 : 20 * 4, 10 * 6 : 30 * 6] = 1
-    assert_close(regions[1, 0].double(), torch.from_numpy(fine.reshape(4, 41, 6, 53).mean((1, 3))).flatten(), rtol=0, atol=1e-6)
+    assert_close(
+        regions[1, 0].double(),
+        torch.from_numpy(fine.reshape(4, 41, 6, 53).mean((1, 3))).flatten(),
+        rtol=0,
+        atol=1e-6,
+    )
     assert_close(regions[1].sum(0), torch.ones(24))
 
 
@@ -174,14 +210,20 @@ def test_a_head_box_outside_of_what_is_seen_or_absent_has_no_area(tmp_path):
 
 def test_random_attention_is_chance_on_real_masks(pets3):
     folder = pets3 / "oxford-iiit-pet"
-    stems = [line.split()[0] for line in (folder / "annotations" / "test.txt").read_text().splitlines()]
+    stems = [
+        line.split()[0] for line in (folder / "annotations" / "test.txt").read_text().splitlines()
+    ]
     regions = []
     for stem in stems:
         with Image.open(folder / "annotations" / "trimaps" / f"{stem}.png") as mask:
             size = mask.size
         regions.append(read_regions(folder / "images" / f"{stem}.jpg", size, CROP, (8, 8))[0])
     inside, outside = torch.stack(regions).unbind(1)
-    maps = torch.randn(len(stems), 100, 64, generator=torch.Generator().manual_seed(0)).mul(2).softmax(-1)
+    maps = (
+        torch.randn(len(stems), 100, 64, generator=torch.Generator().manual_seed(0))
+        .mul(2)
+        .softmax(-1)
+    )
     rows = region_scores(maps, inside, outside).numpy()
     mean, low, high = (part[:, 1] for part in score.bootstrap(rows))
     assert ((low < 1) & (high > 1)).mean() > 0.88  # 95% by right, give or take 2.2%
@@ -198,7 +240,17 @@ def looking_model(sign: float) -> ViT:
 
     Both leave the tokens as they are: dimensions 0 and 1 say how white a patch is, 2 and 3 which token is the class token.
     """
-    model = ViT(ViTConfig(img_size=(32, 32), patch_size=8, embed_dim=8, depth=2, num_heads=2, mlp_dim=8, num_classes=2))
+    model = ViT(
+        ViTConfig(
+            img_size=(32, 32),
+            patch_size=8,
+            embed_dim=8,
+            depth=2,
+            num_heads=2,
+            mlp_dim=8,
+            num_classes=2,
+        )
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -208,7 +260,10 @@ def looking_model(sign: float) -> ViT:
         model.patch_embed.proj.weight[1] = -1 / 192
         model.cls_token[0, 0, 2], model.cls_token[0, 0, 3] = 1, -1
         qkv = model.blocks[1].attn.qkv.weight.view(3, 2, 4, 8)
-        qkv[0, :, 0, 2], qkv[1, :, 0, 0] = 20, 20 * sign  # queries and keys: scores of 4 x 400 / 2, or minus that
+        qkv[0, :, 0, 2], qkv[1, :, 0, 0] = (
+            20,
+            20 * sign,
+        )  # queries and keys: scores of 4 x 400 / 2, or minus that
     model.labels, model.preprocess = ("Cat Breed", "Dog Breed"), Preprocess((32, 32))
     return model
 
@@ -238,7 +293,18 @@ def folders(tmp_path):
 
 
 def run(pets, *flags):
-    known = ["--data", str(pets.parent), "--device", "cpu", "--amp", "off", "--workers", "2", "--out", str(pets.parent / "out")]
+    known = [
+        "--data",
+        str(pets.parent),
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+        "--workers",
+        "2",
+        "--out",
+        str(pets.parent / "out"),
+    ]
     return score.main([*known, *map(str, flags)])
 
 
@@ -247,7 +313,9 @@ def test_amp_is_the_precision_that_the_models_compute_in(pets, folders, monkeypa
     monkeypatch.setattr(
         measure,
         "measure",
-        lambda models, *args, **how: seen.append(models["model"].head.weight.dtype) or measure_all(models, *args, **how),
+        lambda models, *args, **how: (
+            seen.append(models["model"].head.weight.dtype) or measure_all(models, *args, **how)
+        ),
     )
     assert run(pets, "--model", folders[0], "--amp", "bf16") == 0
     assert seen == [torch.bfloat16]
@@ -256,32 +324,50 @@ def test_amp_is_the_precision_that_the_models_compute_in(pets, folders, monkeypa
 def read_csv(pets):
     with (pets.parent / "out" / "score.csv").open() as file:
         rows = list(csv.DictReader(file))
-    return {tuple(row[k] for k in ("of", "region", "group", "method", "block", "head")): row for row in rows}
+    return {
+        tuple(row[k] for k in ("of", "region", "group", "method", "block", "head")): row
+        for row in rows
+    }
 
 
 def test_a_model_made_to_look_at_the_pet_scores_1_and_at_the_background_0(pets, folders, capsys):
     assert run(pets, "--model", folders[0], "--compare", folders[1], "--methods", "all") == 0
     printed, rows = capsys.readouterr().out, read_csv(pets)
     for head in ("0", "1", "mean"):
-        for of, mass, times in (("model", 1, 8), ("base", 0, 0), ("change", 1, 8)):  # a pet is 2 of 16 patches
+        for of, mass, times in (
+            ("model", 1, 8),
+            ("base", 0, 0),
+            ("change", 1, 8),
+        ):  # a pet is 2 of 16 patches
             row = rows[of, "pet", "all", "attention", "1", head]
-            found = [float(row[key]) for key in ("mass", "mass_low", "mass_high", "times_chance", "photos")]
+            found = [
+                float(row[key])
+                for key in ("mass", "mass_low", "mass_high", "times_chance", "photos")
+            ]
             assert found == pytest.approx([mass, mass, mass, times, 8])
         even = rows["model", "pet", "all", "attention", "0", head]
         assert [float(even[m]) for m in score.METRICS] == pytest.approx([1 / 8, 1, 1 / 8, 1 / 8])
     # Block 0 leaves half of each token its own and spreads the rest; then half of the class token's is of the pet's two.
     pet, rest = 2 * (0.25 / 17 + 0.25 / 2 + 0.25 / 17), 14 * (0.25 / 17 + 0.25 / 17)
-    assert float(rows["model", "pet", "all", "rollout", "1", "mean"]["mass"]) == pytest.approx(pet / (pet + rest))
+    assert float(rows["model", "pet", "all", "rollout", "1", "mean"]["mass"]) == pytest.approx(
+        pet / (pet + rest)
+    )
     # Nothing that was looked at reaches the logits, so nothing is relevant, which counts as even.
-    assert float(rows["model", "pet", "all", "relevance", "1", "mean"]["times_chance"]) == pytest.approx(1)
-    assert float(rows["model", "pet", "right", "attention", "1", "0"]["photos"]) == 4  # it always says Cat Breed
+    assert float(
+        rows["model", "pet", "all", "relevance", "1", "mean"]["times_chance"]
+    ) == pytest.approx(1)
+    assert (
+        float(rows["model", "pet", "right", "attention", "1", "0"]["photos"]) == 4
+    )  # it always says Cat Breed
     assert not any(key[1] == "head box" for key in rows)
     assert "8 photos of test: 4 cats, 4 dogs, 4 right, 4 wrong" in printed
     assert "block 0 has equal weights, 1 of them scored: identical maps, photo by photo" in printed
     assert "block 1 of" in printed and "puts 8.00 times chance on the pet" in printed
     assert "before tuning 0.00: more (+8.00, +8.00 to +8.00)" in printed
     summary = json.loads((pets.parent / "out" / "score.json").read_text())
-    assert summary["sentence"] in printed and summary["photos"] == 8 and summary["equal_blocks"] == 1
+    assert (
+        summary["sentence"] in printed and summary["photos"] == 8 and summary["equal_blocks"] == 1
+    )
     assert {row["head"] for row in summary["scores"]} == {"mean"}
     with Image.open(pets.parent / "out" / "score.png") as figure:
         assert min(figure.size) > 300
@@ -291,10 +377,17 @@ def test_head_boxes_are_scored_where_there_are_some(pets, folders, capsys):
     (pets / "annotations" / "xmls" / "cat_breed_0.xml").unlink()
     assert run(pets, "--model", folders[0], "--split", "trainval", "--blocks", "1") == 0
     rows = read_csv(pets)
-    head, pet = (rows["model", region, "all", "attention", "1", "mean"] for region in ("head box", "pet"))
+    head, pet = (
+        rows["model", region, "all", "attention", "1", "mean"] for region in ("head box", "pet")
+    )
     assert (head["photos"], pet["photos"]) == ("11", "12")
-    assert [float(head[m]) for m in ("mass", "times_chance")] == pytest.approx([0.5, 8])  # the upper half of the pet
-    assert "attention on the head box, times chance, with 95% intervals over 11 photos" in capsys.readouterr().out
+    assert [float(head[m]) for m in ("mass", "times_chance")] == pytest.approx(
+        [0.5, 8]
+    )  # the upper half of the pet
+    assert (
+        "attention on the head box, times chance, with 95% intervals over 11 photos"
+        in capsys.readouterr().out
+    )
 
 
 def test_photos_without_a_pet_to_look_at_are_counted_and_named(pets, folders, capsys):
@@ -305,7 +398,10 @@ def test_photos_without_a_pet_to_look_at_are_counted_and_named(pets, folders, ca
     (masks / "dog_breed_6.png").write_bytes(b"\x89PNG no more")
     (pets / "images" / "dog_breed_7.jpg").write_bytes(b"no photo")
     assert run(pets, "--model", folders[0]) == 0
-    printed, summary = capsys.readouterr().out, json.loads((pets.parent / "out" / "score.json").read_text())
+    printed, summary = (
+        capsys.readouterr().out,
+        json.loads((pets.parent / "out" / "score.json").read_text()),
+    )
     assert summary["photos"] == 3
     assert summary["left_out"] == {
         "mask cannot be read": ["dog_breed_6.jpg"],
@@ -317,7 +413,9 @@ def test_photos_without_a_pet_to_look_at_are_counted_and_named(pets, folders, ca
     assert "left out, no pet in the mask: 1 (cat_breed_7.jpg)" in printed
     rows = read_csv(pets)
     assert float(rows["model", "pet", "all", "attention", "1", "mean"]["mass"]) == 1
-    one = rows["model", "pet", "cats", "attention", "1", "mean"]  # of which no interval can be given
+    one = rows[
+        "model", "pet", "cats", "attention", "1", "mean"
+    ]  # of which no interval can be given
     assert (one["photos"], float(one["mass"]), one["mass_low"]) == ("1", 1, "")
     alone = [row for row in summary["scores"] if (row["group"], row["block"]) == ("cats", 1)]
     assert alone[0]["mass_high"] is None
@@ -330,7 +428,10 @@ def test_photos_without_a_pet_to_look_at_are_counted_and_named(pets, folders, ca
         (["--blocks", "2"], "this model has blocks 0 to 1"),
         (["--compare", "TINY"], "its embed_dim is 24, not 8; expected what"),
         (["--compare", "OTHER"], "prepares photos otherwise than"),
-        (["--model", "BARE", "--methods", "all"], "without a classifier there is no class to be relevant for"),
+        (
+            ["--model", "BARE", "--methods", "all"],
+            "without a classifier there is no class to be relevant for",
+        ),
         (["--model", "BARE", "--gallery", "2"], "does not know these breeds"),
         (["--gallery", "51"], "expected at most 50 photos of each kind"),
         (["--data", "SHAPES"], "no photo of test has a mask"),
@@ -338,11 +439,18 @@ def test_photos_without_a_pet_to_look_at_are_counted_and_named(pets, folders, ca
         (["--out", "FILE"], "File exists"),
     ],
 )
-def test_a_mistake_ends_in_one_line_and_exit_code_2(pets, folders, tiny_folder, shapes_data, tmp_path, capsys, flags, message):
+def test_a_mistake_ends_in_one_line_and_exit_code_2(
+    pets, folders, tiny_folder, shapes_data, tmp_path, capsys, flags, message
+):
     bare, other = looking_model(1), looking_model(1)
     bare.reset_head(0)
     bare.labels, other.preprocess = (), Preprocess((32, 32), mean=(0.1, 0.2, 0.3))
-    places = {"TINY": tiny_folder, "OTHER": tmp_path / "other", "BARE": tmp_path / "bare", "SHAPES": shapes_data}
+    places = {
+        "TINY": tiny_folder,
+        "OTHER": tmp_path / "other",
+        "BARE": tmp_path / "bare",
+        "SHAPES": shapes_data,
+    }
     for name, model in (("OTHER", other), ("BARE", bare)):
         places[name].mkdir()
         save_pretrained(model, places[name])
@@ -366,8 +474,14 @@ def test_help_answers_without_torch():
 
 def test_photos_are_grouped_by_species_as_listed_whatever_their_names(pets):
     listing = pets / "annotations" / "test.txt"
-    listing.write_text("# stem class species breed\n\n" + listing.read_text().replace("cat_breed_7 1 1", "cat_breed_7 1 2"))
-    paths = [pets / "images" / f"{stem}.jpg" for stem in ("cat_breed_6", "cat_breed_7", "dog_breed_6", "dog_breed_0")]
+    listing.write_text(
+        "# stem class species breed\n\n"
+        + listing.read_text().replace("cat_breed_7 1 1", "cat_breed_7 1 2")
+    )
+    paths = [
+        pets / "images" / f"{stem}.jpg"
+        for stem in ("cat_breed_6", "cat_breed_7", "dog_breed_6", "dog_breed_0")
+    ]
     groups = score.group_photos(paths, np.array([True, True, True, False]))
     assert {name: list(np.flatnonzero(chosen)) for name, chosen in groups.items()} == {
         "all": [0, 1, 2, 3],
@@ -386,9 +500,15 @@ def test_a_table_names_the_best_head_and_says_what_is_the_same():
     base[:, 5] = 0
     keys = measure.map_keys([3, 7], 2, ("attention",))
     scores = score.summarize({"model": rows, "base": base}, keys, {"all": np.ones(4, bool)})
-    first, second = "\n".join(score.tables(scores, ("attention",))).split("\nblock")[1].splitlines()[1:3]
+    first, second = (
+        "\n".join(score.tables(scores, ("attention",))).split("\nblock")[1].splitlines()[1:3]
+    )
     assert first.split()[0] == "3" and first.endswith("   1: 5.00") and " same " in first
-    assert second.split()[0] == "7" and second.endswith("   0: 5.00") and "+1.00 [+1.00, +1.00]" in second
+    assert (
+        second.split()[0] == "7"
+        and second.endswith("   0: 5.00")
+        and "+1.00 [+1.00, +1.00]" in second
+    )
 
 
 # Measuring
@@ -440,7 +560,9 @@ def test_maps_are_those_of_the_functions_that_are_tested_by_themselves(tiny):
         assert_close(found, expected.flatten(1), rtol=1e-4, atol=1e-6)
 
 
-def test_photos_are_read_a_little_ahead_and_scored_alike_in_batches_of_any_size(pets, folders, monkeypatch):
+def test_photos_are_read_a_little_ahead_and_scored_alike_in_batches_of_any_size(
+    pets, folders, monkeypatch
+):
     model = looking_model(1)
     paths = sorted((pets / "images").iterdir())
     opened, honest = [], oxford.open_photo
@@ -466,7 +588,11 @@ def test_processes_read_the_same_and_leave_out_the_same(pets, monkeypatch):
     monkeypatch.setattr(processes, "MUCH", 1)
     there = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
     np.testing.assert_array_equal(here.rows["model"], there.rows["model"])
-    assert here.left_out == there.left_out == {"mask missing": [paths[3]], "photo cannot be read": [paths[5]]}
+    assert (
+        here.left_out
+        == there.left_out
+        == {"mask missing": [paths[3]], "photo cannot be read": [paths[5]]}
+    )
 
 
 def test_nothing_of_a_batch_is_kept_but_its_scores_and_one_map(pets, monkeypatch):
@@ -477,15 +603,23 @@ def test_nothing_of_a_batch_is_kept_but_its_scores_and_one_map(pets, monkeypatch
         alive.add(id(values))
         weakref.finalize(values, alive.discard, id(values))
         most.append(len(alive))
-        return torch.zeros(len(images), 2), torch.from_numpy(values)  # of whose memory any view is a part
+        return torch.zeros(len(images), 2), torch.from_numpy(
+            values
+        )  # of whose memory any view is a part
 
     monkeypatch.setattr(measure, "model_maps", made)
     monkeypatch.setattr(measure, "BATCH", 2)
     paths = sorted((pets / "images").iterdir())
-    whole = measure.measure({"model": looking_model(1)}, paths, blocks=[1], methods=("attention",), workers=2)
+    whole = measure.measure(
+        {"model": looking_model(1)}, paths, blocks=[1], methods=("attention",), workers=2
+    )
     assert len(most) == 10 and max(most) <= 2
-    mean = np.random.default_rng(0).random((2, 3, 16), np.float32)[:, 2]  # after the block's two heads
-    np.testing.assert_array_equal(whole.maps["model"].numpy(), np.tile(mean.reshape(2, 4, 4), (10, 1, 1)))
+    mean = np.random.default_rng(0).random((2, 3, 16), np.float32)[
+        :, 2
+    ]  # after the block's two heads
+    np.testing.assert_array_equal(
+        whole.maps["model"].numpy(), np.tile(mean.reshape(2, 4, 4), (10, 1, 1))
+    )
     np.testing.assert_array_equal(whole.times["model"], whole.rows["model"][:, 2, 0, 1])
 
 
@@ -495,12 +629,16 @@ def test_nothing_of_a_batch_is_kept_but_its_scores_and_one_map(pets, monkeypatch
 def found(times, base=None, probability=None):
     times = {"model": np.array(times), **({"base": np.array(base)} if base else {})}
     n = len(times["model"])
-    return measure.Measured([*range(n)], {}, {}, {}, times, None, None, np.array(probability or [0.5] * n), 0)
+    return measure.Measured(
+        [*range(n)], {}, {}, {}, times, None, None, np.array(probability or [0.5] * n), 0
+    )
 
 
 def test_each_kind_holds_its_photos_the_most_telling_first():
     right = np.array([True, False, True, False, True])
-    chosen = gallery.choose(found([0.5, 2, 0.2, 1, 3], [0.6, 1, 0.9, 1, 4], [0.9, 0.6, 0.8, 0.7, 0.9]), right, 2)
+    chosen = gallery.choose(
+        found([0.5, 2, 0.2, 1, 3], [0.6, 1, 0.9, 1, 4], [0.9, 0.6, 0.8, 0.7, 0.9]), right, 2
+    )
     assert list(chosen.values()) == [[3, 1], [2, 0], [1], [4, 2]]
     assert list(gallery.choose(found([0.5, 2]), None, 2)) == []
     assert len(gallery.choose(found([0.5, 2], [1, 1]), None, 2)) == 2
@@ -531,17 +669,30 @@ def test_the_gallery_shows_names_as_text_and_needs_nothing_from_elsewhere(pets, 
         model.head.bias.data = torch.tensor([0.0, sign])
         (tmp_path / name).mkdir()
         save_pretrained(model, tmp_path / name)
-    assert run(pets, "--model", tmp_path / "after", "--compare", tmp_path / "base", "--gallery", "3") == 0
+    assert (
+        run(pets, "--model", tmp_path / "after", "--compare", tmp_path / "base", "--gallery", "3")
+        == 0
+    )
     page = Tags((pets.parent / "out" / "gallery.html").read_text("utf-8"))
     tags = [tag for tag, _ in page.tags]
     assert "b" not in tags and "script" not in tags
     pictures = [attrs for tag, attrs in page.tags if tag == "img"]
     assert len(pictures) == 3 + 0 + 3 + 0  # wrong, none looks elsewhere, improved, none worsened
-    assert all(attrs["src"].startswith("data:image/jpeg;base64,") and "onerror" not in attrs for attrs in pictures)
+    assert all(
+        attrs["src"].startswith("data:image/jpeg;base64,") and "onerror" not in attrs
+        for attrs in pictures
+    )
     text = "".join(page.text)
-    assert "cat_breed_6.jpg\n<B>&$Dog$ 0.73, in truth Cat Breed\n0.00 → 8.00 times chance on the pet" in text
+    assert (
+        "cat_breed_6.jpg\n<B>&$Dog$ 0.73, in truth Cat Breed\n0.00 → 8.00 times chance on the pet"
+        in text
+    )
     assert "most worsened by fine-tuning: none" in text
-    assert any("default-src 'none'" in (attrs.get("content") or "") for tag, attrs in page.tags if tag == "meta")
+    assert any(
+        "default-src 'none'" in (attrs.get("content") or "")
+        for tag, attrs in page.tags
+        if tag == "meta"
+    )
     with Image.open(pets.parent / "out" / "gallery.png") as figure:
         assert min(figure.size) > 300
 
@@ -549,8 +700,13 @@ def test_the_gallery_shows_names_as_text_and_needs_nothing_from_elsewhere(pets, 
 def test_a_gallery_strip_is_the_photo_and_each_models_look_with_the_pet_outlined(pets):
     result = found([1.0], [1.0])
     result.maps = {"model": torch.eye(4)[None], "base": torch.eye(4).flip(1)[None]}
-    picture = np.asarray(gallery.strip(pets / "images" / "cat_breed_6.jpg", result, 0, Preprocess((32, 32))))
+    picture = np.asarray(
+        gallery.strip(pets / "images" / "cat_breed_6.jpg", result, 0, Preprocess((32, 32)))
+    )
     assert picture.shape == (240, 3 * 240 + 2 * 4, 3)
     photo, before, after = picture[:, :240], picture[:, 244:484], picture[:, 488:]
     assert (photo[60, 30] == 255).all() and (photo[60, 200] == 0).all()
-    assert before[20, 220].sum() > after[20, 220].sum() + 200 and after[20, 75].sum() < after[220, 220].sum()
+    assert (
+        before[20, 220].sum() > after[20, 220].sum() + 200
+        and after[20, 75].sum() < after[220, 220].sum()
+    )

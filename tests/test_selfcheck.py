@@ -10,7 +10,9 @@ from minivit.training import step as loop
 
 def check(capsys, *flags):
     code = __main__.main(["selfcheck", "--device", "cpu", *flags])
-    return code, [line for line in capsys.readouterr().out.splitlines() if line.endswith(("ok", "FAILED"))]
+    return code, [
+        line for line in capsys.readouterr().out.splitlines() if line.endswith(("ok", "FAILED"))
+    ]
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,9 @@ def pets(drawn, tmp_path):
 
 
 def decode_all(data, preprocess=PREPROCESS, *, workers=2, cap_gib=1.0, skip_bad=False):
-    data, file = store.prepare(data, preprocess, workers=workers, cap_gib=cap_gib, skip_bad=skip_bad)
+    data, file = store.prepare(
+        data, preprocess, workers=workers, cap_gib=cap_gib, skip_bad=skip_bad
+    )
     return data, store.open_splits(data, file, preprocess, workers)
 
 
@@ -47,7 +49,9 @@ def made(root):
 def opened(monkeypatch):
     """The photos that were decoded."""
     seen = []
-    monkeypatch.setattr(preprocess, "open_photo", lambda path: seen.append(path) or open_photo(path))
+    monkeypatch.setattr(
+        preprocess, "open_photo", lambda path: seen.append(path) or open_photo(path)
+    )
     return seen
 
 
@@ -66,7 +70,9 @@ def two_processes(monkeypatch):
     monkeypatch.setattr(store, "CHUNK", 5)
 
 
-def test_processes_decode_to_the_same_pixels_and_leave_out_the_same_photos(pets, two_processes, opened):
+def test_processes_decode_to_the_same_pixels_and_leave_out_the_same_photos(
+    pets, two_processes, opened
+):
     data = load_data(pets, seed=0)
     broken = [data.train.paths[i] for i in (0, 3, 4)] + [data.test.paths[-1]]
     for path in broken:
@@ -102,7 +108,9 @@ def test_decoding_gives_inference_pixels(pets, cap_gib, capsys):
     assert ("each epoch decodes them anew" in capsys.readouterr().err) == (cap_gib < 1)
 
 
-def test_a_second_run_decodes_nothing_whatever_its_split_and_the_way_to_the_photos(pets, opened, monkeypatch):
+def test_a_second_run_decodes_nothing_whatever_its_split_and_the_way_to_the_photos(
+    pets, opened, monkeypatch
+):
     decode_all(load_data(pets, seed=0))
     assert len(opened) == 24
     opened.clear()
@@ -141,7 +149,12 @@ def test_the_store_is_made_anew_when_a_photo_changes_and_the_old_one_goes(pets, 
 
 def test_models_that_see_photos_otherwise_have_stores_of_their_own(pets, opened):
     data = load_data(pets, seed=0)
-    ways = [PREPROCESS, Preprocess((20, 24)), Preprocess(28, (24, 20)), Preprocess((24, 20), resample=3)]
+    ways = [
+        PREPROCESS,
+        Preprocess((20, 24)),
+        Preprocess(28, (24, 20)),
+        Preprocess((24, 20), resample=3),
+    ]
     for way in ways * 2:
         decode_all(data, way)
     assert len(made(pets)) == 4
@@ -151,14 +164,22 @@ def test_models_that_see_photos_otherwise_have_stores_of_their_own(pets, opened)
 def test_a_store_that_was_not_finished_is_none(pets, opened, monkeypatch):
     data = load_data(pets, seed=0)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_json", lambda *_: os.kill(os.getpid(), 0) or (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            store,
+            "write_json",
+            lambda *_: os.kill(os.getpid(), 0) or (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         with pytest.raises(KeyboardInterrupt):
             decode_all(data)
     (pets / ".minivit" / ".99999.partial").write_text("left by a killed run")
     opened.clear()
     assert_aligned(*decode_all(data))
     assert len(opened) == 24
-    assert sorted(path.suffix for path in (pets / ".minivit").iterdir()) == ["", ".json", ".npy"]  # .lock, and the store
+    assert sorted(path.suffix for path in (pets / ".minivit").iterdir()) == [
+        "",
+        ".json",
+        ".npy",
+    ]  # .lock, and the store
 
 
 def test_two_runs_at_once_make_one_store(pets, opened):
@@ -199,9 +220,13 @@ def test_where_too_little_is_free_photos_are_decoded_anew(pets, monkeypatch, cap
         decode_all(load_data(pets, seed=0), skip_bad=True)
 
 
-def test_beside_photos_that_cannot_be_written_to_it_lies_in_the_users_cache(pets, opened, monkeypatch, tmp_path, capsys):
+def test_beside_photos_that_cannot_be_written_to_it_lies_in_the_users_cache(
+    pets, opened, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root, who may write anywhere
+    monkeypatch.setattr(
+        os, "access", lambda *_: False
+    )  # tests may run as root, who may write anywhere
     for _ in range(2):
         assert_aligned(*decode_all(load_data(pets, seed=0)))
     assert len(opened) == 24
@@ -230,7 +255,9 @@ def test_the_checksum_is_of_names_sizes_and_labels(pets):
 @pytest.mark.parametrize("num_bad", [1, 3, 4])
 def test_all_unreadable_photos_are_counted_and_the_first_named(pets, num_bad):
     data = load_data(pets, seed=0)
-    bad = [data.train.paths[7], data.train.paths[3], data.val.paths[0], data.test.paths[-1]][:num_bad]
+    bad = [data.train.paths[7], data.train.paths[3], data.val.paths[0], data.test.paths[-1]][
+        :num_bad
+    ]
     for path in bad:
         path.write_text("no photo")
     with pytest.raises(UserError, match=f"{num_bad} of 24 photos cannot be read") as raised:
@@ -259,7 +286,10 @@ def test_unreadable_photos_can_be_left_out_of_data_pixels_and_labels_alike(pets,
 
 
 LOST = {
-    "class": (lambda data: [p for p, label in zip(data.train.paths, data.train.labels) if label == 1], "of Alpha Dog"),
+    "class": (
+        lambda data: [p for p, label in zip(data.train.paths, data.train.labels) if label == 1],
+        "of Alpha Dog",
+    ),
     "validation": (lambda data: data.val.paths, "for validation"),
     "test": (lambda data: data.test.paths, "for the test"),
 }

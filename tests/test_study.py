@@ -23,7 +23,20 @@ from minivit.training import step as loop
 
 
 def run(model, data, out, *flags):
-    known = ["--model", model, "--data", data, "--out", out, "--device", "cpu", "--amp", "off", "--lr", "0.003"]
+    known = [
+        "--model",
+        model,
+        "--data",
+        data,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+        "--lr",
+        "0.003",
+    ]
     return __main__.main(["study", *map(str, [*known, *flags])])
 
 
@@ -32,7 +45,21 @@ def rows_of(out):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
-GRID = ("--shots", "3", "all", "--blocks", "none", "10-11", "all", "--seeds", "2", "--epochs", "3", "--views", "2")
+GRID = (
+    "--shots",
+    "3",
+    "all",
+    "--blocks",
+    "none",
+    "10-11",
+    "all",
+    "--seeds",
+    "2",
+    "--epochs",
+    "3",
+    "--views",
+    "2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +72,10 @@ def whole(tiny_saved, shapes_data, tmp_path_factory):
 def test_every_cell_of_the_grid_is_run_and_told(whole):
     rows = rows_of(whole)
     assert {(r["shots"], r["blocks"], r["seed"]) for r in rows} == {
-        (shots, blocks, seed) for shots in ("3", "all") for blocks in ("none", "10-11", "all") for seed in "01"
+        (shots, blocks, seed)
+        for shots in ("3", "all")
+        for blocks in ("none", "10-11", "all")
+        for seed in "01"
     }
     assert {r["photos"] for r in rows if r["shots"] == "3"} == {"9"}
     assert {r["photos"] for r in rows if r["shots"] == "all"} == {"33"}
@@ -56,9 +86,24 @@ def test_a_cell_is_train_pys_run_with_the_same_settings(whole, tiny_saved, shape
     """The same photos, order and learning rate; views are drawn otherwise, and they make no difference to three colours."""
     for blocks in ("none", "10-11", "all"):
         out = tmp_path / blocks
-        flags = ("--blocks", blocks, "--epochs", "3", "--batch-size", "16", "--cache-views", "2", "--seed", "1")
+        flags = (
+            "--blocks",
+            blocks,
+            "--epochs",
+            "3",
+            "--batch-size",
+            "16",
+            "--cache-views",
+            "2",
+            "--seed",
+            "1",
+        )
         assert run_train(tiny_saved, shapes_data, out, *flags) == 0
-        cell = next(r for r in rows_of(whole) if (r["shots"], r["blocks"], r["seed"]) == ("all", blocks, "1"))
+        cell = next(
+            r
+            for r in rows_of(whole)
+            if (r["shots"], r["blocks"], r["seed"]) == ("all", blocks, "1")
+        )
         found = json.loads((out / "summary.json").read_text())
         assert float(cell["test_accuracy"]) == pytest.approx(found["test_accuracy"], abs=2 / 12)
         best = json.loads((out / "metrics.jsonl").read_text().splitlines()[found["best_epoch"] - 1])
@@ -76,7 +121,9 @@ def test_tokens_at_each_cut_are_those_of_the_model(tiny_saved, shapes_data):
         expected = frozen.Frozen(model, cut, batch=9)(pixels)
         torch.testing.assert_close(tokens.tables[0], expected, rtol=1e-4, atol=1e-5)
         own = torch.tensor([2, 0])
-        torch.testing.assert_close(next(tokens.evaluation(paths[3:8], own)()), expected[[5, 3]], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            next(tokens.evaluation(paths[3:8], own)()), expected[[5, 3]], rtol=1e-4, atol=1e-5
+        )
         assert tokens.view(1, paths[4:6]).shape == (2, 1 if cut == 12 else 17, 24)
     assert not torch.equal(tokens.view(0, paths[4:6]), tokens.view(1, paths[4:6]))
 
@@ -104,7 +151,10 @@ def test_shots_that_the_photos_do_not_allow_are_left_out_and_said(shapes_data, c
     args = study.make_parser().parse_args(["--shots", "5", "11", "50", "all"])
     cells = study.plan(args, [load_data(shapes_data, seed=0)], {"none": 12})
     assert [cell.shots for cell in cells] == ["5", "all"]
-    assert "left out: 11, 50 photos a class; the smallest class has 11 to train on" in capsys.readouterr().err
+    assert (
+        "left out: 11, 50 photos a class; the smallest class has 11 to train on"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_interrupted_study_goes_on_to_the_same_rows_and_a_finished_one_runs_nothing(
@@ -150,24 +200,41 @@ def test_an_estimate_counts_steps_evaluations_and_the_test(tiny_saved, shapes_da
 
     low, split = load_pretrained(tiny_saved), load_data(shapes_data, seed=0)
     cell = study.Cell("all", "11", 0, 11, 10, split.train)
-    monkeypatch.setattr(study.time, "perf_counter", itertools.count().__next__)  # 32 photos' forward pass in a second
+    monkeypatch.setattr(
+        study.time, "perf_counter", itertools.count().__next__
+    )  # 32 photos' forward pass in a second
     n, val, test = (len(part) for part in (split.train, split.val, split.test))
     tokens = (n + val + test + 4 * n) * (low.flops() - low.flops(11))
     work = low.flops(11) * (10 * 3 * n + 5 * val + n + test)  # a backward pass is two forward
-    assert study.estimate(low, [cell], [split], views=4) == pytest.approx((tokens + work) / (32 * low.flops()))
+    assert study.estimate(low, [cell], [split], views=4) == pytest.approx(
+        (tokens + work) / (32 * low.flops())
+    )
 
 
-def test_the_model_is_left_as_it_was_and_the_best_epoch_is_one_of_five(tiny_saved, shapes_data, whole, monkeypatch):
+def test_the_model_is_left_as_it_was_and_the_best_epoch_is_one_of_five(
+    tiny_saved, shapes_data, whole, monkeypatch
+):
     from minivit import load_pretrained
 
     model = load_pretrained(tiny_saved, labels=["a", "b", "c"])
     before = {name: p.clone() for name, p in model.named_parameters()}
-    split, args = load_data(shapes_data, seed=0), study.make_parser().parse_args(["--lr", "0.01", "--views", "1"])
+    split, args = (
+        load_data(shapes_data, seed=0),
+        study.make_parser().parse_args(["--lr", "0.01", "--views", "1"]),
+    )
     low = frozen.working_copy(model, torch.device("cpu"), None, train=False)
     photos = Pixels(split.paths(), model.preprocess, 1)
     tokens = frozen.KnownTokens(low, photos, split.train.paths, 1, batch=64)
-    cell, seen, fit = study.Cell("all", "11", 0, optim.freeze_except(model, [11]), 10, split.train), [], loop.fit
-    monkeypatch.setattr(loop, "fit", lambda *args, **how: (seen.append(row["epoch"]) or row for row in fit(*args, **how)))
+    cell, seen, fit = (
+        study.Cell("all", "11", 0, optim.freeze_except(model, [11]), 10, split.train),
+        [],
+        loop.fit,
+    )
+    monkeypatch.setattr(
+        loop,
+        "fit",
+        lambda *args, **how: (seen.append(row["epoch"]) or row for row in fit(*args, **how)),
+    )
     tokens.advance(11)
     assert study.run(cell, model, split, tokens, args, None)["photos"] == 33
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -176,7 +243,10 @@ def test_the_model_is_left_as_it_was_and_the_best_epoch_is_one_of_five(tiny_save
 
 def rows(cells):
     known = {"photos": "10", "train_accuracy": "1.0", "val_accuracy": "0.9"}
-    return [known | dict(zip(("blocks", "shots", "seed", "photos", "test_accuracy"), map(str, cell))) for cell in cells]
+    return [
+        known | dict(zip(("blocks", "shots", "seed", "photos", "test_accuracy"), map(str, cell)))
+        for cell in cells
+    ]
 
 
 def test_the_advice_follows_from_the_table():
@@ -189,9 +259,14 @@ def test_the_advice_follows_from_the_table():
         "with all photos a class train blocks 10-11: test accuracy 0.910; +20.0 points since 5 photos, so more photos would "
         "still help; training is 10.0 points above validation there"
     )
-    flat = study.summarize(rows([("11", "5", 0, 10, 0.9), ("11", "all", 0, 60, 0.9), ("none", "all", 0, 60, 0.9)]))
+    flat = study.summarize(
+        rows([("11", "5", 0, 10, 0.9), ("11", "all", 0, 60, 0.9), ("none", "all", 0, 60, 0.9)])
+    )
     said = study.advice(flat)
-    assert "train block 11: test accuracy 0.900 (the head alone as good within the seeds' spread)" in said
+    assert (
+        "train block 11: test accuracy 0.900 (the head alone as good within the seeds' spread)"
+        in said
+    )
     assert "so more photos would help little" in said
     assert list(study.lay_out(table))[-1].split() == [
         "the",

@@ -27,19 +27,30 @@ def test_what_was_frozen_is_written_back_byte_for_byte(family, request, tmp_path
     model = load_pretrained(source, num_classes=3)
     torch.nn.init.ones_(model.blocks[11].mlp.fc2.bias)
     save_pretrained(model, tmp_path)
-    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    before, after = (
+        load_file(source / "model.safetensors"),
+        load_file(tmp_path / "model.safetensors"),
+    )
     prefix = "" if family == "vit_b16" else "dinov2."
     changed = [
-        name for name, tensor in before.items() if prefix + name not in after or not torch.equal(after[prefix + name], tensor)
+        name
+        for name, tensor in before.items()
+        if prefix + name not in after or not torch.equal(after[prefix + name], tensor)
     ]
     if family == "vit_b16":
-        assert changed == ["classifier.bias", "classifier.weight", "vit.encoder.layer.11.output.dense.bias"]
+        assert changed == [
+            "classifier.bias",
+            "classifier.weight",
+            "vit.encoder.layer.11.output.dense.bias",
+        ]
     else:
         assert changed == ["encoder.layer.11.mlp.fc2.bias"]
 
 
 def test_another_number_of_classes_gets_a_fresh_head_and_says_so(tiny_folder, capsys):
-    assert load_pretrained(tiny_folder, num_classes=5).labels == tuple(f"thing {i}" for i in range(5))
+    assert load_pretrained(tiny_folder, num_classes=5).labels == tuple(
+        f"thing {i}" for i in range(5)
+    )
     assert capsys.readouterr().err == ""
     model = load_pretrained(tiny_folder, labels=("cat", "dog"))
     assert model(torch.randn(1, 3, 32, 32)).tolist() == [[0, 0]]
@@ -95,22 +106,37 @@ def set_config(folder, **values):
 BIAS = "vit.encoder.layer.3.attention.attention.query.bias"
 BAD_FOLDERS = {
     "missing tensor": (lambda f: edit(f, lambda t: t.pop(BIAS)), f"1 missing \\({BIAS}\\)"),
-    "unexpected tensor": (lambda f: edit(f, lambda t: t.update(extra=torch.zeros(2))), "1 unexpected \\(extra\\)"),
+    "unexpected tensor": (
+        lambda f: edit(f, lambda t: t.update(extra=torch.zeros(2))),
+        "1 unexpected \\(extra\\)",
+    ),
     "misshapen tensor": (
         lambda f: edit(f, lambda t: t.update({BIAS: torch.zeros(7)})),
         r"1 misshapen .*expected \(24,\), found \(7,\)",
     ),
-    "integer tensor": (lambda f: edit(f, lambda t: t.update({BIAS: torch.zeros(24).int()})), "int32"),
+    "integer tensor": (
+        lambda f: edit(f, lambda t: t.update({BIAS: torch.zeros(24).int()})),
+        "int32",
+    ),
     "truncated": (truncate, "cannot be read as safetensors"),
-    "no safetensors": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors in this folder"),
+    "no safetensors": (
+        lambda f: (f / "model.safetensors").unlink(),
+        "no model.safetensors in this folder",
+    ),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "expected JSON"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object, found a list"),
+    "a list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        "expected a JSON object, found a list",
+    ),
     "another family": (
         lambda f: set_config(f, model_type="swin"),
         "model_type 'swin'; expected one of vit, dinov2",
     ),
     "another activation": (lambda f: set_config(f, hidden_act="relu"), "hidden_act is 'relu'"),
-    "labels not numbered": (lambda f: set_config(f, id2label={str(2 * i): str(i) for i in range(5)}), "id2label"),
+    "labels not numbered": (
+        lambda f: set_config(f, id2label={str(2 * i): str(i) for i in range(5)}),
+        "id2label",
+    ),
 }
 
 

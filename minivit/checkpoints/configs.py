@@ -13,11 +13,31 @@ from torch import Tensor
 from ..data.preprocess import Preprocess
 from ..errors import UserError
 from ..model import ViT, ViTConfig
-from .families import DINOV2, GOOGLE, REGISTERS, TIMM, TIMM_DINOV2, TIMM_REGISTERS, VIT, Family, num_blocks
+from .families import (
+    DINOV2,
+    GOOGLE,
+    REGISTERS,
+    TIMM,
+    TIMM_DINOV2,
+    TIMM_REGISTERS,
+    VIT,
+    Family,
+    num_blocks,
+)
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-CLASSES = {"vit": "ViT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}  # of transformers, less their ends
-SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
+CLASSES = {
+    "vit": "ViT",
+    "dinov2": "Dinov2",
+    "dinov2_with_registers": "Dinov2WithRegisters",
+}  # of transformers, less their ends
+SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
 NUM_HEADS = {width: heads for width, _, heads in SIZES.values()}
 TIMM_NAME = rf"(?:vit|deit)_({'|'.join(SIZES)})_patch(\d+)_(?:(reg4)_)?(\d+|dinov2)"
 
@@ -34,11 +54,17 @@ def hub_sizes(config: dict, preprocessor: dict) -> Said:
     classifier, backbone = (CLASSES[kind] + end for end in ("ForImageClassification", "Model"))
     architectures = config["architectures"]
     if architectures not in ([classifier], [backbone]):
-        raise UserError(f"config.json: architectures is {architectures}; expected {classifier} or {backbone}")
+        raise UserError(
+            f"config.json: architectures is {architectures}; expected {classifier} or {backbone}"
+        )
     names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers' default
-    labels = {int(i): str(label) for i, label in names.items()} if architectures == [classifier] else {}
+    labels = (
+        {int(i): str(label) for i, label in names.items()} if architectures == [classifier] else {}
+    )
     if sorted(labels) != list(range(len(labels))):
-        raise UserError(f"config.json: id2label does not number its {len(labels)} classes from 0 to {len(labels) - 1}")
+        raise UserError(
+            f"config.json: id2label does not number its {len(labels)} classes from 0 to {len(labels) - 1}"
+        )
     dinov2, width, patch = kind != "vit", config["hidden_size"], config["patch_size"]
     sizes = ViTConfig(
         img_size=preprocess.size,
@@ -61,9 +87,23 @@ def hub_sizes(config: dict, preprocessor: dict) -> Said:
 
 def timm_sizes(config: dict) -> Said:
     """Read config.json as timm writes it: sizes by the architecture's name, changed by model_args."""
-    architecture, data, args = config["architecture"], config["pretrained_cfg"], config.get("model_args") or {}
+    architecture, data, args = (
+        config["architecture"],
+        config["pretrained_cfg"],
+        config.get("model_args") or {},
+    )
     name = re.fullmatch(TIMM_NAME, architecture)
-    known = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes", "in_chans", "global_pool"}
+    known = {
+        "img_size",
+        "patch_size",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "num_classes",
+        "in_chans",
+        "global_pool",
+    }
     pool = args.get("global_pool", config.get("global_pool", "token"))
     if name is None or args.keys() - known or pool != "token":
         raise UserError(
@@ -71,9 +111,15 @@ def timm_sizes(config: dict) -> Said:
             "expected one as vit_base_patch16_224, deit_small_patch16_224 or vit_base_patch14_reg4_dinov2, and token"
         )
     width, depth, heads = SIZES[name[1]]
-    dinov2, patch, width = name[4] == "dinov2", args.get("patch_size", int(name[2])), args.get("embed_dim", width)
+    dinov2, patch, width = (
+        name[4] == "dinov2",
+        args.get("patch_size", int(name[2])),
+        args.get("embed_dim", width),
+    )
     labels = data.get("label_names") or config.get("label_names") or data.get("labels") or ()
-    labels = [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) else labels
+    labels = (
+        [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) else labels
+    )
     described = config.get("label_descriptions") or {}
     labels = tuple(str(described.get(label, label)) for label in labels)
     num_classes = int(config.get("num_classes", data.get("num_classes", 0)))
@@ -81,8 +127,12 @@ def timm_sizes(config: dict) -> Said:
     scaled = tuple(math.floor(length / crop) for length in side)
     mode, filter = data.get("crop_mode") or "center", data.get("interpolation", "bicubic").upper()
     squash = mode == "squash"
-    if filter not in Image.Resampling.__members__ or not (squash or (mode == "center" and side[0] == side[1])):
-        raise UserError(f"config.json: crop_mode {mode} with {filter} to {side} is none of minivit's ways to preprocess")
+    if filter not in Image.Resampling.__members__ or not (
+        squash or (mode == "center" and side[0] == side[1])
+    ):
+        raise UserError(
+            f"config.json: crop_mode {mode} with {filter} to {side} is none of minivit's ways to preprocess"
+        )
     preprocess = Preprocess(
         scaled if squash else scaled[0],
         None if squash and scaled == side else side,
@@ -92,7 +142,9 @@ def timm_sizes(config: dict) -> Said:
         round_margins=True,
     )
     if dinov2 and num_classes:
-        raise UserError("config.json: a DINOv2 with timm's head, which reads the class token only; minivit's reads patches too")
+        raise UserError(
+            "config.json: a DINOv2 with timm's head, which reads the class token only; minivit's reads patches too"
+        )
     sizes = ViTConfig(
         img_size=side,
         patch_size=patch,
@@ -121,7 +173,9 @@ def sizes_from_tensors(family: Family, tensors: Mapping[str, Tensor], where: str
     side = patch * math.isqrt(tensors[str(family.names["pos_embed"])].shape[1] - 1)
     num_classes = len(tensors.get("head/kernel" if google else "heads.head.weight", ()))
     if width not in NUM_HEADS:
-        raise UserError(f"{where}: {width} wide, of which the number of heads is not known; expected one of {list(NUM_HEADS)}")
+        raise UserError(
+            f"{where}: {width} wide, of which the number of heads is not known; expected one of {list(NUM_HEADS)}"
+        )
     if google:
         whose, preprocess = "Google's", Preprocess((side, side))
     elif side == 224:
@@ -158,7 +212,9 @@ def hub_config(model: ViT, *, use_mask_token: bool) -> dict:
     """Turn our sizes into transformers' config.json: the inverse of hub_sizes."""
     c, kind = model.config, hub_family(model.config).kind
     dinov2 = kind != "vit"
-    height, width = (side * c.patch_size for side in (model.pos_grid if keeps_positions(c) else c.grid))
+    height, width = (
+        side * c.patch_size for side in (model.pos_grid if keeps_positions(c) else c.grid)
+    )
     return {
         "architectures": [CLASSES[kind] + ("ForImageClassification" if c.num_classes else "Model")],
         "model_type": kind,
@@ -195,14 +251,24 @@ def timm_config(model: ViT) -> dict:
     kind = "reg4_dinov2" if c.num_registers else "dinov2" if c.layer_scale else side
     width, depth, heads = SIZES[size]
     changed = {"patch_size": (c.patch_size, patch), "img_size": (list(c.img_size), [side, side])}
-    changed |= {"embed_dim": (c.embed_dim, width), "depth": (c.depth, depth), "num_heads": (c.num_heads, heads)}
+    changed |= {
+        "embed_dim": (c.embed_dim, width),
+        "depth": (c.depth, depth),
+        "num_heads": (c.num_heads, heads),
+    }
     changed |= {"mlp_ratio": (c.mlp_dim / c.embed_dim, 4)}
     if c.layer_scale and c.num_classes:
-        raise UserError("timm's ViT has no such head: it reads the class token, a DINOv2's here the patches' mean too")
+        raise UserError(
+            "timm's ViT has no such head: it reads the class token, a DINOv2's here the patches' mean too"
+        )
     if not c.qkv_bias or c.num_registers not in (0, 4):
-        raise UserError(f"timm has no ViT with qkv_bias {c.qkv_bias} and {c.num_registers} registers")
+        raise UserError(
+            f"timm has no ViT with qkv_bias {c.qkv_bias} and {c.num_registers} registers"
+        )
     if isinstance(p.resize, int) and p.size[0] != p.size[1]:
-        raise UserError(f"timm has no preprocessing that crops {p.size} from a photo of shortest edge {p.resize}")
+        raise UserError(
+            f"timm has no preprocessing that crops {p.size} from a photo of shortest edge {p.resize}"
+        )
     resize = p.resize if isinstance(p.resize, tuple) else (p.resize, p.resize)
     crop = p.size[0] / (resize[0] + 0.01)  # timm rounds size / crop_pct down
     data = {

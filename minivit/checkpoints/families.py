@@ -39,7 +39,9 @@ _EMBEDDINGS: Names = {
     "norm.*": "layernorm.*",
 }
 _ON_DISK: Names = {
-    "blocks.#.attn.qkv.*": tuple(f"encoder.layer.#.attention.attention.{part}.*" for part in ("query", "key", "value")),
+    "blocks.#.attn.qkv.*": tuple(
+        f"encoder.layer.#.attention.attention.{part}.*" for part in ("query", "key", "value")
+    ),
     "blocks.#.attn.proj.*": "encoder.layer.#.attention.output.dense.*",
 }
 _IN_MEMORY: Names = {
@@ -73,9 +75,18 @@ _DINOV2: Names = {
     "blocks.#.ls2.gamma": "encoder.layer.#.layer_scale2.lambda1",
 }
 _REGISTERS: Names = {**_DINOV2, "reg_token": "embeddings.register_tokens"}
-_BLOCK = tuple(f"blocks.#.{part}.*" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"))
-_TIMM: Names = {name: name for name in ("cls_token", "pos_embed", "patch_embed.proj.*", *_BLOCK, "norm.*")}  # ours are timm's
-_TIMM_DINOV2: Names = {**_TIMM, "blocks.#.ls1.gamma": "blocks.#.ls1.gamma", "blocks.#.ls2.gamma": "blocks.#.ls2.gamma"}
+_BLOCK = tuple(
+    f"blocks.#.{part}.*"
+    for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+)
+_TIMM: Names = {
+    name: name for name in ("cls_token", "pos_embed", "patch_embed.proj.*", *_BLOCK, "norm.*")
+}  # ours are timm's
+_TIMM_DINOV2: Names = {
+    **_TIMM,
+    "blocks.#.ls1.gamma": "blocks.#.ls1.gamma",
+    "blocks.#.ls2.gamma": "blocks.#.ls2.gamma",
+}
 _LAYER = "encoder.layers.encoder_layer_#."
 _TORCHVISION: Names = {
     "cls_token": "class_token",
@@ -103,8 +114,12 @@ _GOOGLE: Names = {
     "pos_embed": "Transformer/posembed_input/pos_embedding",
     **_flax("patch_embed.proj", "embedding"),
     **_flax("blocks.#.norm1", f"{_FLAX}/LayerNorm_0", "scale"),
-    "blocks.#.attn.qkv.weight": tuple(f"{_FLAX_ATTENTION}/{part}/kernel" for part in ("query", "key", "value")),
-    "blocks.#.attn.qkv.bias": tuple(f"{_FLAX_ATTENTION}/{part}/bias" for part in ("query", "key", "value")),
+    "blocks.#.attn.qkv.weight": tuple(
+        f"{_FLAX_ATTENTION}/{part}/kernel" for part in ("query", "key", "value")
+    ),
+    "blocks.#.attn.qkv.bias": tuple(
+        f"{_FLAX_ATTENTION}/{part}/bias" for part in ("query", "key", "value")
+    ),
     **_flax("blocks.#.attn.proj", f"{_FLAX_ATTENTION}/out"),
     **_flax("blocks.#.norm2", f"{_FLAX}/LayerNorm_2", "scale"),
     **_flax("blocks.#.mlp.fc1", f"{_FLAX}/MlpBlock_3/Dense_0"),
@@ -113,12 +128,23 @@ _GOOGLE: Names = {
 }
 
 
-def _hub(kind: str, names: Names, unused: tuple[str, ...], library: str = "transformers'", where: str = "") -> Family:
-    return Family(f"{library} {kind}{where}", kind, names, {"head.*": "classifier.*"}, unused, f"{kind}.")
+def _hub(
+    kind: str,
+    names: Names,
+    unused: tuple[str, ...],
+    library: str = "transformers'",
+    where: str = "",
+) -> Family:
+    return Family(
+        f"{library} {kind}{where}", kind, names, {"head.*": "classifier.*"}, unused, f"{kind}."
+    )
 
 
 _POOLER, _MASK = ("pooler.dense.weight", "pooler.dense.bias"), ("embeddings.mask_token",)
-_NOT_SAVED = ("transformers 5's", " in memory")  # its state_dict() has other names than what save_pretrained writes
+_NOT_SAVED = (
+    "transformers 5's",
+    " in memory",
+)  # its state_dict() has other names than what save_pretrained writes
 VIT, VIT_IN_MEMORY = _hub("vit", _VIT, _POOLER), _hub("vit", _VIT_IN_MEMORY, _POOLER, *_NOT_SAVED)
 DINOV2 = _hub("dinov2", _DINOV2 | _ON_DISK, _MASK)
 DINOV2_IN_MEMORY = _hub("dinov2", _DINOV2 | _IN_MEMORY, _MASK, *_NOT_SAVED)
@@ -126,10 +152,19 @@ REGISTERS = _hub("dinov2_with_registers", _REGISTERS | _ON_DISK, _MASK)
 REGISTERS_IN_MEMORY = _hub("dinov2_with_registers", _REGISTERS | _IN_MEMORY, _MASK, *_NOT_SAVED)
 TIMM = Family("timm's vit", "timm", _TIMM, {"head.*": "head.*"})
 TIMM_DINOV2 = Family("timm's dinov2", "timm", _TIMM_DINOV2, TIMM.head)
-TIMM_REGISTERS = Family("timm's dinov2 with registers", "timm", _TIMM_DINOV2 | {"reg_token": "reg_token"}, TIMM.head)
+TIMM_REGISTERS = Family(
+    "timm's dinov2 with registers", "timm", _TIMM_DINOV2 | {"reg_token": "reg_token"}, TIMM.head
+)
 TORCHVISION = Family("torchvision's vit", "", _TORCHVISION, {"head.*": "heads.head.*"})
 GOOGLE = Family("Google's npz", "", _GOOGLE, _flax("head", "head"))
-FAMILIES: tuple[Family, ...] = (VIT, VIT_IN_MEMORY, DINOV2, DINOV2_IN_MEMORY, REGISTERS, REGISTERS_IN_MEMORY)
+FAMILIES: tuple[Family, ...] = (
+    VIT,
+    VIT_IN_MEMORY,
+    DINOV2,
+    DINOV2_IN_MEMORY,
+    REGISTERS,
+    REGISTERS_IN_MEMORY,
+)
 FAMILIES += (TIMM, TIMM_DINOV2, TIMM_REGISTERS, TORCHVISION, GOOGLE)
 _BLOCK_NUMBER = re.compile(r"(?<=[._])\d+(?=[./])")  # the first of a name
 KINDS = tuple(dict.fromkeys(family.kind for family in FAMILIES if family.kind))
@@ -151,7 +186,9 @@ def recognise(kind: str, names: Collection[str], where: str) -> Family:
     if best is None:
         problem = f"config.json has model_type {kind!r}; expected one of {', '.join(KINDS)}; by its names {differs}"
     elif distance(best) > distance(nearest) and kind:
-        problem = f"config.json is of {best.title}, but the tensors' names are those of {nearest.title}; "
+        problem = (
+            f"config.json is of {best.title}, but the tensors' names are those of {nearest.title}; "
+        )
         problem += "one of the two files belongs to another model"
     elif distance(best) > distance(nearest):
         problem = f"its names are those of {nearest.title}, of which minivit reads folders, with config.json: "
@@ -173,15 +210,22 @@ def layout(model: ViT, family: Family) -> dict[str, tuple[str, ...]]:
     table, found = family.names | family.head, {}
     prefix = family.prefix if model.config.num_classes else ""
     for name in model.state_dict():
-        number, leaf = re.search(r"\d+", name), name.rpartition(".")[2]  # of the block; weight, bias, gamma, ...
+        number, leaf = (
+            re.search(r"\d+", name),
+            name.rpartition(".")[2],
+        )  # of the block; weight, bias, gamma, ...
         pattern = re.sub(r"^blocks\.\d+\.", "blocks.#.", name)
         theirs = _parts(table.get(pattern) or table[pattern.removesuffix(leaf) + "*"])
-        parts = [part.replace("#", number[0] if number else "").replace("*", leaf) for part in theirs]
+        parts = [
+            part.replace("#", number[0] if number else "").replace("*", leaf) for part in theirs
+        ]
         found[name] = tuple(part if name.startswith("head.") else prefix + part for part in parts)
     return found
 
 
-def listed(missing: Collection[str], unexpected: Collection[str], misshapen: Collection[str] = ()) -> str:
+def listed(
+    missing: Collection[str], unexpected: Collection[str], misshapen: Collection[str] = ()
+) -> str:
     """Say what is wrong with a file's tensors: how many of a kind, and the first few."""
     said = []
     for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)):

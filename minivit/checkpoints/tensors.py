@@ -27,11 +27,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     tensors = _read(path)
     for name, tensor in tensors.items():
-        if path.suffix == ".safetensors":  # by a mapping of its own, which goes at once: this one would keep all in memory
+        if (
+            path.suffix == ".safetensors"
+        ):  # by a mapping of its own, which goes at once: this one would keep all in memory
             with safe_open(path, "pt") as file:
                 tensor = file.get_tensor(name)
         # A sum tells in half the time, but where finite numbers overflow it.
-        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+        if (
+            tensor.is_floating_point()
+            and not tensor.sum(dtype=torch.float32).isfinite()
+            and not tensor.isfinite().all()
+        ):
             raise UserError(f"{path}: {name} holds NaN or infinity; get the file again")
     return tensors
 
@@ -40,8 +46,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(path)
-            with path.open("rb") as file:  # whose header's length safetensors has found good; not so names given twice
-                json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=dict_of_once)
+            with path.open(
+                "rb"
+            ) as file:  # whose header's length safetensors has found good; not so names given twice
+                json.loads(
+                    file.read(int.from_bytes(file.read(8), "little")),
+                    object_pairs_hook=dict_of_once,
+                )
             return tensors
         if path.suffix == ".npz":
             return _read_npz(path)
@@ -51,12 +62,22 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"{path}: holds more than tensors, which could execute code, or is damaged; save the model alone, as safetensors"
         ) from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as {path.suffix[1:]} ({error}); is the file complete?") from error
+        raise UserError(
+            f"{path}: cannot be read as {path.suffix[1:]} ({error}); is the file complete?"
+        ) from error
     except Exception as error:  # broken zips and pickles raise anything
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); is the file complete?") from error
-    plain = isinstance(tensors, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items())
-    if not plain or not all(t.device.type == "cpu" and t.layout is torch.strided for t in tensors.values()):
-        raise UserError(f"{path}: expected a state dict, names to tensors; save model.state_dict() alone")
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}); is the file complete?"
+        ) from error
+    plain = isinstance(tensors, dict) and all(
+        isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items()
+    )
+    if not plain or not all(
+        t.device.type == "cpu" and t.layout is torch.strided for t in tensors.values()
+    ):
+        raise UserError(
+            f"{path}: expected a state dict, names to tensors; save model.state_dict() alone"
+        )
     return tensors
 
 
@@ -75,10 +96,15 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
             elif layer in ("query", "key", "value"):
                 tensor = tensor.flatten()
             tensors[name] = tensor.contiguous()
-    if tensors.pop("pre_logits/kernel", None) is not None:  # the layer before the head of in21k's checkpoints
+    if (
+        tensors.pop("pre_logits/kernel", None) is not None
+    ):  # the layer before the head of in21k's checkpoints
         for name in ("pre_logits/bias", "head/kernel", "head/bias"):
             tensors.pop(name, None)
-        print(f"{path}: its head reads a layer that minivit's ViT has not; taken: the backbone, without", file=sys.stderr)
+        print(
+            f"{path}: its head reads a layer that minivit's ViT has not; taken: the backbone, without",
+            file=sys.stderr,
+        )
     return tensors
 
 
@@ -90,7 +116,9 @@ def tail_metadata(path: Path) -> dict[str, str] | None:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); is the file complete?") from error
+        raise UserError(
+            f"{path}: cannot be read as safetensors ({error}); is the file complete?"
+        ) from error
     return metadata if "base" in metadata else None
 
 

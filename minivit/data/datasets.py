@@ -56,7 +56,9 @@ class Data:
 
     def paths(self) -> list[Path]:
         """Return the photos of all splits, each once, in order."""
-        return sorted({*self.train.paths, *self.val.paths, *self.test.paths}, key=os.fspath)  # of a million, in seconds
+        return sorted(
+            {*self.train.paths, *self.val.paths, *self.test.paths}, key=os.fspath
+        )  # of a million, in seconds
 
 
 def load_data(root: str | os.PathLike[str], *, seed: int) -> Data:
@@ -72,12 +74,18 @@ def load_data(root: str | os.PathLike[str], *, seed: int) -> Data:
         root = root.resolve().parent
     pets = root / "oxford-iiit-pet"
     if not pets.is_dir() and not _has_class_folders(root):
-        if root.exists() and (not root.is_dir() or any(not p.name.startswith(".") for p in root.iterdir())):
-            raise UserError(f"{root}: expected oxford-iiit-pet/, or a folder of photos for each class; found neither")
+        if root.exists() and (
+            not root.is_dir() or any(not p.name.startswith(".") for p in root.iterdir())
+        ):
+            raise UserError(
+                f"{root}: expected oxford-iiit-pet/, or a folder of photos for each class; found neither"
+            )
         download_pets(root)
     data = _load_pets(pets, seed) if pets.is_dir() else _load_class_folders(root, seed)
     if len(data.classes) < 2:
-        raise UserError(f"{root}: expected photos of at least 2 classes, found {len(data.classes)} ({', '.join(data.classes)})")
+        raise UserError(
+            f"{root}: expected photos of at least 2 classes, found {len(data.classes)} ({', '.join(data.classes)})"
+        )
     return data
 
 
@@ -114,8 +122,14 @@ def _load_pets(folder: Path, seed: int) -> Data:
     splits = {}
     for split in SPLITS:
         listed = read_listing(folder, split)
-        names |= {n - 1: " ".join(part.title() for part in stem.rsplit("_", 1)[0].split("_")) for stem, n, _ in listed}
-        splits[split] = Split([folder / "images" / f"{stem}.jpg" for stem, *_ in listed], [n - 1 for _, n, _ in listed])
+        names |= {
+            n - 1: " ".join(part.title() for part in stem.rsplit("_", 1)[0].split("_"))
+            for stem, n, _ in listed
+        }
+        splits[split] = Split(
+            [folder / "images" / f"{stem}.jpg" for stem, *_ in listed],
+            [n - 1 for _, n, _ in listed],
+        )
     missing = [path for split in splits.values() for path in split.paths if not path.is_file()]
     if missing:
         raise UserError(
@@ -123,9 +137,13 @@ def _load_pets(folder: Path, seed: int) -> Data:
             "remove the folder to have it downloaded again"
         )
     if sorted(names) != list(range(len(names))):
-        raise UserError(f"{folder}: expected labels 1 to {len(names)}, found {sorted(label + 1 for label in names)}")
+        raise UserError(
+            f"{folder}: expected labels 1 to {len(names)}, found {sorted(label + 1 for label in names)}"
+        )
     train, val = _hold_out(splits["trainval"], seed)
-    return Data(tuple(names[i] for i in range(len(names))), train, val, splits["test"], folder.parent)
+    return Data(
+        tuple(names[i] for i in range(len(names))), train, val, splits["test"], folder.parent
+    )
 
 
 def _has_class_folders(root: Path) -> bool:
@@ -135,7 +153,11 @@ def _has_class_folders(root: Path) -> bool:
 
 def _class_folders(base: Path) -> list[str]:
     """List the folders with photos, but for hidden ones, which editors leave."""
-    return sorted(p.name for p in base.iterdir() if p.is_dir() and p.name[0] != "." and any(map(is_photo, os.listdir(p))))
+    return sorted(
+        p.name
+        for p in base.iterdir()
+        if p.is_dir() and p.name[0] != "." and any(map(is_photo, os.listdir(p)))
+    )
 
 
 def _load_class_folders(root: Path, seed: int) -> Data:
@@ -145,20 +167,36 @@ def _load_class_folders(root: Path, seed: int) -> Data:
     def load(folder: Path) -> Split:
         unknown = [name for name in _class_folders(folder) if name not in classes]
         if unknown:
-            raise UserError(f"{folder}: class {unknown[0]!r} has no folder in {base}; expected only {', '.join(classes)}")
-        found = [(p, i) for i, name in enumerate(classes) if (folder / name).is_dir() for p in list_photos(folder / name)]
+            raise UserError(
+                f"{folder}: class {unknown[0]!r} has no folder in {base}; expected only {', '.join(classes)}"
+            )
+        found = [
+            (p, i)
+            for i, name in enumerate(classes)
+            if (folder / name).is_dir()
+            for p in list_photos(folder / name)
+        ]
         if not found:
             raise UserError(f"{folder}: no photos in its class folders")
         return Split([p for p, _ in found], [i for _, i in found])
 
     train = load(base)
-    val, test = (load(root / name) if base != root and (root / name).is_dir() else None for name in ("val", "test"))
+    val, test = (
+        load(root / name) if base != root and (root / name).is_dir() else None
+        for name in ("val", "test")
+    )
     if test is None:
         train, test = _hold_out(train, seed)
-        print(f"{root}: no test/ folder, so {len(test)} of the photos are set apart for the test", file=sys.stderr)
+        print(
+            f"{root}: no test/ folder, so {len(test)} of the photos are set apart for the test",
+            file=sys.stderr,
+        )
     if val is None:
         train, val = _hold_out(train, seed)
-    labels = (name.encode("utf-8", "surrogateescape").decode(errors="backslashreplace") for name in classes)  # for JSON
+    labels = (
+        name.encode("utf-8", "surrogateescape").decode(errors="backslashreplace")
+        for name in classes
+    )  # for JSON
     return Data(tuple(labels), train, val, test, root)
 
 
@@ -170,7 +208,9 @@ def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
     held, rng = set(), random.Random(seed)
     for indices in (by_class[label] for label in sorted(by_class)):
         if len(indices) < 2:
-            raise UserError(f"{split.paths[indices[0]].parent}: a class with too few photos; expected at least 3")
+            raise UserError(
+                f"{split.paths[indices[0]].parent}: a class with too few photos; expected at least 3"
+            )
         held.update(rng.sample(indices, max(1, round(VAL_FRACTION * len(indices)))))
     return split.take([i for i in range(len(split)) if i not in held]), split.take(sorted(held))
 
@@ -191,8 +231,20 @@ def augment(images: Tensor, draws: Tensor) -> Tensor:
     turn = (2 * turn - 1) * MAX_ROTATION
     scale = MIN_CROP + (1 - MIN_CROP) * scale
     cos, sin, aspect = turn.cos() * scale, turn.sin() * scale, h / w
-    theta = torch.zeros(B, 2, 3, device=images.device)  # from output to input coordinates, both -1 to 1
-    theta[:, 0, 0], theta[:, 0, 1], theta[:, 0, 2] = flip * cos, -sin * aspect, (2 * x - 1) * (1 - scale)
-    theta[:, 1, 0], theta[:, 1, 1], theta[:, 1, 2] = flip * sin / aspect, cos, (2 * y - 1) * (1 - scale)
+    theta = torch.zeros(
+        B, 2, 3, device=images.device
+    )  # from output to input coordinates, both -1 to 1
+    theta[:, 0, 0], theta[:, 0, 1], theta[:, 0, 2] = (
+        flip * cos,
+        -sin * aspect,
+        (2 * x - 1) * (1 - scale),
+    )
+    theta[:, 1, 0], theta[:, 1, 1], theta[:, 1, 2] = (
+        flip * sin / aspect,
+        cos,
+        (2 * y - 1) * (1 - scale),
+    )
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return F.grid_sample(
+        images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+    )

@@ -27,7 +27,9 @@ def read_pets(
     for path in paths:
         try:
             photo = open_photo(path)
-            found.append((preprocess.array(photo), read_regions(path, photo.size, preprocess, grid)))
+            found.append(
+                (preprocess.array(photo), read_regions(path, photo.size, preprocess, grid))
+            )
         except PhotoError:
             found.append("photo cannot be read")
         except UserError as error:
@@ -53,7 +55,9 @@ def read_listing(pets: Path, split: str) -> list[tuple[str, int, str]]:
                 stem, label, species, _ = line.split()
                 found.append((stem, int(label), "cat" if species == "1" else "dog"))
             except ValueError:
-                raise UserError(f"{listing}: expected lines as `Abyssinian_1 1 1 1`, found {line!r}") from None
+                raise UserError(
+                    f"{listing}: expected lines as `Abyssinian_1 1 1 1`, found {line!r}"
+                ) from None
     return found
 
 
@@ -71,7 +75,9 @@ def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
     return mask
 
 
-def read_regions(path: Path, size: tuple[int, int], preprocess: Preprocess, grid: tuple[int, int]) -> np.ndarray:
+def read_regions(
+    path: Path, size: tuple[int, int], preprocess: Preprocess, grid: tuple[int, int]
+) -> np.ndarray:
     """Return what share of each patch's area lies in and around the pet, and in and around its head: float32 (2, 2, P).
 
     `size` is the photo's (W, H). The mask's border counts as neither; without a head box its shares are 0. Raises
@@ -82,10 +88,16 @@ def read_regions(path: Path, size: tuple[int, int], preprocess: Preprocess, grid
     ys, xs = np.linspace(top, bottom, gh + 1), np.linspace(left, right, gw + 1)
     pet, around = (mean_by_area(mask == value, ys, xs) for value in (1, 2))
     if not pet.any():
-        raise UserError("no pet in the mask" if not (mask == 1).any() else "pet outside of what the model sees")
+        raise UserError(
+            "no pet in the mask" if not (mask == 1).any() else "pet outside of what the model sees"
+        )
     head = np.zeros((2, gh, gw))
     xml = annotation(path, "xmls", ".xml")
-    box = dict(re.findall(r"<([xy]m(?:in|ax))>\s*(\d+)", xml.read_text("utf-8", "replace"))[:4]) if xml.is_file() else {}
+    box = (
+        dict(re.findall(r"<([xy]m(?:in|ax))>\s*(\d+)", xml.read_text("utf-8", "replace"))[:4])
+        if xml.is_file()
+        else {}
+    )
     if len(box) == 4:
         x0, y0, x1, y1 = (float(box[edge]) for edge in ("xmin", "ymin", "xmax", "ymax"))
         inside = np.outer(covered(ys, y0, y1), covered(xs, x0, x1))
@@ -95,9 +107,15 @@ def read_regions(path: Path, size: tuple[int, int], preprocess: Preprocess, grid
 
 def mean_by_area(mask: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
     """Average a mask (H, W) over patches, whose edges ys (gh + 1,) and xs (gw + 1,) may cut through pixels: (gh, gw)."""
-    for edges in (ys, xs):  # not by matrix products, whose threads would be in the way of those that decode
+    for edges in (
+        ys,
+        xs,
+    ):  # not by matrix products, whose threads would be in the way of those that decode
         whole = np.minimum(edges.astype(int), len(mask) - 1)
-        up_to = np.pad(mask.cumsum(0, dtype=np.float64), ((1, 0), (0, 0)))[whole] + (edges - whole)[:, None] * mask[whole]
+        up_to = (
+            np.pad(mask.cumsum(0, dtype=np.float64), ((1, 0), (0, 0)))[whole]
+            + (edges - whole)[:, None] * mask[whole]
+        )
         mask = (np.diff(up_to, axis=0) / np.diff(edges)[:, None]).T
     return mask
 

@@ -43,8 +43,14 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.crop is None and not isinstance(self.resize, tuple):
             raise UserError("a shortest edge without a centre crop gives no fixed input size")
-        if not (len(self.mean) == len(self.std) == 3 and all(map(math.isfinite, self.mean + self.std)) and min(self.std) > 0):
-            raise UserError(f"mean {self.mean} and std {self.std} of the pixels: expected three numbers each")
+        if not (
+            len(self.mean) == len(self.std) == 3
+            and all(map(math.isfinite, self.mean + self.std))
+            and min(self.std) > 0
+        ):
+            raise UserError(
+                f"mean {self.mean} and std {self.std} of the pixels: expected three numbers each"
+            )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -68,7 +74,9 @@ class Preprocess:
         """Return the same as NumPy holds it, for processes without torch."""
         (w, h), filter = self.size[::-1], Image.Resampling(self.resample)
         if self.crop is None or max(photo.size) > 20 * min(photo.size):
-            resized = photo.resize((w, h), filter, box=self.box(photo.size))  # a strip's long edge would take gigabytes
+            resized = photo.resize(
+                (w, h), filter, box=self.box(photo.size)
+            )  # a strip's long edge would take gigabytes
         else:  # in the reference's two steps, so that its rounding in between is ours too
             left, top, *resized_size = self._crop_of_resized(photo.size)
             resized = photo.resize(resized_size, filter).crop((left, top, left + w, top + h))
@@ -86,9 +94,16 @@ class Preprocess:
             return 0, 0, W, H
         left, top, resized_w, resized_h = self._crop_of_resized(photo_size)
         x, y = W / resized_w, H / resized_h
-        return left * x, top * y, min((left + self.crop[1]) * x, W), min((top + self.crop[0]) * y, H)
+        return (
+            left * x,
+            top * y,
+            min((left + self.crop[1]) * x, W),
+            min((top + self.crop[0]) * y, H),
+        )
 
-    def patch_at(self, x: float, y: float, photo_size: tuple[int, int], grid: tuple[int, int]) -> int:
+    def patch_at(
+        self, x: float, y: float, photo_size: tuple[int, int], grid: tuple[int, int]
+    ) -> int:
         """Return which of gh x gw patches, counted row by row, sees the pixel (x, y) of a photo (W, H).
 
         Raises UserError where the model sees nothing: outside of the photo, or of the crop.
@@ -99,7 +114,10 @@ class Preprocess:
                 f"no patch at {x:g},{y:g}: of {photo_size[0]} x {photo_size[1]} pixels, the model sees "
                 f"x from {left:.0f} to {right:.0f} and y from {top:.0f} to {bottom:.0f}"
             )
-        row, column = int((y - top) / (bottom - top) * grid[0]), int((x - left) / (right - left) * grid[1])
+        row, column = (
+            int((y - top) / (bottom - top) * grid[0]),
+            int((x - left) / (right - left) * grid[1]),
+        )
         return min(row, grid[0] - 1) * grid[1] + min(column, grid[1] - 1)
 
     def _crop_of_resized(self, photo_size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -108,11 +126,15 @@ class Preprocess:
         if isinstance(self.resize, tuple):
             h, w = self.resize
         else:
-            w, h = (int(self.resize * side / short) for side in photo_size)  # truncated, as transformers does
+            w, h = (
+                int(self.resize * side / short) for side in photo_size
+            )  # truncated, as transformers does
         whole = round if self.round_margins else math.floor
         return whole((w - self.size[1]) / 2), whole((h - self.size[0]) / 2), w, h
 
-    def to_photo(self, values: Tensor, photo_size: tuple[int, int], shape: tuple[int, int] | None = None) -> np.ndarray:
+    def to_photo(
+        self, values: Tensor, photo_size: tuple[int, int], shape: tuple[int, int] | None = None
+    ) -> np.ndarray:
         """Bring a map (gh, gw) back onto a photo of (W, H) pixels: float32 (H, W), smoothly upsampled.
 
         What a crop cut away, the model has not seen: NaN there. `shape` (rows, columns) gives the whole photo at
@@ -124,12 +146,20 @@ class Preprocess:
         rows, columns = shape or photo_size[::-1]
         W, H = photo_size
         left, top, right, bottom = self.box(photo_size)
-        x = ((np.arange(columns) + 0.5) * W / columns - left) / (right - left) * 2 - 1  # grid_sample's -1 to 1
+        x = ((np.arange(columns) + 0.5) * W / columns - left) / (
+            right - left
+        ) * 2 - 1  # grid_sample's -1 to 1
         y = ((np.arange(rows) + 0.5) * H / rows - top) / (bottom - top) * 2 - 1
-        ys, xs = torch.meshgrid(torch.from_numpy(y).float(), torch.from_numpy(x).float(), indexing="ij")
+        ys, xs = torch.meshgrid(
+            torch.from_numpy(y).float(), torch.from_numpy(x).float(), indexing="ij"
+        )
         seen = (xs.abs() <= 1) & (ys.abs() <= 1)
         sampled = F.grid_sample(
-            values.detach().float().cpu()[None, None], torch.stack([xs, ys], -1)[None], "bicubic", "border", align_corners=False
+            values.detach().float().cpu()[None, None],
+            torch.stack([xs, ys], -1)[None],
+            "bicubic",
+            "border",
+            align_corners=False,
         )[0, 0]
         sampled = sampled.clamp(values.min().item(), values.max().item())  # bicubic may overshoot
         return torch.where(seen, sampled, torch.nan).numpy()
@@ -150,36 +180,60 @@ class Preprocess:
 
         Raises UserError for what minivit would not do, or cannot make sense of.
         """
-        deit = str(config.get("image_processor_type") or config.get("feature_extractor_type")).startswith("DeiT")
+        deit = str(
+            config.get("image_processor_type") or config.get("feature_extractor_type")
+        ).startswith("DeiT")
         for step in ("do_resize", "do_rescale", "do_normalize"):
             if not config.get(step, True):
-                raise UserError(f"preprocessor_config.json: {step} is off; minivit always resizes, rescales and normalises")
+                raise UserError(
+                    f"preprocessor_config.json: {step} is off; minivit always resizes, rescales and normalises"
+                )
         if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
-            raise UserError(f"preprocessor_config.json: rescale_factor is {config['rescale_factor']}; expected 1/255")
+            raise UserError(
+                f"preprocessor_config.json: rescale_factor is {config['rescale_factor']}; expected 1/255"
+            )
         size, crop = config.get("size", 256 if deit else 224), None
-        if config.get("do_center_crop", deit or (isinstance(size, dict) and "shortest_edge" in size)):
+        if config.get(
+            "do_center_crop", deit or (isinstance(size, dict) and "shortest_edge" in size)
+        ):
             crop = _pair(config.get("crop_size", 224))
         edge = isinstance(size, dict) and "shortest_edge" in size
         resize: tuple[int, int] | int = int(size["shortest_edge"]) if edge else _pair(size)
-        if crop and any(c > r for c, r in zip(crop, resize if isinstance(resize, tuple) else (resize, resize))):
+        if crop and any(
+            c > r for c, r in zip(crop, resize if isinstance(resize, tuple) else (resize, resize))
+        ):
             kind = "size" if isinstance(resize, tuple) else "shortest edge"
-            raise UserError(f"preprocessor_config.json: a crop of {crop} does not fit a {kind} of {resize}")
+            raise UserError(
+                f"preprocessor_config.json: a crop of {crop} does not fit a {kind} of {resize}"
+            )
         half = (0.5, 0.5, 0.5)  # Google's, where nothing is said
-        mean, std = (tuple(map(float, config.get(f"image_{name}", half))) for name in ("mean", "std"))
+        mean, std = (
+            tuple(map(float, config.get(f"image_{name}", half))) for name in ("mean", "std")
+        )
         resample = config.get("resample", 3 if deit else 2)
         if resample not in list(Image.Resampling):
-            raise UserError(f"preprocessor_config.json: resample is {resample!r}; expected one of Pillow's filters, 0 to 5")
+            raise UserError(
+                f"preprocessor_config.json: resample is {resample!r}; expected one of Pillow's filters, 0 to 5"
+            )
         return cls(resize, crop, int(resample), mean, std)
 
     def to_config(self) -> dict:
         """Return what transformers reads back as the same preprocessing, but for round_margins, which it does not have."""
         squashed = self.resize if isinstance(self.resize, tuple) else None
-        kind = "BitImageProcessor" if not squashed else "DeiTImageProcessor" if self.crop else "ViTImageProcessor"
+        kind = (
+            "BitImageProcessor"
+            if not squashed
+            else "DeiTImageProcessor"
+            if self.crop
+            else "ViTImageProcessor"
+        )
         return {
             "image_processor_type": kind,
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": dict(zip(("height", "width"), squashed)) if squashed else {"shortest_edge": self.resize},
+            "size": dict(zip(("height", "width"), squashed))
+            if squashed
+            else {"shortest_edge": self.resize},
             "resample": self.resample,
             "do_center_crop": self.crop is not None,
             **({"crop_size": dict(zip(("height", "width"), self.crop))} if self.crop else {}),
@@ -217,4 +271,8 @@ def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def _pair(size: int | dict) -> tuple[int, int]:
-    return (int(size["height"]), int(size["width"])) if isinstance(size, dict) else (int(size), int(size))
+    return (
+        (int(size["height"]), int(size["width"]))
+        if isinstance(size, dict)
+        else (int(size), int(size))
+    )

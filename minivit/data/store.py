@@ -70,17 +70,37 @@ def prepare(
     """
     paths, (h, w) = data.paths(), preprocess.size
     kind = f"{h}x{w}-{_digest([preprocess.resize, preprocess.crop, preprocess.resample, preprocess.round_margins])[:8]}"
-    found = [(os.path.relpath(path, data.root), stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.stat()]]
+    found = [
+        (os.path.relpath(path, data.root), stat.st_size, stat.st_mtime_ns)
+        for path in paths
+        for stat in [path.stat()]
+    ]
     name = f"{kind}-{_digest(found)[:16]}.npy"
-    file = next((path for folder in _folders(data.root) if (path := folder / name).with_suffix(".json").exists()), None)
+    file = next(
+        (
+            path
+            for folder in _folders(data.root)
+            if (path := folder / name).with_suffix(".json").exists()
+        ),
+        None,
+    )
     if file is None:
         gib, folder = len(paths) * 3 * h * w / 2**30, _writable(data.root)
         free = shutil.disk_usage(folder).free / 2**30
         if gib > min(cap_gib, free):
-            why = f"more than --store-gib {cap_gib:g}" if gib > cap_gib else f"but {free:.1f} are free in {folder}"
+            why = (
+                f"more than --store-gib {cap_gib:g}"
+                if gib > cap_gib
+                else f"but {free:.1f} are free in {folder}"
+            )
             if skip_bad:
-                raise UserError(f"{data.root}: decoded photos take {gib:.1f} GiB, {why}, and --skip-bad needs them there")
-            print(f"{data.root}: decoded photos take {gib:.1f} GiB, {why}: each epoch decodes them anew", file=sys.stderr)
+                raise UserError(
+                    f"{data.root}: decoded photos take {gib:.1f} GiB, {why}, and --skip-bad needs them there"
+                )
+            print(
+                f"{data.root}: decoded photos take {gib:.1f} GiB, {why}: each epoch decodes them anew",
+                file=sys.stderr,
+            )
             return data, None
         with locked(folder, wait=True):
             file = folder / name
@@ -92,7 +112,9 @@ def prepare(
     return _without(data, bad, skip_bad), file
 
 
-def open_splits(data: Data, file: Path | None, preprocess: Preprocess, workers: int) -> list[tuple[Pixels, Tensor]]:
+def open_splits(
+    data: Data, file: Path | None, preprocess: Preprocess, workers: int
+) -> list[tuple[Pixels, Tensor]]:
     """Return for train, val and test the pixels, in what `prepare` has made of the data, and labels (n,)."""
     whole, splits = open_pixels(data, file, preprocess, workers), (data.train, data.val, data.test)
     row_of = {path: i for i, path in enumerate(whole.paths)}
@@ -112,7 +134,12 @@ def open_pixels(data: Data, file: Path | None, preprocess: Preprocess, workers: 
 
 def checksum(*splits: tuple[Sequence[Path], Sequence[int]]) -> str:
     """Return a short name for splits, each its photos and their labels: by the photos' names and sizes."""
-    return _digest([[(p.parent.name, p.name, p.stat().st_size) for p in paths] + list(labels) for paths, labels in splits])[:8]
+    return _digest(
+        [
+            [(p.parent.name, p.name, p.stat().st_size) for p in paths] + list(labels)
+            for paths, labels in splits
+        ]
+    )[:8]
 
 
 def _write(file: Path, paths: Sequence[Path], preprocess: Preprocess, workers: int) -> None:
@@ -123,9 +150,14 @@ def _write(file: Path, paths: Sequence[Path], preprocess: Preprocess, workers: i
         np.lib.format.write_array_header_1_0(out, header | {"shape": (n, 3, *preprocess.size)})
         place = out.tell()
         out.flush()
-        jobs = ((decode_into, partial, place + i * size, paths[i : i + CHUNK], preprocess) for i in range(0, n, CHUNK))
+        jobs = (
+            (decode_into, partial, place + i * size, paths[i : i + CHUNK], preprocess)
+            for i in range(0, n, CHUNK)
+        )
         with (
-            processes.working(processes.worth_starting(paths, workers), "minivit.data.preprocess") as begin,
+            processes.working(
+                processes.worth_starting(paths, workers), "minivit.data.preprocess"
+            ) as begin,
             tqdm(total=n, desc="decoding", unit="photo", leave=False) as bar,
         ):
             for found in processes.in_turn(begin, jobs, ahead=2 * workers):
@@ -140,9 +172,13 @@ def _write(file: Path, paths: Sequence[Path], preprocess: Preprocess, workers: i
                 out.write(pixels)
         out.truncate(place + len(good) * size)
         out.seek(0)  # as many as there are, in a header of the same length
-        np.lib.format.write_array_header_1_0(out, header | {"shape": (len(good), 3, *preprocess.size)})
+        np.lib.format.write_array_header_1_0(
+            out, header | {"shape": (len(good), 3, *preprocess.size)}
+        )
     # Last: a store without it is not whole.
-    write_json(file.with_suffix(".json"), {str(i): reason for i, reason in enumerate(reasons) if reason})
+    write_json(
+        file.with_suffix(".json"), {str(i): reason for i, reason in enumerate(reasons) if reason}
+    )
 
 
 def _without(data: Data, bad: dict[Path, str], skip_bad: bool) -> Data:
@@ -156,11 +192,19 @@ def _without(data: Data, bad: dict[Path, str], skip_bad: bool) -> Data:
         )
     for reason in bad.values():
         print(f"left out: {printable(reason)}", file=sys.stderr)
-    train, val, test = (split.take([i for i, path in enumerate(split.paths) if path not in bad]) for split in splits)
-    lost = [f"of {data.classes[i]}" for i in sorted(set(range(len(data.classes))) - set(train.labels))]
-    lost += [f"for {name}" for name, split in (("validation", val), ("the test", test)) if not split]
+    train, val, test = (
+        split.take([i for i, path in enumerate(split.paths) if path not in bad]) for split in splits
+    )
+    lost = [
+        f"of {data.classes[i]}" for i in sorted(set(range(len(data.classes))) - set(train.labels))
+    ]
+    lost += [
+        f"for {name}" for name, split in (("validation", val), ("the test", test)) if not split
+    ]
     if lost:
-        raise UserError(f"no photos are left {', '.join(lost)}: mend or replace those that cannot be read")
+        raise UserError(
+            f"no photos are left {', '.join(lost)}: mend or replace those that cannot be read"
+        )
     return Data(data.classes, train, val, test, data.root)
 
 
@@ -171,7 +215,9 @@ def _digest(value: object) -> str:
 def _folders(root: Path) -> tuple[Path, Path]:
     """Where a store can lie: beside the photos, or in the user's cache folder."""
     cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
-    return root / ".minivit", cache / "minivit" / hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+    return root / ".minivit", cache / "minivit" / hashlib.sha256(
+        os.fsencode(root.resolve())
+    ).hexdigest()[:16]
 
 
 def _writable(root: Path) -> Path:

@@ -26,12 +26,22 @@ from .plots import shorten
 
 MAX_BYTES = 3_000_000  # of a page: small enough to mail, and to keep one for every photo
 MAX_NAME = 200  # characters of what is called something
-MAX_PHOTO_BYTES = 300_000  # leaves 1.9 MB to the attention: blocks 8-11 of ViT-B/16, however little they compress
+MAX_PHOTO_BYTES = (
+    300_000  # leaves 1.9 MB to the attention: blocks 8-11 of ViT-B/16, however little they compress
+)
 # Tried in turn until the page fits: steps that each row is stored in, and what is kept of maps (L, H, Q, P).
 _PLANS = (
     *((levels, "every head and patch", lambda a: a) for levels in (255, 100, 40, 15)),
-    (255, "the mean of the heads; fewer blocks would leave room for each", lambda a: a.mean(1, keepdims=True)),
-    (255, "the class token's rows; fewer blocks would leave room for the patches'", lambda a: a[:, :, :1]),
+    (
+        255,
+        "the mean of the heads; fewer blocks would leave room for each",
+        lambda a: a.mean(1, keepdims=True),
+    ),
+    (
+        255,
+        "the class token's rows; fewer blocks would leave room for the patches'",
+        lambda a: a[:, :, :1],
+    ),
 )
 
 
@@ -75,7 +85,12 @@ def explorer(panes: Sequence[Pane], photo: Image.Image, title: str) -> Page:
     if len({(*sorted(pane.attn), *maps) for pane, maps in zip(panes, whole)}) != 1:
         raise UserError("expected one pane or more, all of the same blocks and methods")
     picture = "data:image/jpeg;base64," + base64.b64encode(_jpeg(photo)).decode()
-    data = {"title": shorten(title, MAX_NAME), "size": photo.size, "photo": picture, "blocks": sorted(panes[0].attn)}
+    data = {
+        "title": shorten(title, MAX_NAME),
+        "size": photo.size,
+        "photo": picture,
+        "blocks": sorted(panes[0].attn),
+    }
     for levels, stored, part in _PLANS:
         maps = [{method: part(a) for method, a in maps.items()} for maps in whole]
         if sum(a.size for pane in maps for a in pane.values()) > 5 * MAX_BYTES:
@@ -99,32 +114,51 @@ def _stack(pane: Pane) -> dict[str, np.ndarray]:
     stacks, (gh, gw), N = {}, pane.grid, 1 + pane.grid[0] * pane.grid[1]
     for method, blocks in {"attention": pane.attn, **pane.methods}.items():
         if not blocks or blocks.keys() != pane.attn.keys():
-            raise UserError(f"{method}: expected maps of the blocks of attn, {sorted(pane.attn)}, found {sorted(blocks)}")
-        maps = [torch.as_tensor(blocks[block]).detach().float().cpu().numpy() for block in sorted(blocks)]
+            raise UserError(
+                f"{method}: expected maps of the blocks of attn, {sorted(pane.attn)}, found {sorted(blocks)}"
+            )
+        maps = [
+            torch.as_tensor(blocks[block]).detach().float().cpu().numpy()
+            for block in sorted(blocks)
+        ]
         shapes = {a.shape if a.ndim == 3 else (1, *a.shape) for a in maps}
         shape = shapes.pop()
-        if shapes or not (shape == (1, gh, gw) or (len(shape) == 3 and shape[1] in (1, N) and shape[2] == N)):
+        if shapes or not (
+            shape == (1, gh, gw) or (len(shape) == 3 and shape[1] in (1, N) and shape[2] == N)
+        ):
             found = f"{method}: found maps of {', '.join(map(str, sorted({*shapes, shape})))}"
-            raise UserError(f"{found}, expected one shape for all blocks, of {gh} x {gw} patches and a class token")
+            raise UserError(
+                f"{found}, expected one shape for all blocks, of {gh} x {gw} patches and a class token"
+            )
         a = np.stack(maps)
         if not (np.isfinite(a).all() and a.min() >= 0):
             raise UserError(f"{method}: expected finite shares of at least 0")
-        stacks[method] = a.reshape(len(a), 1, 1, -1) if shape == (1, gh, gw) else a.reshape(len(a), *shape)[..., 1:]
+        stacks[method] = (
+            a.reshape(len(a), 1, 1, -1)
+            if shape == (1, gh, gw)
+            else a.reshape(len(a), *shape)[..., 1:]
+        )
     return stacks
 
 
 def _pane(pane: Pane, maps: dict[str, np.ndarray], levels: int, size: tuple[int, int]) -> dict:
     """Return a pane for JSON; `maps` is base64 of deflated bytes: the step of every row (float32), then all codes (uint8)."""
     steps = [a.max(3, keepdims=True) / np.float32(levels) for a in maps.values()]
-    codes = [np.rint(a / np.maximum(step, 1e-30)).astype(np.uint8) for a, step in zip(maps.values(), steps)]
+    codes = [
+        np.rint(a / np.maximum(step, 1e-30)).astype(np.uint8)
+        for a, step in zip(maps.values(), steps)
+    ]
     packed = b"".join([*(a.astype("<f4").tobytes() for a in steps), *(a.tobytes() for a in codes)])
     return {
         "name": shorten(pane.name, MAX_NAME),
-        "predictions": [(shorten(label, MAX_NAME), round(float(p), 6)) for label, p in pane.predictions],
+        "predictions": [
+            (shorten(label, MAX_NAME), round(float(p), 6)) for label, p in pane.predictions
+        ],
         "grid": pane.grid,
         "box": [edge / side for edge, side in zip(pane.box, size * 2)],  # in shares of the photo
         "methods": [
-            {"name": shorten(method, MAX_NAME), "heads": a.shape[1], "queries": a.shape[2]} for method, a in maps.items()
+            {"name": shorten(method, MAX_NAME), "heads": a.shape[1], "queries": a.shape[2]}
+            for method, a in maps.items()
         ],
         "maps": base64.b64encode(zlib.compress(packed, 3)).decode(),
     }
@@ -133,7 +167,9 @@ def _pane(pane: Pane, maps: dict[str, np.ndarray], levels: int, size: tuple[int,
 def _jpeg(photo: Image.Image) -> bytes:
     for side, quality in ((1000, 88), (1000, 70), (640, 50)):  # the last is for pure noise
         shrink = min(1, side / max(photo.size))
-        small = photo.convert("RGB").resize([max(1, round(length * shrink)) for length in photo.size], Image.Resampling.LANCZOS)
+        small = photo.convert("RGB").resize(
+            [max(1, round(length * shrink)) for length in photo.size], Image.Resampling.LANCZOS
+        )
         small.save(file := io.BytesIO(), "JPEG", quality=quality)
         if file.tell() <= MAX_PHOTO_BYTES:
             break
@@ -144,5 +180,9 @@ def _fill(data: dict) -> str:
     page = Path(__file__).with_name("explorer.html").read_text(encoding="utf-8")
     for tag in ("script", "style"):  # by these hashes, the page's policy lets only its own run
         own = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        page = page.replace(f"{tag.upper()}_HASH", base64.b64encode(hashlib.sha256(own.encode()).digest()).decode())
-    return page.replace("PAGE_DATA", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
+        page = page.replace(
+            f"{tag.upper()}_HASH", base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()
+        )
+    return page.replace(
+        "PAGE_DATA", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    )

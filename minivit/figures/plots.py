@@ -77,7 +77,11 @@ def draw_attention(
     lines = 1 + max(row.label.count("\n") for row in rows)
     cell_w, cell_h = max(w, 160) + 14, h + 20 * lines + 52
     stacked = w > 2.5 * h  # panoramas go below each other
-    shape = (1 + max(len(row.panels) for row in rows), len(rows)) if stacked else (len(rows), 1 + len(rows[0].panels))
+    shape = (
+        (1 + max(len(row.panels) for row in rows), len(rows))
+        if stacked
+        else (len(rows), 1 + len(rows[0].panels))
+    )
     width = max(shape[1] * cell_w + 14, 560)
     said = textwrap.wrap(caption, width // 7)
     height = shape[0] * cell_h + 40 + 16 * len(said)
@@ -87,14 +91,23 @@ def draw_attention(
     for i, line in enumerate(said):
         text(figure, 14, height - 16 * (len(said) - i), line, 8, color="0.25")
     for r, row in enumerate(rows):
-        shared = value_range([panel.values for panel in row.panels], row.signed) if common or row.signed else None
+        shared = (
+            value_range([panel.values for panel in row.panels], row.signed)
+            if common or row.signed
+            else None
+        )
         for c, panel in enumerate([None, *row.panels]):
             down, across = (c, r) if stacked else (r, c)
             x, y = 14 + across * cell_w + (cell_w - 14 - w) // 2, 36 + down * cell_h
             top = y + 20 * lines
             if panel is None:
                 text(
-                    figure, x, top - 4, "\n".join(shorten(line, cell_w // 7) for line in row.label.split("\n")), 9, va="bottom"
+                    figure,
+                    x,
+                    top - 4,
+                    "\n".join(shorten(line, cell_w // 7) for line in row.label.split("\n")),
+                    9,
+                    va="bottom",
                 )
                 if not row.signed:
                     figure.figimage(photo, x, height - top - h, origin="upper")
@@ -104,13 +117,27 @@ def draw_attention(
             text(figure, x, top - 4, shorten(panel.title, cell_w // 7), 9, va="bottom")
             low, high = shared or value_range([panel.values], row.signed)
             colours = SIGNED if row.signed else HEAT
-            figure.figimage(overlay(photo, panel.values, low, high, colours), x, height - top - h, origin="upper")
+            figure.figimage(
+                overlay(photo, panel.values, low, high, colours),
+                x,
+                height - top - h,
+                origin="upper",
+            )
             ramp = (255 * colours(np.linspace(0, 1, w))[None, :, :3].repeat(9, 0)).astype(np.uint8)
             figure.figimage(ramp, x, height - top - h - 14, origin="upper")
             digits = min(max(1 - math.floor(math.log10(max(high, 1e-9))), 0), 9)
-            left, right = (f"{value:{'+' if row.signed else ''}.{digits}f}" for value in (low, high))
+            left, right = (
+                f"{value:{'+' if row.signed else ''}.{digits}f}" for value in (low, high)
+            )
             text(figure, x, top + h + 15, left, 7.5)
-            text(figure, x + w, top + h + 15, f"{right} {'points' if row.signed else '%'}", 7.5, ha="right")
+            text(
+                figure,
+                x + w,
+                top + h + 15,
+                f"{right} {'points' if row.signed else '%'}",
+                7.5,
+                ha="right",
+            )
             style = {"weight": "bold", "color": WRONG} if panel.warn else {"color": "0.25"}
             text(figure, x, top + h + 28, panel.note, 7.5, **style)
     save(figure, path)
@@ -119,13 +146,22 @@ def draw_attention(
 def text(figure: Figure, x: float, y: float, words: str, size: float, **how) -> None:
     """Write on a figure, in pixels from its left and its top; names are no markup."""
     width, height = figure.bbox.size
-    figure.text(x / width, 1 - y / height, words, fontsize=size, parse_math=False, **{"va": "top", "ha": "left", **how})
+    figure.text(
+        x / width,
+        1 - y / height,
+        words,
+        fontsize=size,
+        parse_math=False,
+        **{"va": "top", "ha": "left", **how},
+    )
 
 
 def value_range(values: Sequence[np.ndarray], signed: bool = False) -> tuple[float, float]:
     """Return the lowest and the highest value to colour: symmetric around 0 if signed."""
     seen = np.concatenate([v[~np.isnan(v)] for v in values])
-    low, high = (float(seen.min()), float(seen.max())) if seen.size else (0.0, 0.0)  # of a thin strip, no pixel may be seen
+    low, high = (
+        (float(seen.min()), float(seen.max())) if seen.size else (0.0, 0.0)
+    )  # of a thin strip, no pixel may be seen
     return (-max(-low, high), max(-low, high)) if signed else (low, high)
 
 
@@ -133,18 +169,32 @@ def overlay(photo: np.ndarray, values: np.ndarray, low: float, high: float, colo
     """Colour a map over a grey photo; what the model has not seen is pale."""
     grey = photo.mean(2, keepdims=True)
     heat = 255 * colours((values - low) / max(high - low, 1e-12))[..., :3]
-    return np.where(np.isnan(values)[..., None], 190 + 0.25 * grey, 0.3 * grey + 0.7 * heat).astype(np.uint8)
+    return np.where(np.isnan(values)[..., None], 190 + 0.25 * grey, 0.3 * grey + 0.7 * heat).astype(
+        np.uint8
+    )
 
 
-def _mark(figure: Figure, x: float, y: float, size: tuple[int, int], mark: tuple[float, float, float, float]) -> None:
+def _mark(
+    figure: Figure,
+    x: float,
+    y: float,
+    size: tuple[int, int],
+    mark: tuple[float, float, float, float],
+) -> None:
     left, top, right, bottom = (edge * side for edge, side in zip(mark, size * 2))
     corner, width, height = (x + left, y - bottom), right - left, bottom - top
     for line, colour in ((4, "black"), (2, "white")):
-        figure.add_artist(Rectangle(corner, width, height, fill=False, lw=line, ec=colour, transform=None))
+        figure.add_artist(
+            Rectangle(corner, width, height, fill=False, lw=line, ec=colour, transform=None)
+        )
 
 
 def draw_curves(
-    path: Path, rows: Sequence[Mapping[str, float]], best_epoch: int, overfits_from: int | None = None, verdict: str = ""
+    path: Path,
+    rows: Sequence[Mapping[str, float]],
+    best_epoch: int,
+    overfits_from: int | None = None,
+    verdict: str = "",
 ) -> None:
     """Draw loss and accuracy by epoch, of the training photos without augmentation and of validation.
 
@@ -153,15 +203,37 @@ def draw_curves(
     figure = Figure((9, 4.1), layout="constrained", dpi=120)
     epochs = [row["epoch"] for row in rows]
     for ax, what in zip(figure.subplots(1, 2), ("loss", "accuracy")):
-        ax.plot(epochs, [row[f"train_{what}"] for row in rows], "o--", color="#5aae61", label="training, not augmented")
-        ax.plot(epochs, [row[f"val_{what}"] for row in rows], "s-", color="#40004b", label="validation")
+        ax.plot(
+            epochs,
+            [row[f"train_{what}"] for row in rows],
+            "o--",
+            color="#5aae61",
+            label="training, not augmented",
+        )
+        ax.plot(
+            epochs, [row[f"val_{what}"] for row in rows], "s-", color="#40004b", label="validation"
+        )
         ax.axvline(best_epoch, color="0.5", linestyle=":", label=f"best epoch ({best_epoch})")
         if overfits_from:
-            ax.axvspan(overfits_from - 0.5, epochs[-1] + 0.5, color="#fdb863", alpha=0.3, label="overfitting", hatch="//", lw=0)
-        ax.set(xlabel="epoch", ylabel="cross-entropy loss" if what == "loss" else "accuracy", title=what)
+            ax.axvspan(
+                overfits_from - 0.5,
+                epochs[-1] + 0.5,
+                color="#fdb863",
+                alpha=0.3,
+                label="overfitting",
+                hatch="//",
+                lw=0,
+            )
+        ax.set(
+            xlabel="epoch",
+            ylabel="cross-entropy loss" if what == "loss" else "accuracy",
+            title=what,
+        )
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         highest = max(row[f"{split}_loss"] for row in rows for split in ("train", "val"))
-        ax.set_ylim((0, 1.05 * highest) if what == "loss" else (None, 1.02))  # with room for markers
+        ax.set_ylim(
+            (0, 1.05 * highest) if what == "loss" else (None, 1.02)
+        )  # with room for markers
         ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     figure.suptitle("\n".join(textwrap.wrap(verdict, 115)), fontsize=10, parse_math=False)
@@ -169,7 +241,11 @@ def draw_curves(
 
 
 def draw_confusion(
-    path: Path, counts: np.ndarray, classes: Sequence[str], title: str, pairs: Sequence[tuple[str, str, int]] = ()
+    path: Path,
+    counts: np.ndarray,
+    classes: Sequence[str],
+    title: str,
+    pairs: Sequence[tuple[str, str, int]] = (),
 ) -> None:
     """Draw a confusion matrix (C, C): true class by row, predicted by column, shaded by the share of its row.
 
@@ -182,22 +258,46 @@ def draw_confusion(
     ax = figure.subplots()
     shaded = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     names = [shorten(name, 28) for name in classes]
-    turned: dict[str, Any] = {"rotation": 60 if C > 3 else 20, "ha": "right", "rotation_mode": "anchor"}
+    turned: dict[str, Any] = {
+        "rotation": 60 if C > 3 else 20,
+        "ha": "right",
+        "rotation_mode": "anchor",
+    }
     ax.set_xticks(range(C), names, fontsize=8, parse_math=False, **turned)
     ax.set_yticks(range(C), names, fontsize=8, parse_math=False)
     ax.set(xlabel="predicted", ylabel="true")
     ax.set_title(title, parse_math=False)
     if C <= 60:
         for i, j in np.argwhere(counts > 0):
-            ax.text(j, i, counts[i, j], ha="center", va="center", fontsize=7, color="white" if share[i, j] > 0.55 else "black")
+            ax.text(
+                j,
+                i,
+                counts[i, j],
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if share[i, j] > 0.55 else "black",
+            )
     figure.colorbar(shaded, ax=ax, fraction=0.04, label="share of the true class")
     if pairs:
-        lines = [f"{n} × {shorten(true, 28)} taken for {shorten(predicted, 28)}" for true, predicted, n in pairs]
-        figure.supxlabel("\n".join(["confused most:", *lines]), x=0.02, ha="left", ma="left", fontsize=9, parse_math=False)
+        lines = [
+            f"{n} × {shorten(true, 28)} taken for {shorten(predicted, 28)}"
+            for true, predicted, n in pairs
+        ]
+        figure.supxlabel(
+            "\n".join(["confused most:", *lines]),
+            x=0.02,
+            ha="left",
+            ma="left",
+            fontsize=9,
+            parse_math=False,
+        )
     save(figure, path)
 
 
-def draw_predictions(out: Path, photos: Sequence[Path], captions: Sequence[tuple[str, str, float]], title: str) -> None:
+def draw_predictions(
+    out: Path, photos: Sequence[Path], captions: Sequence[tuple[str, str, float]], title: str
+) -> None:
     """Draw photos in a grid, each with (true class, predicted class, probability): right and wrong ones marked."""
     side, columns = 240, min(6, len(photos))
     rows, width = math.ceil(len(photos) / columns), max(columns * (side + 12) + 12, 780)
@@ -206,12 +306,22 @@ def draw_predictions(out: Path, photos: Sequence[Path], captions: Sequence[tuple
     for i, (path, (true, predicted, probability)) in enumerate(zip(photos, captions)):
         photo = open_photo(path)
         photo.thumbnail((side, side))
-        x, bottom = (i % columns + 0.5) * (width / columns), 46 + (i // columns + 1) * (side + 46) - 12
+        x, bottom = (
+            (i % columns + 0.5) * (width / columns),
+            46 + (i // columns + 1) * (side + 46) - 12,
+        )
         left, low = round(x - photo.width / 2), round(figure.bbox.height - bottom)
         figure.figimage(np.asarray(photo), left, low, origin="upper")
         right = true == predicted
         style = {"color": RIGHT} if right else {"color": WRONG, "weight": "bold"}
-        frame = Rectangle((left, low), *photo.size, fill=False, lw=1 if right else 3, ec=style["color"], transform=None)
+        frame = Rectangle(
+            (left, low),
+            *photo.size,
+            fill=False,
+            lw=1 if right else 3,
+            ec=style["color"],
+            transform=None,
+        )
         figure.add_artist(frame)
         caption = f"{'✓' if right else '✗'} {shorten(predicted, 20)} {probability:.2f}"
         caption += "" if right else f"\ntrue: {shorten(true, 20)}"
@@ -234,5 +344,9 @@ def shorten(name: str, length: int) -> str:
 
 def save(figure: Figure, path: Path) -> None:
     with whole_file(path) as partial, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")  # drawn as boxes
-        figure.savefig(partial, format="png", pil_kwargs={"compress_level": 3})  # half the time, a tenth more bytes
+        warnings.filterwarnings(
+            "ignore", "Glyph|Matplotlib currently does not support"
+        )  # drawn as boxes
+        figure.savefig(
+            partial, format="png", pil_kwargs={"compress_level": 3}
+        )  # half the time, a tenth more bytes

@@ -26,7 +26,13 @@ def pick_device(name: str) -> torch.device:
     On CUDA, attention is then not cuDNN's, which on Hopper is a little faster once it has planned, for 0.1 s, for each shape.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"device {name!r}: expected auto, cpu, mps, cuda or cuda:N")
     device = torch.device(name)
@@ -53,7 +59,9 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
         else:
             name = "bf16" if device.type == "cpu" and _cpu_has_bf16() else "off"
     if name == "bf16" and cuda_major is not None and cuda_major < 8:
-        raise UserError("amp bf16: this GPU is older than Ampere and would emulate it; use --amp fp16")
+        raise UserError(
+            "amp bf16: this GPU is older than Ampere and would emulate it; use --amp fp16"
+        )
     return DTYPES[name]
 
 
@@ -62,7 +70,10 @@ def product_flops(device: torch.device, amp: torch.dtype | None) -> float:
     """Return how many floating-point operations a second the device does in large matrix products: the best of a few."""
     side, products, best = (4096, 10, math.inf) if device.type == "cuda" else (1024, 1, math.inf)
     with torch.inference_mode():
-        a, begun = torch.randn(side, side, device=device, dtype=amp or torch.float32), time.perf_counter()  # zeros are faster
+        a, begun = (
+            torch.randn(side, side, device=device, dtype=amp or torch.float32),
+            time.perf_counter(),
+        )  # zeros are faster
         for _ in range(6):  # the first warms up
             started = time.perf_counter()
             for _ in range(products):
@@ -79,14 +90,20 @@ def cpu_batch(amp: torch.dtype | None) -> int:
     return CPU_BATCH * 2 if amp else CPU_BATCH
 
 
-def pick_micro_batch(asked: int | None, batch_size: int, device: torch.device, amp: torch.dtype | None) -> int:
+def pick_micro_batch(
+    asked: int | None, batch_size: int, device: torch.device, amp: torch.dtype | None
+) -> int:
     """Return how many photos go through at once in training: as asked, else all of a batch, on a CPU what is fastest there."""
     return min(asked or (cpu_batch(amp) if device.type == "cpu" else batch_size), batch_size)
 
 
-def eval_batch(device: torch.device, batch_size: int, micro_batch: int, amp: torch.dtype | None) -> int:
+def eval_batch(
+    device: torch.device, batch_size: int, micro_batch: int, amp: torch.dtype | None
+) -> int:
     """Return how many photos go through at once where no graph takes memory: many, unless micro-batches are asked for."""
-    return cpu_batch(amp) if device.type == "cpu" else micro_batch if micro_batch < batch_size else 128
+    return (
+        cpu_batch(amp) if device.type == "cpu" else micro_batch if micro_batch < batch_size else 128
+    )
 
 
 def peak_gib(device: torch.device) -> float:
@@ -95,7 +112,9 @@ def peak_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**30 if sys.platform == "darwin" else 2**20
+    )
 
 
 def be_deterministic() -> None:
@@ -108,9 +127,13 @@ def be_deterministic() -> None:
 def limit_memory(device: torch.device, gib: float) -> None:
     """Let this process take no more than `gib` of a CUDA device's memory: torch then finds it full before it is."""
     if device.type != "cuda":
-        raise UserError(f"--memory-gib limits a CUDA device, found {device}; there, choose --micro-batch")
+        raise UserError(
+            f"--memory-gib limits a CUDA device, found {device}; there, choose --micro-batch"
+        )
     if gib <= CONTEXT_GIB:
-        raise UserError(f"--memory-gib {gib:g}: expected more than {CONTEXT_GIB}, which CUDA itself takes")
+        raise UserError(
+            f"--memory-gib {gib:g}: expected more than {CONTEXT_GIB}, which CUDA itself takes"
+        )
     index = torch.cuda.current_device() if device.index is None else device.index
     total = torch.cuda.get_device_properties(index).total_memory / 2**30
     torch.cuda.set_per_process_memory_fraction(min(1.0, (gib - CONTEXT_GIB) / total), index)

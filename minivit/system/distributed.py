@@ -50,7 +50,9 @@ def joined(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, number, processes = next(rendezvous("env://"))
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # one machine: a restart must not find old addresses
+    if (
+        os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    ):  # one machine: a restart must not find old addresses
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=processes)

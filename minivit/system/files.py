@@ -16,7 +16,9 @@ unfinished: set[Path] = set()  # what a process that ends at once must remove
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to, which takes its place when the block ends well, and is removed if not."""
-    partial = path.with_name(f".{os.getpid()}.partial")  # short: the whole file's name may be as long as names can be
+    partial = path.with_name(
+        f".{os.getpid()}.partial"
+    )  # short: the whole file's name may be as long as names can be
     unfinished.add(partial)
     try:
         yield partial
@@ -42,7 +44,9 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(f"{folder}: another run is writing there; wait for its end or give another --out") from None
+            raise UserError(
+                f"{folder}: another run is writing there; wait for its end or give another --out"
+            ) from None
         for left in folder.glob(".*.partial"):
             left.unlink()
         yield

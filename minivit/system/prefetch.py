@@ -15,12 +15,21 @@ Found = TypeVar("Found")
 
 
 def read_ahead(
-    read: Callable[[Job], Found], jobs: Iterable[Job], workers: int, ahead: int | None = None, quiet: bool = True
+    read: Callable[[Job], Found],
+    jobs: Iterable[Job],
+    workers: int,
+    ahead: int | None = None,
+    quiet: bool = True,
 ) -> Iterator[Found]:
     """Yield read(job) for each job in turn, read in threads, since Pillow lets go of the GIL, and never far ahead."""
-    with warnings.catch_warnings() if quiet else contextlib.nullcontext(), ThreadPoolExecutor(workers) as pool:
+    with (
+        warnings.catch_warnings() if quiet else contextlib.nullcontext(),
+        ThreadPoolExecutor(workers) as pool,
+    ):
         if quiet:
-            warnings.simplefilter("ignore")  # around all threads, since each puts back the filters that it happened to find
+            warnings.simplefilter(
+                "ignore"
+            )  # around all threads, since each puts back the filters that it happened to find
         reading: deque[Future[Found]] = deque()
         try:
             for job in jobs:

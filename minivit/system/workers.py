@@ -15,14 +15,22 @@ from pathlib import Path
 
 from ..errors import UserError
 
-MUCH = 16 * 2**20  # bytes of photos, from which on it takes longer to decode them than to start processes
+MUCH = (
+    16 * 2**20
+)  # bytes of photos, from which on it takes longer to decode them than to start processes
 LEAST = 2**14  # bytes: what a photo takes that is smaller, as it too is opened and resized
 
 
 def worth_starting(paths: Sequence[Path], workers: int) -> int:
     """Return how many processes to decode photos in: none if that is done sooner, and never one for fewer than eight."""
-    sizes = (max(LEAST, path.stat().st_size if path.is_file() else 0) for path in paths)  # asked for until they are enough
-    return min(workers, len(paths) // 8) if any(total >= MUCH for total in itertools.accumulate(sizes)) else 0
+    sizes = (
+        max(LEAST, path.stat().st_size if path.is_file() else 0) for path in paths
+    )  # asked for until they are enough
+    return (
+        min(workers, len(paths) // 8)
+        if any(total >= MUCH for total in itertools.accumulate(sizes))
+        else 0
+    )
 
 
 @contextlib.contextmanager
@@ -35,7 +43,10 @@ def working(processes: int, module: str) -> Iterator[Callable[..., Callable[[], 
     if not processes:
         yield lambda job, *args, **kwargs: (lambda result: lambda: result)(job(*args, **kwargs))
         return
-    own, pipes = multiprocessing.get_context("spawn"), []  # a fork would inherit the model's threads, held
+    own, pipes = (
+        multiprocessing.get_context("spawn"),
+        [],
+    )  # a fork would inherit the model's threads, held
     with contextlib.ExitStack() as at_end:
         for _ in range(processes):
             ours, theirs = own.Pipe()
@@ -43,7 +54,9 @@ def working(processes: int, module: str) -> Iterator[Callable[..., Callable[[], 
             process.start()
             theirs.close()
             at_end.callback(process.join)
-            pipes.append(at_end.enter_context(ours))  # closed before it is waited for: so the process ends
+            pipes.append(
+                at_end.enter_context(ours)
+            )  # closed before it is waited for: so the process ends
         turn = itertools.cycle(pipes)
 
         def begin(job: Callable, *args, **kwargs) -> Callable[[], object]:
@@ -68,10 +81,14 @@ def noticing_its_end() -> Iterator[None]:
     try:
         yield
     except (EOFError, ConnectionError):
-        raise UserError("a process at work was killed; if memory ran out, try fewer --workers") from None
+        raise UserError(
+            "a process at work was killed; if memory ran out, try fewer --workers"
+        ) from None
 
 
-def in_turn(begin: Callable[..., Callable[[], object]], jobs: Iterable[tuple], ahead: int) -> Iterator:
+def in_turn(
+    begin: Callable[..., Callable[[], object]], jobs: Iterable[tuple], ahead: int
+) -> Iterator:
     """Yield what (function, *args) give, in their order, so many begun ahead."""
     waiting: deque[Callable[[], object]] = deque()
     for job in jobs:
@@ -94,7 +111,9 @@ def work_for(pipe: Connection, module: str) -> None:
             except Exception as error:
                 answer = None, error
             pipe.send(answer)
-    os._exit(0)  # all is answered, and Python's own end takes half a second where processes are many
+    os._exit(
+        0
+    )  # all is answered, and Python's own end takes half a second where processes are many
 
 
 def call(module: str, function: str, *args, **kwargs) -> object:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("describe", description=__doc__)
-    parser.add_argument("model", nargs="?", default=cli.BASE_MODEL, metavar="MODEL", help="as --model of train.py")
+    parser.add_argument(
+        "model", nargs="?", default=cli.BASE_MODEL, metavar="MODEL", help="as --model of train.py"
+    )
     parser.add_argument("--revision", metavar="REV", help="Hub revision; none: the default branch")
     parser.add_argument("--data", metavar="DIR", help="a data set to describe too, as in train.py")
     return cli.run(describe, parser, argv)
@@ -56,21 +58,50 @@ def describe_model(source: str, revision: str | None) -> list[tuple[str, str, st
             model = ViT(c)
     trained = [i for i in (10, 11) if i < c.depth] or [c.depth - 1]
     optim.freeze_except(model, trained)
-    total, count = (sum(p.numel() for p in some) for some in (model.parameters(), optim.trainable(model).values()))
-    extras = ", LayerScale" * c.layer_scale + f", {c.num_registers} registers" * bool(c.num_registers)
-    how = f"squashed to {p.resize[0]} x {p.resize[1]}" if isinstance(p.resize, tuple) else f"shortest edge to {p.resize}"
+    total, count = (
+        sum(p.numel() for p in some)
+        for some in (model.parameters(), optim.trainable(model).values())
+    )
+    extras = ", LayerScale" * c.layer_scale + f", {c.num_registers} registers" * bool(
+        c.num_registers
+    )
+    how = (
+        f"squashed to {p.resize[0]} x {p.resize[1]}"
+        if isinstance(p.resize, tuple)
+        else f"shortest edge to {p.resize}"
+    )
     how += f", then the central {p.crop[0]} x {p.crop[1]}" if p.crop else ""
-    named = f"{len(labels)}: {', '.join(labels[:3])}{', ...' * (len(labels) > 3)}" if labels else "none: a backbone"
+    named = (
+        f"{len(labels)}: {', '.join(labels[:3])}{', ...' * (len(labels) > 3)}"
+        if labels
+        else "none: a backbone"
+    )
     return [
         ("model", source, f"commit {commit}" if commit else ""),
         ("technique", f"Vision Transformer, pre-norm{extras}, arXiv:2010.11929", where),
         ("blocks", f"{c.depth} of {c.num_heads} heads, {c.embed_dim} wide, MLP {c.mlp_dim}", where),
-        ("input", f"{c.img_size[0]} x {c.img_size[1]} pixels: {c.grid[0]} x {c.grid[1]} patches of {c.patch_size}", by),
-        ("tokens", f"{c.num_tokens}; positions learned on {model.pos_grid[0]} x {model.pos_grid[1]} patches", where),
+        (
+            "input",
+            f"{c.img_size[0]} x {c.img_size[1]} pixels: {c.grid[0]} x {c.grid[1]} patches of {c.patch_size}",
+            by,
+        ),
+        (
+            "tokens",
+            f"{c.num_tokens}; positions learned on {model.pos_grid[0]} x {model.pos_grid[1]} patches",
+            where,
+        ),
         ("resizing", f"{how}; {Image.Resampling(p.resample).name.lower()}", by),
-        ("normalisation", f"mean {', '.join(f'{m:.4g}' for m in p.mean)}; std {', '.join(f'{s:.4g}' for s in p.std)}", by),
+        (
+            "normalisation",
+            f"mean {', '.join(f'{m:.4g}' for m in p.mean)}; std {', '.join(f'{s:.4g}' for s in p.std)}",
+            by,
+        ),
         ("parameters", f"{total:,}", "counted from the sizes"),
-        ("trainable", f"{count:,} with blocks {trained[0]}-{trained[-1]}, norm and head", "counted from the sizes"),
+        (
+            "trainable",
+            f"{count:,} with blocks {trained[0]}-{trained[-1]}, norm and head",
+            "counted from the sizes",
+        ),
         ("labels", named, where),
     ]
 
@@ -85,7 +116,9 @@ def describe_data(root: str) -> list[tuple[str, str, str]]:
 
     folder = Path(root).expanduser()
     if not folder.is_dir() or not any(folder.iterdir()):
-        raise UserError(f"{root}: no data here to describe; train.py downloads Oxford-IIIT Pet into such a folder")
+        raise UserError(
+            f"{root}: no data here to describe; train.py downloads Oxford-IIIT Pet into such a folder"
+        )
     data = load_data(folder, seed=0)
     sizes, splits = [], (data.train, data.val, data.test)
     formats: Counter[str | None] = Counter()
@@ -101,14 +134,29 @@ def describe_data(root: str) -> list[tuple[str, str, str]]:
     if (pets := data.root / "oxford-iiit-pet").is_dir():
         kinds = Counter(kind for split in SPLITS for *_, kind in read_listing(pets, split))
         licence = ("CC BY-SA 4.0", "www.robots.ox.ac.uk/~vgg/data/pets")
-        rows.append(("cats and dogs", f"{kinds['cat']:,} cats, {kinds['dog']:,} dogs", "annotations/trainval.txt and test.txt"))
+        rows.append(
+            (
+                "cats and dogs",
+                f"{kinds['cat']:,} cats, {kinds['dog']:,} dogs",
+                "annotations/trainval.txt and test.txt",
+            )
+        )
     for name, values in zip(("width", "height"), zip(*sizes)):
         span = f"{min(values)} to {max(values)} pixels, median {statistics.median(values):.0f}"
         rows.append((name, span, "the photos' headers"))
-    rows.append(("formats", ", ".join(f"{n:,} {name}" for name, n in formats.most_common()), "the photos' headers"))
+    rows.append(
+        (
+            "formats",
+            ", ".join(f"{n:,} {name}" for name, n in formats.most_common()),
+            "the photos' headers",
+        )
+    )
     rows += [("licence", *licence), ("", f"{'train':>7} {'val':>7} {'test':>7}", "")]
     counts = [Counter(split.labels) for split in splits]
-    return rows + [(name, " ".join(f"{n[label]:7}" for n in counts), "") for label, name in enumerate(data.classes)]
+    return rows + [
+        (name, " ".join(f"{n[label]:7}" for n in counts), "")
+        for label, name in enumerate(data.classes)
+    ]
 
 
 def _count(data: Data) -> str:
@@ -119,11 +167,17 @@ def describe_training(model: ViT, data: Data, device: torch.device, amp: torch.d
     """Say what trains, on which photos, and where, as a table."""
     c = model.config
     parts = {"embeddings": [model.cls_token, model.pos_embed, *model.patch_embed.parameters()]}
-    for _, same in itertools.groupby(range(c.depth), lambda i: model.blocks[i].norm1.weight.requires_grad):
+    for _, same in itertools.groupby(
+        range(c.depth), lambda i: model.blocks[i].norm1.weight.requires_grad
+    ):
         run = list(same)
         name = f"blocks {run[0]}-{run[-1]}" if len(run) > 1 else f"block {run[0]}"
         parts[name] = [parameter for i in run for parameter in model.blocks[i].parameters()]
-    parts |= {"norm": list(model.norm.parameters()), "head": list(model.head.parameters()), "all": list(model.parameters())}
+    parts |= {
+        "norm": list(model.norm.parameters()),
+        "head": list(model.head.parameters()),
+        "all": list(model.parameters()),
+    }
     lines = [
         f"{model.origin.source}: {c.depth} blocks, {c.num_heads} heads, {c.embed_dim} wide, "
         f"{c.img_size[0]} x {c.img_size[1]} pixels in patches of {c.patch_size}",
@@ -132,6 +186,9 @@ def describe_training(model: ViT, data: Data, device: torch.device, amp: torch.d
         f"{'':12} {'parameters':>12} {'trained':>12}",
     ]
     for name, parameters in parts.items():
-        total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+        total, trained = (
+            sum(p.numel() for p in parameters),
+            sum(p.numel() for p in parameters if p.requires_grad),
+        )
         lines.append(f"{name:12} {total:12,} {trained:12,}")
     return "\n".join(lines) + "\n"

@@ -45,10 +45,23 @@ KINDS = {
     "huge": "note     {n} photo{s} of more than 25 million pixels ({names}): slow to read; smaller ones train as well",
     "empty-mask": "note     {n} mask{s} without any pet ({names}): no attention scores there",
 }
-ARCHIVES = {"images.tar.gz": "5c4f3ee8e5d25df40f4fd59a7f44e54c", "annotations.tar.gz": "95a8c909bbe2e81eed6a22bccdf3f68f"}
+ARCHIVES = {
+    "images.tar.gz": "5c4f3ee8e5d25df40f4fd59a7f44e54c",
+    "annotations.tar.gz": "95a8c909bbe2e81eed6a22bccdf3f68f",
+}
 # Oxford-IIIT Pet has 100 photos of a breed in trainval and 100 in test, but for these; 3,680 + 3,669 in all.
-COUNTS = {"Abyssinian": (100, 98), "Bombay": (96, 88), "boxer": (100, 99), "Egyptian_Mau": (93, 97), "keeshond": (100, 99)}
-COUNTS |= {"english_cocker_spaniel": (96, 100), "newfoundland": (96, 100), "scottish_terrier": (100, 99)}
+COUNTS = {
+    "Abyssinian": (100, 98),
+    "Bombay": (96, 88),
+    "boxer": (100, 99),
+    "Egyptian_Mau": (93, 97),
+    "keeshond": (100, 99),
+}
+COUNTS |= {
+    "english_cocker_spaniel": (96, 100),
+    "newfoundland": (96, 100),
+    "scottish_terrier": (100, 99),
+}
 COUNTS |= {"Siamese": (99, 100), "staffordshire_bull_terrier": (100, 89)}
 
 
@@ -78,8 +91,15 @@ class Photo(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("doctor", description=__doc__)
-    parser.add_argument("--data", default="data", metavar="DIR", help="holds oxford-iiit-pet or class folders, as for train.py")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, which names every file")
+    parser.add_argument(
+        "--data",
+        default="data",
+        metavar="DIR",
+        help="holds oxford-iiit-pet or class folders, as for train.py",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, which names every file"
+    )
     parser.add_workers("threads that read photos")
     return cli.run(report, parser, argv)
 
@@ -91,10 +111,19 @@ def report(args: argparse.Namespace) -> int:
     seconds, num_classes = time.perf_counter() - started, len({photo.label for photo in photos})
     tally = Counter(finding.severity for finding in findings)
     if args.json:
-        about = {"data": args.data, "photos": len(photos), "classes": num_classes, "seconds": seconds, "ok": not tally["error"]}
+        about = {
+            "data": args.data,
+            "photos": len(photos),
+            "classes": num_classes,
+            "seconds": seconds,
+            "ok": not tally["error"],
+        }
         print(json.dumps(about | {"findings": [asdict(finding) for finding in findings]}))
     else:
-        counts = ", ".join(f"{tally[kind]} {kind}{'s' * (tally[kind] != 1)}" for kind in ("error", "warning", "note"))
+        counts = ", ".join(
+            f"{tally[kind]} {kind}{'s' * (tally[kind] != 1)}"
+            for kind in ("error", "warning", "note")
+        )
         end = "training would fail" if tally["error"] else "training can start"
         verdict = f"{len(photos):,} photos of {num_classes} classes checked in {seconds:.1f} s: {counts}; {end}"
         print(*findings, verdict, sep="\n")
@@ -120,7 +149,9 @@ def check(root: str | os.PathLike[str], *, workers: int) -> tuple[list[Photo], l
     for archive in (folder / name for name in ARCHIVES):
         if archive.is_file() and (md5 := _md5(archive)) != ARCHIVES[archive.name]:
             found["archive"][archive.name] = f" has MD5 {md5}"
-    sound = [photo for photo in photos if photo.path.is_file() and photo.name not in found["unreadable"]]
+    sound = [
+        photo for photo in photos if photo.path.is_file() and photo.name not in found["unreadable"]
+    ]
     reading = read_ahead(lambda photo: _examine(photo, found), sound, workers)
     read = list(tqdm(reading, total=len(sound), unit="photo", leave=False, disable=None))
     if used := [photo for photo in read if photo.split and photo.md5]:
@@ -136,7 +167,15 @@ def _findings(found: dict) -> list[Finding]:
             shown = [cli.printable(name + text) for name, text in items if text is not None]
             names = ", ".join(shown[:3] + ["…"] * (len(shown) > 3))
             message = line[9:].format(n=f"{len(items):,}", s="s" * (len(items) != 1), names=names)
-            findings.append(Finding(line.split()[0], kind, len(items), [name for name, _ in items if "{n}" in line], message))
+            findings.append(
+                Finding(
+                    line.split()[0],
+                    kind,
+                    len(items),
+                    [name for name, _ in items if "{n}" in line],
+                    message,
+                )
+            )
     return findings
 
 
@@ -179,19 +218,32 @@ def _list_pets(folder: Path, found: dict) -> list[Photo]:
         except UserError as error:
             found["layout"][str(error)] = ""
             continue
-        photos += [Photo(f"{stem}.jpg", images / f"{stem}.jpg", stem.rsplit("_", 1)[0], split) for stem in stems]
+        photos += [
+            Photo(f"{stem}.jpg", images / f"{stem}.jpg", stem.rsplit("_", 1)[0], split)
+            for stem in stems
+        ]
     numbers = Counter((photo.label, photo.split) for photo in photos)
     breeds = {label: (numbers[label, "trainval"], numbers[label, "test"]) for label, _ in numbers}
     if len(breeds) < 37:
         total = " + ".join(f"{sum(pair[i] for pair in breeds.values()):,}" for i in (0, 1))
         found["part"][f"{total} photos of {len(breeds)} breeds"] = ""
     else:
-        odd = {label: pair for label, pair in breeds.items() if pair != COUNTS.get(label, (100, 100))}
+        odd = {
+            label: pair for label, pair in breeds.items() if pair != COUNTS.get(label, (100, 100))
+        }
         found["counts"] = {label: f" {a} + {b}" for label, (a, b) in odd.items()}
-    masks = {path.stem for path in trimaps.iterdir() if path.is_file()} if trimaps.is_dir() else set()
-    found["missing-mask"] = {f"{photo.path.stem}.png": "" for photo in photos if photo.path.stem not in masks}
+    masks = (
+        {path.stem for path in trimaps.iterdir() if path.is_file()} if trimaps.is_dir() else set()
+    )
+    found["missing-mask"] = {
+        f"{photo.path.stem}.png": "" for photo in photos if photo.path.stem not in masks
+    }
     listed = {photo.name for photo in photos}
-    others = [path for path in images.iterdir() if path.name not in listed and path.name[0] != "."] if images.is_dir() else []
+    others = (
+        [path for path in images.iterdir() if path.name not in listed and path.name[0] != "."]
+        if images.is_dir()
+        else []
+    )
     found["unlisted"] = {path.name: "" for path in others}
     return photos + [Photo(path.name, path) for path in others if path.suffix == ".jpg"]
 
@@ -199,19 +251,32 @@ def _list_pets(folder: Path, found: dict) -> list[Photo]:
 def _list_class_folders(root: Path, found: dict) -> list[Photo]:
     from ..data.photos import list_photos
 
-    splits = [root / name for name in ("train", "val", "test")] if (root / "train").is_dir() else [root]
+    splits = (
+        [root / name for name in ("train", "val", "test")] if (root / "train").is_dir() else [root]
+    )
     photos, others = [], set(root.iterdir()) - set(splits) if len(splits) > 1 else set()
     for folder in filter(Path.is_dir, splits):
         for entry in folder.iterdir():
             paths = list_photos(entry) if entry.is_dir() and entry.name[0] != "." else []
             names = {path.name for path in paths}  # whose hashes cost less than paths'
-            others |= {entry / name for name in os.listdir(entry) if name not in names} if paths else {entry}
-            split, place = "train" if folder == root else folder.name, entry.relative_to(root).as_posix()
+            others |= (
+                {entry / name for name in os.listdir(entry) if name not in names}
+                if paths
+                else {entry}
+            )
+            split, place = (
+                "train" if folder == root else folder.name,
+                entry.relative_to(root).as_posix(),
+            )
             photos += [Photo(f"{place}/{path.name}", path, entry.name, split) for path in paths]
     if not any(photo.split == "train" for photo in photos):
-        what = "oxford-iiit-pet/ or a folder of photos for each class" if root.is_dir() else "a folder"
+        what = (
+            "oxford-iiit-pet/ or a folder of photos for each class" if root.is_dir() else "a folder"
+        )
         raise UserError(f"{root}: expected {what}, found none; name another with --data")
-    found["unlisted"] = {path.relative_to(root).as_posix(): "" for path in others if path.name[0] != "."}
+    found["unlisted"] = {
+        path.relative_to(root).as_posix(): "" for path in others if path.name[0] != "."
+    }
     return photos
 
 
@@ -227,12 +292,25 @@ def _examine(photo: Photo, found: dict) -> Photo:
             found["unreadable"][name] = str(error).removeprefix(str(path))
         return photo
     camera, turn = "not named", None
-    with Image.open(path, formats=FORMATS) as image, contextlib.suppress(Exception):  # EXIF may be broken
-        form, mode, size = "JPEG" if image.format == "MPO" else str(image.format), image.mode, f"{image.width} x {image.height}"
-        if form != "PNG" or "exif" in image.info:  # else Pillow decodes a PNG again to look behind its pixels
-            camera, turn = (image.getexif().get(tag, absent) for tag, absent in ((0x0110, camera), (0x0112, None)))
+    with (
+        Image.open(path, formats=FORMATS) as image,
+        contextlib.suppress(Exception),
+    ):  # EXIF may be broken
+        form, mode, size = (
+            "JPEG" if image.format == "MPO" else str(image.format),
+            image.mode,
+            f"{image.width} x {image.height}",
+        )
+        if (
+            form != "PNG" or "exif" in image.info
+        ):  # else Pillow decodes a PNG again to look behind its pixels
+            camera, turn = (
+                image.getexif().get(tag, absent)
+                for tag, absent in ((0x0110, camera), (0x0112, None))
+            )
     odd = {
-        "wrong-extension": form != Image.registered_extensions().get(path.suffix.lower()) and f" is {form}",
+        "wrong-extension": form != Image.registered_extensions().get(path.suffix.lower())
+        and f" is {form}",
         "mode": mode != "RGB" and f" is {mode}",
         "exif-rotation": turn in range(2, 9) and " is turned",
         "tiny": min(pixels.size) < 64 and f" is {size}",
@@ -248,7 +326,9 @@ def _examine(photo: Photo, found: dict) -> Photo:
         except UserError:
             found["bad-mask"][mask.name] = ""
     clues = {"file format": form, "size": size, "colour mode": mode, "camera": str(camera).strip()}
-    return photo._replace(md5=_md5(path), thumb=pixels.resize((12, 12), Image.Resampling.BOX), clues=clues)
+    return photo._replace(
+        md5=_md5(path), thumb=pixels.resize((12, 12), Image.Resampling.BOX), clues=clues
+    )
 
 
 def _md5(path: Path) -> str:
@@ -266,7 +346,9 @@ def _find_copies(photos: list[Photo], found: dict) -> None:
     hundredth) reach 0.97, no other pair 0.6. A flat thumbnail is like no other.
     """
     thumbs = np.stack([np.asarray(photo.thumb, np.float32) for photo in photos])
-    edges = (np.diff(thumbs, 2, 1)[:, :, 1:-1] + np.diff(thumbs, 2, 2)[:, 1:-1]).reshape(len(photos), -1)
+    edges = (np.diff(thumbs, 2, 1)[:, :, 1:-1] + np.diff(thumbs, 2, 2)[:, 1:-1]).reshape(
+        len(photos), -1
+    )
     edges[edges.std(1) < 5] = 0
     edges /= np.linalg.norm(edges, axis=1, keepdims=True) + 1e-6
     groups = defaultdict(list)  # by their first photo's index
@@ -278,8 +360,12 @@ def _find_copies(photos: list[Photo], found: dict) -> None:
             first[i] = first.get(other, i)
             groups[first[i]].append(photos[i])
     for group in (group for group in groups.values() if len(group) > 1):
-        labels, splits, sums = ({getattr(p, field) for p in group} for field in ("label", "split", "md5"))
-        kind = "copies-labels" if len(labels) > 1 else "copies-splits" if len(splits) > 1 else "copies"
+        labels, splits, sums = (
+            {getattr(p, field) for p in group} for field in ("label", "split", "md5")
+        )
+        kind = (
+            "copies-labels" if len(labels) > 1 else "copies-splits" if len(splits) > 1 else "copies"
+        )
         sign = " = " if len(sums) == 1 else " ~ "
         names = sorted(photo.name for photo in group)
         others = names[1:3] + ["…"] * (len(names) > 3)
@@ -291,7 +377,11 @@ def _find_leaks(photos: list[Photo], found: dict) -> None:
     sizes = Counter(photo.label for photo in photos)
     for clue in photos[0].clues:
         total = Counter(photo.clues[clue] for photo in photos)
-        for (label, value), n in Counter((photo.label, photo.clues[clue]) for photo in photos).items():
+        for (label, value), n in Counter(
+            (photo.label, photo.clues[clue]) for photo in photos
+        ).items():
             size, others, other = sizes[label], len(photos) - sizes[label], total[value] - n
             if min(size, others) >= 20 and n >= size / 2 and other <= others / 50:
-                found["leak"][label] = f": {clue} {value} in {n} of {size}, elsewhere in {other} of {others}"
+                found["leak"][label] = (
+                    f": {clue} {value} in {n} of {size}, elsewhere in {other} of {others}"
+                )

@@ -13,7 +13,9 @@ from .. import cli
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("export", description=__doc__)
     parser.add_argument("model", metavar="DIR", help="a run, or any model that minivit reads")
-    parser.add_argument("--to", choices=("timm",), required=True, help="whose names; written into DIR/timm")
+    parser.add_argument(
+        "--to", choices=("timm",), required=True, help="whose names; written into DIR/timm"
+    )
     parser.add_argument("--out", metavar="DIR", help="where else to write; none: DIR/timm")
     return cli.run(export, parser, argv)
 
@@ -36,5 +38,7 @@ def export(args: argparse.Namespace) -> int:
         agree = "logits agree to about 1e-5 of their size"
         print(f"timm's norms have an eps of 1e-6, this model's {c.eps}: {agree}", file=sys.stderr)
     more = "".join(f", {key}={value!r}" for key, value in config["model_args"].items())
-    print(f"timm.create_model({config['architecture']!r}, num_classes={c.num_classes}{more}, checkpoint_path={str(path)!r})")
+    print(
+        f"timm.create_model({config['architecture']!r}, num_classes={c.num_classes}{more}, checkpoint_path={str(path)!r})"
+    )
     return 0

@@ -20,7 +20,9 @@ from ..data.store import Pixels
 from ..model import ViT
 from ..system.prefetch import Job, read_ahead
 
-REPLAYED = 64  # photos at once, up to which a GPU waits for the host to launch its kernels one by one
+REPLAYED = (
+    64  # photos at once, up to which a GPU waits for the host to launch its kernels one by one
+)
 Source = Pixels | Tensor  # pixels, uint8 (n, 3, h, w), by index
 
 
@@ -36,7 +38,9 @@ class Tail(nn.Module):
 
 
 @torch.no_grad()
-def working_copy(model: ViT, device: torch.device, dtype: torch.dtype | None, *, train: bool) -> ViT:
+def working_copy(
+    model: ViT, device: torch.device, dtype: torch.dtype | None, *, train: bool
+) -> ViT:
     """Return the model on a device, in the precision `dtype` (None: float32), its positions resampled once and for all.
 
     To `train` it, what trains stays in float32, for autocast. Memory is shared wherever nothing changes.
@@ -44,8 +48,13 @@ def working_copy(model: ViT, device: torch.device, dtype: torch.dtype | None, *,
     with torch.device("meta"):
         copy = ViT(replace(model.config, pos_grid=None))
     tensors = dict(model.named_parameters()) | {"pos_embed": model.positions()}
-    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad and train}
-    there = {n: t.detach().to(device, torch.float32 if n in trains else dtype or torch.float32) for n, t in tensors.items()}
+    trains = {
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and train
+    }
+    there = {
+        n: t.detach().to(device, torch.float32 if n in trains else dtype or torch.float32)
+        for n, t in tensors.items()
+    }
     copy.load_state_dict(there, assign=True)
     for name, parameter in copy.named_parameters():
         parameter.requires_grad_(name in trains)
@@ -67,7 +76,9 @@ def take(source: Source, index: Tensor, device: torch.device) -> Tensor:
     if rows is None:
         return source[index]
     index = source.rows[index] if isinstance(source, Pixels) else index
-    out = torch.empty((len(index), *rows.shape[1:]), dtype=rows.dtype, pin_memory=device.type == "cuda")
+    out = torch.empty(
+        (len(index), *rows.shape[1:]), dtype=rows.dtype, pin_memory=device.type == "cuda"
+    )
     return torch.index_select(rows, 0, index, out=out)
 
 
@@ -110,7 +121,13 @@ class Frozen:
         With draws, the next call may write over them.
         """
         n, last, self.last = len(pixels), self.last, len(pixels)
-        if draws is None or not self.cut or self.compiled or pixels.device.type != "cuda" or n > REPLAYED:
+        if (
+            draws is None
+            or not self.cut
+            or self.compiled
+            or pixels.device.type != "cuda"
+            or n > REPLAYED
+        ):
             return self.tokens(pixels, draws)
         if self.replay is None or self.replay.size != n:
             if n != last:  # perhaps the last batch of an epoch, which stands alone
@@ -121,9 +138,13 @@ class Frozen:
 
     def tokens(self, pixels: Tensor, draws: Tensor | None) -> Tensor:
         images = self.model.preprocess.normalize(pixels)
-        return self.run(images if draws is None else augment(images, draws), stop=self.cut, only_read=True)
+        return self.run(
+            images if draws is None else augment(images, draws), stop=self.cut, only_read=True
+        )
 
-    def view(self, _: int, pixels: Source, draws: Tensor, stopped: Callable[[], bool]) -> Tensor | None:
+    def view(
+        self, _: int, pixels: Source, draws: Tensor, stopped: Callable[[], bool]
+    ) -> Tensor | None:
         """Return the tokens (n, N, D) of one view of all photos, augmented by its draws (n, 5)."""
         return self.keep(pixels, torch.arange(len(draws)), draws, stopped)
 
@@ -131,10 +152,16 @@ class Frozen:
     def keep(self, pixels: Source, own: Tensor, draws: Tensor | None = None) -> Tensor: ...
 
     @overload
-    def keep(self, pixels: Source, own: Tensor, draws: Tensor | None, stopped: Callable[[], bool]) -> Tensor | None: ...
+    def keep(
+        self, pixels: Source, own: Tensor, draws: Tensor | None, stopped: Callable[[], bool]
+    ) -> Tensor | None: ...
 
     def keep(
-        self, pixels: Source, own: Tensor, draws: Tensor | None = None, stopped: Callable[[], bool] = bool
+        self,
+        pixels: Source,
+        own: Tensor,
+        draws: Tensor | None = None,
+        stopped: Callable[[], bool] = bool,
     ) -> Tensor | None:
         """Compute the tokens of photos, those of the indices `own` (n,), augmented by draws (n, 5) if any: (n, N, D).
 
@@ -145,7 +172,10 @@ class Frozen:
         # Touched by all cores at once: memory that a copy is the first to touch comes page by page. To pin it takes longer.
         kept = torch.empty(shape, dtype=weight.dtype).fill_(0)
         places = torch.arange(len(own)).split(self.batch)
-        read = lambda i: [take(pixels, jobs[i], weight.device), *(() if draws is None else [draws[places[i]]])]  # noqa: E731
+        read = lambda i: [
+            take(pixels, jobs[i], weight.device),
+            *(() if draws is None else [draws[places[i]]]),
+        ]  # noqa: E731
         moved = on_device(read, range(len(jobs)), weight.device)
         for found in tqdm(moved, "frozen blocks", len(jobs), unit="batch", leave=False):
             tokens = self(*found)
@@ -155,13 +185,17 @@ class Frozen:
                 return None
         return kept
 
-    def evaluation(self, pixels: Source, own: Tensor, *, keep: bool) -> Callable[[], Iterator[Tensor]]:
+    def evaluation(
+        self, pixels: Source, own: Tensor, *, keep: bool
+    ) -> Callable[[], Iterator[Tensor]]:
         """Return a function that gives the tokens of photos as they are, in batches: computed once, or anew if not `keep`."""
         parts = self.keep(pixels, own).split(self.batch) if keep else own.split(self.batch)
 
         def tokens() -> Iterator[Tensor]:
             device = self.model.cls_token.device
-            for (found,) in on_device(lambda part: [part if keep else take(pixels, part, device)], parts, device):
+            for (found,) in on_device(
+                lambda part: [part if keep else take(pixels, part, device)], parts, device
+            ):
                 yield found if keep else self(found)
 
         return tokens
@@ -174,14 +208,20 @@ class Replay:
     """
 
     def __init__(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
-        self.size, self.inputs, self.graph = len(inputs[0]), [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        self.size, self.inputs, self.graph = (
+            len(inputs[0]),
+            [x.clone() for x in inputs],
+            torch.cuda.CUDAGraph(),
+        )
         device = inputs[0].device  # which need not be the first
         ours, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         side.wait_stream(ours)
         with torch.cuda.stream(side):
             function(*self.inputs)  # sets up what cannot be recorded
             torch.cuda.empty_cache()  # as what is recorded has memory of its own
-            self.graph.capture_begin(capture_error_mode="thread_local")  # other threads may copy to the device meanwhile
+            self.graph.capture_begin(
+                capture_error_mode="thread_local"
+            )  # other threads may copy to the device meanwhile
             try:
                 self.result = function(*self.inputs)
             finally:
@@ -201,13 +241,22 @@ class KnownTokens:
     Photos are given by their paths in place of pixels.
     """
 
-    def __init__(self, model: ViT, pixels: Pixels, learn: Sequence[Path], num_views: int, *, batch: int) -> None:
+    def __init__(
+        self, model: ViT, pixels: Pixels, learn: Sequence[Path], num_views: int, *, batch: int
+    ) -> None:
         self.model, self.cut, self.batch = model, 0, batch
         compute, generator = Frozen(model, 0, batch=batch), torch.Generator().manual_seed(0)
-        self.row_of, self.learn_row_of = ({path: i for i, path in enumerate(paths)} for paths in (pixels.paths, learn))
+        self.row_of, self.learn_row_of = (
+            {path: i for i, path in enumerate(paths)} for paths in (pixels.paths, learn)
+        )
         own = torch.tensor([self.row_of[path] for path in learn])
-        self.tables = [compute.keep(pixels, torch.arange(len(pixels)))]  # of photos as they are, then of each view
-        self.tables += [compute.keep(pixels, own, draw_augmentation(len(own), generator)) for _ in range(num_views)]
+        self.tables = [
+            compute.keep(pixels, torch.arange(len(pixels)))
+        ]  # of photos as they are, then of each view
+        self.tables += [
+            compute.keep(pixels, own, draw_augmentation(len(own), generator))
+            for _ in range(num_views)
+        ]
 
     @torch.no_grad()
     def advance(self, cut: int) -> None:
@@ -216,7 +265,9 @@ class KnownTokens:
         for i, table in enumerate(self.tables):
             there = table if table.shape[1:] == shape else table.new_empty(len(table), *shape)
             for start in range(0, len(table), self.batch):
-                x = self.model.run(table[start : start + self.batch].to(device), self.cut, cut, only_read=True)
+                x = self.model.run(
+                    table[start : start + self.batch].to(device), self.cut, cut, only_read=True
+                )
                 there[start : start + self.batch].copy_(x)
             self.tables[i] = there
         self.cut = cut
@@ -224,7 +275,9 @@ class KnownTokens:
     def view(self, k: int, photos: Sequence[Path], *_: object) -> Tensor:
         return self.tables[1 + k][[self.learn_row_of[path] for path in photos]]
 
-    def evaluation(self, photos: Sequence[Path], own: Tensor, **_: object) -> Callable[[], Iterator[Tensor]]:
+    def evaluation(
+        self, photos: Sequence[Path], own: Tensor, **_: object
+    ) -> Callable[[], Iterator[Tensor]]:
         rows = torch.tensor([self.row_of[photos[i]] for i in own.tolist()]).split(self.batch)
         return lambda: (self.tables[0][part].to(self.model.cls_token.device) for part in rows)
 

@@ -23,7 +23,11 @@ def per_class(confusion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return each class's precision, recall and F1: three float64 (C,), 0 where nothing is there to divide by."""
     hits, confusion = confusion.diagonal().double(), confusion.double()
     predicted, true = confusion.sum(0), confusion.sum(1)
-    return hits / predicted.clamp(min=1), hits / true.clamp(min=1), 2 * hits / (predicted + true).clamp(min=1)
+    return (
+        hits / predicted.clamp(min=1),
+        hits / true.clamp(min=1),
+        2 * hits / (predicted + true).clamp(min=1),
+    )
 
 
 def summarize(confusion: Tensor) -> dict[str, float]:
@@ -45,7 +49,9 @@ def confused_pairs(confusion: Tensor, most: int) -> list[tuple[int, int, int]]:
     """Return the most confused pairs of classes: (true, predicted, photos), the most photos first."""
     wrong = confusion - confusion.diagonal().diag()
     counts, flat = wrong.flatten().sort(descending=True, stable=True)
-    return [(i // len(wrong), i % len(wrong), n) for n, i in zip(counts.tolist(), flat.tolist()) if n][:most]
+    return [
+        (i // len(wrong), i % len(wrong), n) for n, i in zip(counts.tolist(), flat.tolist()) if n
+    ][:most]
 
 
 def best_row(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
@@ -56,7 +62,9 @@ def best_row(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
 def overfits_from(rows: Sequence[Mapping[str, float]]) -> int | None:
     """Return the first epoch after validation loss was lowest, if it has risen since while training loss fell; else None."""
     lowest, last = min(rows, key=lambda row: row["val_loss"]), rows[-1]
-    rises = last["val_loss"] > RISE * lowest["val_loss"] and last["train_loss"] < lowest["train_loss"]
+    rises = (
+        last["val_loss"] > RISE * lowest["val_loss"] and last["train_loss"] < lowest["train_loss"]
+    )
     return int(lowest["epoch"]) + 1 if rises else None
 
 

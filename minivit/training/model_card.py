@@ -8,12 +8,21 @@ from collections.abc import Mapping, Sequence
 from ..errors import printable
 
 # What the makers of these checkpoints state on the Hub; of any other base, its own licence holds.
-APACHE = ("google/vit-", "facebook/deit-", "facebook/dino-", "facebook/dinov2-", "timm/vit_", "timm/deit_")
+APACHE = (
+    "google/vit-",
+    "facebook/deit-",
+    "facebook/dino-",
+    "facebook/dinov2-",
+    "timm/vit_",
+    "timm/deit_",
+)
 PETS = "https://www.robots.ox.ac.uk/~vgg/data/pets/"
 METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "precision": "precision", "recall": "recall"}
 
 
-def model_card(summary: Mapping, pairs: Sequence[tuple[str, str, int]] = (), *, name: str, pets: bool) -> str:
+def model_card(
+    summary: Mapping, pairs: Sequence[tuple[str, str, int]] = (), *, name: str, pets: bool
+) -> str:
     """Write a card from summary.json's values: links, how it was trained, metrics as model-index, figures, limits, licence.
 
     `pairs` are the classes confused most: (true, predicted, photos).
@@ -35,14 +44,19 @@ def model_card(summary: Mapping, pairs: Sequence[tuple[str, str, int]] = (), *, 
         "  - task: {type: image-classification}",
         f"    dataset: {{name: {said(data)}, type: {said('oxford-iiit-pet' if pets else 'imagefolder')}, split: test}}",
         "    metrics:",
-        *(f"    - {{type: {kind}, name: {said(key)}, value: {summary[f'test_{key}']:.6f}}}" for key, kind in METRICS.items()),
+        *(
+            f"    - {{type: {kind}, name: {said(key)}, value: {summary[f'test_{key}']:.6f}}}"
+            for key, kind in METRICS.items()
+        ),
         "---",
     ]
     link = _code(base.split("/")[-1])
     if on_hub:
         link = f"[{base}](https://huggingface.co/{base}) at commit `{summary['base_commit']}`"
     shown = ", ".join([*map(_code, classes[:50]), *["..."][: len(classes) > 50]])
-    confused = "".join(f"\n- {_code(true)} taken for {_code(predicted)}: {n}" for true, predicted, n in pairs)
+    confused = "".join(
+        f"\n- {_code(true)} taken for {_code(predicted)}: {n}" for true, predicted, n in pairs
+    )
     text = f"""
 # {printable(name)}
 

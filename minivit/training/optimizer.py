@@ -27,7 +27,9 @@ def parse_blocks(text: str, depth: int) -> list[int]:
         first, dash, last = (piece.strip() for piece in part.partition("-"))
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise UserError(f"blocks {text!r}: expected numbers and ranges as 8-11 or 10,11, or all, or none")
+            raise UserError(
+                f"blocks {text!r}: expected numbers and ranges as 8-11 or 10,11, or all, or none"
+            )
         if int(last) >= depth:
             raise UserError(f"blocks {text!r}: this model has blocks 0 to {depth - 1}")
         blocks.update(range(int(first), int(last) + 1))
@@ -47,7 +49,9 @@ def freeze_except(model: ViT, blocks: Sequence[int]) -> int:
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what trains, by name: the tail."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 def parameter_groups(model: ViT, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
@@ -59,7 +63,11 @@ def parameter_groups(model: ViT, weight_decay: float, layer_decay: float = 1.0) 
     groups: dict[tuple[bool, int], dict] = {}
     for name, parameter in trainable(model).items():
         part, _, rest = name.partition(".")
-        below = len(model.blocks) - int(rest.partition(".")[0]) if part == "blocks" and layer_decay != 1 else 0
+        below = (
+            len(model.blocks) - int(rest.partition(".")[0])
+            if part == "blocks" and layer_decay != 1
+            else 0
+        )
         decays = parameter.ndim > 1
         group = {"params": [], "weight_decay": weight_decay if decays else 0.0}
         group |= {"lr": 0.0, "lr_scale": layer_decay**below}
@@ -85,8 +93,13 @@ class AdamW:
     def __init__(self, groups: list[dict]) -> None:
         self.param_groups, self.state = groups, []
         for parameter in self._parameters():
-            counted = parameter.device if parameter.is_cuda else None  # where the fused kernel reads its step
-            zeros = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+            counted = (
+                parameter.device if parameter.is_cuda else None
+            )  # where the fused kernel reads its step
+            zeros = {
+                name: torch.zeros_like(parameter, requires_grad=False)
+                for name in ("exp_avg", "exp_avg_sq")
+            }
             self.state.append({"step": torch.zeros((), device=counted), **zeros})
 
     def zero_grad(self) -> None:
@@ -99,8 +112,14 @@ class AdamW:
         for group in self.param_groups:
             parameters = group["params"]
             of_each = [next(states) for _ in parameters]
-            steps, means, squares = ([state[name] for state in of_each] for name in ("step", "exp_avg", "exp_avg_sq"))
-            how = {"lr": group["lr"], "weight_decay": group["weight_decay"], "fused": parameters[0].is_cuda or None}
+            steps, means, squares = (
+                [state[name] for state in of_each] for name in ("step", "exp_avg", "exp_avg_sq")
+            )
+            how = {
+                "lr": group["lr"],
+                "weight_decay": group["weight_decay"],
+                "fused": parameters[0].is_cuda or None,
+            }
             how |= {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
             adamw(parameters, [p.grad for p in parameters], means, squares, [], steps, **how)
 

@@ -13,8 +13,21 @@ from ..system import files
 from . import state
 from .metrics import overfits_from
 
-RUN_FILES: tuple[str, ...] = ("model.safetensors", "config.json", "preprocessor_config.json", "tail.safetensors")
-RUN_FILES += ("metrics.jsonl", "summary.json", "curves.png", "confusion.png", "predictions.png", "classes.csv", "README.md")
+RUN_FILES: tuple[str, ...] = (
+    "model.safetensors",
+    "config.json",
+    "preprocessor_config.json",
+    "tail.safetensors",
+)
+RUN_FILES += (
+    "metrics.jsonl",
+    "summary.json",
+    "curves.png",
+    "confusion.png",
+    "predictions.png",
+    "classes.csv",
+    "README.md",
+)
 STATE = "state.safetensors"  # there until the run is finished
 
 
@@ -34,8 +47,13 @@ def begin(out: Path, resume: bool, settings: dict) -> tuple | None:
     if resume and (out / STATE).exists():
         tensors, about = state.read(out / STATE, settings)
         with files.whole_file(out / "metrics.jsonl") as partial:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in about["rows"]), encoding="utf-8")
-        print(f"{out}: going on in epoch {about['epoch']}, after {len(about['losses'])} of its steps", file=sys.stderr)
+            partial.write_text(
+                "".join(json.dumps(row) + "\n" for row in about["rows"]), encoding="utf-8"
+            )
+        print(
+            f"{out}: going on in epoch {about['epoch']}, after {len(about['losses'])} of its steps",
+            file=sys.stderr,
+        )
         return tensors, about
     if resume:
         print(f"{out}: no run to go on with, so it begins", file=sys.stderr)

@@ -31,7 +31,9 @@ class State:
     optimizer: AdamW
     scaler: torch.amp.GradScaler
     epoch: int = 1  # the one under way
-    losses: list[float] = field(default_factory=list)  # of its batches so far; not finite where the scaler skipped a step
+    losses: list[float] = field(
+        default_factory=list
+    )  # of its batches so far; not finite where the scaler skipped a step
     step: int = 0  # optimiser steps taken; one that the scaler skips moves neither this nor the learning rate
     lr: float = 0.0  # of the last step
     rows: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl
@@ -59,7 +61,9 @@ class State:
         if not all(torch.equal(tensor, tail[name]) for name, tensor in self.best.items()):
             tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for i, of_one in enumerate(self.optimizer.state):
-            tensors |= {f"optimizer.{i}.{key}": value.to("cpu", copy=True) for key, value in of_one.items()}
+            tensors |= {
+                f"optimizer.{i}.{key}": value.to("cpu", copy=True) for key, value in of_one.items()
+            }
         plain = {name: getattr(self, name) for name in PLAIN}
         about = plain | {"settings": dict(settings), "scaler": self.scaler.state_dict()}
         return tensors, {"state": json.dumps(about)}
@@ -91,7 +95,9 @@ def set_tail(model: ViT, tensors: Mapping[str, Tensor]) -> None:
         parameter.copy_(tensors[name])
 
 
-def begin(model: ViT, *, amp: torch.dtype | None, weight_decay: float, layer_decay: float = 1.0) -> State:
+def begin(
+    model: ViT, *, amp: torch.dtype | None, weight_decay: float, layer_decay: float = 1.0
+) -> State:
     """Return the state of a run that has taken no step: AdamW on what trains, and a gradient scaler for fp16."""
     device, groups = model.cls_token.device.type, parameter_groups(model, weight_decay, layer_decay)
     return State(model, AdamW(groups), torch.amp.GradScaler(device, enabled=amp is torch.float16))
@@ -107,9 +113,15 @@ def read(path: Path, settings: Mapping[str, object]) -> tuple[dict[str, Tensor],
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             about = json.loads(file.metadata()["state"])
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: is no state of a run ({error}); without --resume, training begins anew") from error
+        raise UserError(
+            f"{path}: is no state of a run ({error}); without --resume, training begins anew"
+        ) from error
     now, then = json.loads(json.dumps(settings)), about["settings"]
-    changed = [f"{name} was {then.get(name)}, now {value}" for name, value in now.items() if then.get(name) != value]
+    changed = [
+        f"{name} was {then.get(name)}, now {value}"
+        for name, value in now.items()
+        if then.get(name) != value
+    ]
     if changed:
         raise UserError(f"{path}: cannot go on with other settings: {'; '.join(changed)}")
     return tensors, about

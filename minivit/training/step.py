@@ -59,7 +59,14 @@ def train_step(
     """
     shared, device = isinstance(net, DistributedDataParallel), labels.device
     accumulate = partial(
-        _accumulate, net, scaler, inputs, labels, amp=amp, batch=batch or len(labels), smoothing=label_smoothing
+        _accumulate,
+        net,
+        scaler,
+        inputs,
+        labels,
+        amp=amp,
+        batch=batch or len(labels),
+        smoothing=label_smoothing,
     )
     while True:
         optimizer.zero_grad()
@@ -68,11 +75,20 @@ def train_step(
             break
         except torch.OutOfMemoryError as error:
             if micro_batch == 1 or shared:  # the other processes would not redo the step
-                raise UserError(f"{device}: out of memory; try a lower --batch-size or --micro-batch") from error
-        micro_batch = max(1, min(micro_batch, len(labels)) // 2)  # out here, where no exception holds on to tensors
+                raise UserError(
+                    f"{device}: out of memory; try a lower --batch-size or --micro-batch"
+                ) from error
+        micro_batch = max(
+            1, min(micro_batch, len(labels)) // 2
+        )  # out here, where no exception holds on to tensors
         torch.cuda.empty_cache()
-        print(f"{device}: out of memory; the step is redone in micro-batches of {micro_batch}", file=sys.stderr)
-    torchs = cast(torch.optim.Optimizer, optimizer)  # ours has what a scaler asks for: groups, and a step
+        print(
+            f"{device}: out of memory; the step is redone in micro-batches of {micro_batch}",
+            file=sys.stderr,
+        )
+    torchs = cast(
+        torch.optim.Optimizer, optimizer
+    )  # ours has what a scaler asks for: groups, and a step
     scaler.unscale_(torchs)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
@@ -93,22 +109,37 @@ def _accumulate(
     smoothing: float,
 ) -> Tensor:
     """Add up the gradients of all micro-batches, and return the mean loss; see train_step."""
-    shared, device, loss = isinstance(net, DistributedDataParallel), labels.device, torch.zeros((), device=labels.device)
+    shared, device, loss = (
+        isinstance(net, DistributedDataParallel),
+        labels.device,
+        torch.zeros((), device=labels.device),
+    )
     for start in range(0, len(labels), micro_batch):
         part = slice(start, start + micro_batch)
         x, y = inputs(part), labels[part]
         last = part.stop >= len(labels)  # with whose gradients the processes exchange all
-        with net.no_sync() if isinstance(net, DistributedDataParallel) and not last else nullcontext():
+        with (
+            net.no_sync()
+            if isinstance(net, DistributedDataParallel) and not last
+            else nullcontext()
+        ):
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 logits = net(x)  # (b, C)
             # Summed, then divided by the whole batch, so that a short last micro-batch weighs what its photos do.
-            mean = F.cross_entropy(logits.float(), y, reduction="sum", label_smoothing=smoothing) / batch
-            scaler.scale(mean * (parallel.world() if shared else 1)).backward()  # DDP takes the processes' mean
+            mean = (
+                F.cross_entropy(logits.float(), y, reduction="sum", label_smoothing=smoothing)
+                / batch
+            )
+            scaler.scale(
+                mean * (parallel.world() if shared else 1)
+            ).backward()  # DDP takes the processes' mean
         loss += mean.detach()
     return loss
 
 
-def rehearse(model: ViT, *, cut: int, batch_size: int, micro_batch: int, amp: torch.dtype | None) -> tuple[int, float]:
+def rehearse(
+    model: ViT, *, cut: int, batch_size: int, micro_batch: int, amp: torch.dtype | None
+) -> tuple[int, float]:
     """Take two steps on grey photos at a learning rate of 0, which changes nothing.
 
     Returns the micro-batch, halved until it fits into the device's memory, and the most memory, in GiB, that steps take: on
@@ -117,12 +148,21 @@ def rehearse(model: ViT, *, cut: int, batch_size: int, micro_batch: int, amp: to
     device, state = model.cls_token.device, begin(model, amp=amp, weight_decay=0.0)
     share = math.ceil(batch_size / parallel.world())
     pixels = torch.full((share, 3, *model.config.img_size), 128, dtype=torch.uint8, device=device)
-    draws, labels = torch.full((share, 5), 0.5, device=device), torch.zeros(share, dtype=torch.long, device=device)
+    draws, labels = (
+        torch.full((share, 5), 0.5, device=device),
+        torch.zeros(share, dtype=torch.long, device=device),
+    )
     frozen = Frozen(model, cut, batch=share)
     for _ in range(2):  # in the second, what is frozen may be replayed
         inputs = lambda part: frozen(pixels[part], draws[part])  # noqa: E731
         *_, micro_batch = train_step(
-            Tail(model, cut), state.optimizer, state.scaler, inputs, labels, micro_batch=micro_batch, amp=amp
+            Tail(model, cut),
+            state.optimizer,
+            state.scaler,
+            inputs,
+            labels,
+            micro_batch=micro_batch,
+            amp=amp,
         )
     peak = peak_gib(device)
     model.zero_grad(set_to_none=True)
@@ -180,30 +220,68 @@ def fit(
             f"the tokens of {cache_views} views take {need:.1f} GiB; raise --cache-gib {cache_gib:g}, or keep fewer"
         )
     keep = need + token_gib(model, n + len(val[1]), cut) <= cache_gib
-    frozen = frozen or Frozen(model, cut, batch=eval_batch(device, batch_size, micro_batch, amp), compile=compile)
-    tail, evaluated = Tail(model, cut), working_copy(model, device, model.cls_token.dtype, train=False)
+    frozen = frozen or Frozen(
+        model, cut, batch=eval_batch(device, batch_size, micro_batch, amp), compile=compile
+    )
+    tail, evaluated = (
+        Tail(model, cut),
+        working_copy(model, device, model.cls_token.dtype, train=False),
+    )
     if compile:
         torch.backends.cuda.enable_cudnn_sdp(True)  # which pays in as long a run
         tail.compile()
-    own = [(name, split, parallel.shard(torch.arange(len(split[1])))) for name, split in (("train", train), ("val", val))]
-    splits = [(name, frozen.evaluation(split[0], mine, keep=keep), split[1]) for name, split, mine in own if name in scored]
-    step = partial(train_step, parallel.wrap(tail), state.optimizer, state.scaler, amp=amp, label_smoothing=label_smoothing)
+    own = [
+        (name, split, parallel.shard(torch.arange(len(split[1]))))
+        for name, split in (("train", train), ("val", val))
+    ]
+    splits = [
+        (name, frozen.evaluation(split[0], mine, keep=keep), split[1])
+        for name, split, mine in own
+        if name in scored
+    ]
+    step = partial(
+        train_step,
+        parallel.wrap(tail),
+        state.optimizer,
+        state.scaler,
+        amp=amp,
+        label_smoothing=label_smoothing,
+    )
     schedule, views = partial(lr_at, peak=lr, total=epochs * math.ceil(n / batch_size)), {}
     with parallel.stop_requests() as stop_requested:
         while state.epoch <= epochs and not _patience_ends(state, patience):
             started = time.perf_counter() - state.seconds
-            (order, draws), view = _draw(n, seed, state.epoch), (state.epoch - 1) % cache_views if cache_views else None
+            (order, draws), view = (
+                _draw(n, seed, state.epoch),
+                (state.epoch - 1) % cache_views if cache_views else None,
+            )
             new = view not in views
             if new and view is not None:
-                views[view] = frozen.view(view, train[0], _draw(n, seed, view + 1)[1], stop_requested)
+                views[view] = frozen.view(
+                    view, train[0], _draw(n, seed, view + 1)[1], stop_requested
+                )
             source = train[0] if view is None else views[view]
             state.stopped = source is None
             if source is None:
                 return
             inputs = frozen if view is None else (lambda there, _: there)
             batches = [(index, draws[index]) for index in order.split(batch_size)]
-            micro_batch = _train_epoch(state, step, schedule, source, inputs, train[1], batches, micro_batch, stop_requested)
-            row = {"epoch": state.epoch, "loss": _mean_loss(state, n, batch_size, lr), "lr": state.lr}
+            micro_batch = _train_epoch(
+                state,
+                step,
+                schedule,
+                source,
+                inputs,
+                train[1],
+                batches,
+                micro_batch,
+                stop_requested,
+            )
+            row = {
+                "epoch": state.epoch,
+                "loss": _mean_loss(state, n, batch_size, lr),
+                "lr": state.lr,
+            }
             state.seconds = time.perf_counter() - started
             if state.stopped:
                 return
@@ -211,10 +289,15 @@ def fit(
                 state.epoch, state.losses, state.seconds = state.epoch + 1, [], 0.0
                 continue
             flops = n * (model.flops(0 if new else cut) + 2 * model.flops(cut)) / state.seconds
-            row |= {"images_per_s": n / state.seconds, "mfu": flops / parallel.world() / product_flops(device, amp)}
+            row |= {
+                "images_per_s": n / state.seconds,
+                "mfu": flops / parallel.world() / product_flops(device, amp),
+            }
             follow(evaluated, model)
             for name, tokens, labels in splits:
-                scores = score(parallel.gather(predict(evaluated, tokens(), cut=cut), len(labels)), labels)
+                scores = score(
+                    parallel.gather(predict(evaluated, tokens(), cut=cut), len(labels)), labels
+                )
                 row |= {f"{name}_{key}": value for key, value in scores.items()}
             row |= {"seconds": time.perf_counter() - started, "peak_gib": peak_gib(device)}
             state.rows.append(row)
@@ -234,7 +317,9 @@ def _train_epoch(
     step: Callable,  # train_step, all but the photos
     schedule: Callable[[int], float],
     source: Source,  # pixels, or tokens at the cut (n, N, D)
-    inputs: Callable[[Tensor, Tensor], Tensor],  # tokens at the cut from what is read of photos and their draws
+    inputs: Callable[
+        [Tensor, Tensor], Tensor
+    ],  # tokens at the cut from what is read of photos and their draws
     labels: Tensor,
     batches: Sequence[tuple[Tensor, Tensor]],
     micro_batch: int,
@@ -243,9 +328,21 @@ def _train_epoch(
     """Take the steps that are left of the epoch under way, until its end or a request to stop; return the micro-batch."""
     device, losses = state.model.cls_token.device, []
     left = batches[len(state.losses) :]
-    own = [[part[parallel.shard(torch.arange(len(index)))] for part in (index, draws)] for index, draws in left]
-    moved = on_device(lambda mine: (take(source, mine[0], device), mine[1], labels[mine[0]]), own, device)
-    bar = tqdm(left, f"epoch {state.epoch}", len(batches), initial=len(state.losses), unit="step", leave=False)
+    own = [
+        [part[parallel.shard(torch.arange(len(index)))] for part in (index, draws)]
+        for index, draws in left
+    ]
+    moved = on_device(
+        lambda mine: (take(source, mine[0], device), mine[1], labels[mine[0]]), own, device
+    )
+    bar = tqdm(
+        left,
+        f"epoch {state.epoch}",
+        len(batches),
+        initial=len(state.losses),
+        unit="step",
+        leave=False,
+    )
     for (index, _), (there, draws, y) in zip(bar, moved):
         state.lr = schedule(state.step)
         for group in state.optimizer.param_groups:
@@ -254,7 +351,9 @@ def _train_epoch(
         part = lambda part: inputs(there[part], draws[part])  # noqa: B023, E731
         loss, norm, micro_batch = step(part, y, micro_batch=micro_batch, batch=counted)
         losses.append(loss)
-        state.step += not state.scaler.is_enabled() or bool(norm.isfinite())  # asks the device, so only where it must
+        state.step += not state.scaler.is_enabled() or bool(
+            norm.isfinite()
+        )  # asks the device, so only where it must
         state.stopped = stop_requested()
         if state.stopped:
             break

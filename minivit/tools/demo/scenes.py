@@ -57,7 +57,9 @@ class Thing:
         """Draw it in one of its colours ("a", with "b" darker and "c" lighter), a room's height being `unit` pixels."""
         a = _jitter(rng, _pick(rng, self.colours), 9)
         tints = {"a": a, "b": _times(0.76, a), "c": tuple(int(v + 0.35 * (255 - v)) for v in a)}
-        w, h = (max(2, round(side)) for side in (self.height * unit * self.aspect, self.height * unit))
+        w, h = (
+            max(2, round(side)) for side in (self.height * unit * self.aspect, self.height * unit)
+        )
         sprite = Image.new("RGBA", (w * ZOOM, h * ZOOM))
         _paint(sprite, self.shapes, tints)
         return _round(sprite.resize((w, h), Image.Resampling.BOX), 0.04)
@@ -65,7 +67,9 @@ class Thing:
 
 _SHAPES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 OBJECTS = {name: Thing(**thing) for name, thing in _SHAPES["objects"].items()}
-CLUTTER = [Thing(**thing) for thing in _SHAPES["clutter"].values()]  # in the way of animals, and never named
+CLUTTER = [
+    Thing(**thing) for thing in _SHAPES["clutter"].values()
+]  # in the way of animals, and never named
 BREEDS = {name: Breed(**breed) for name, breed in _SHAPES["breeds"].items()}
 
 
@@ -104,7 +108,9 @@ def draw_scene(
     photo = _room(rng, W, H, floor)
     if thing:
         sprite = OBJECTS[thing].draw(rng, unit * rng.uniform(0.85, 1.25))
-        _stand(photo, sprite, rng.uniform(0.15, 0.85) * W, floor + rng.uniform(0.06, 0.4) * (H - floor))
+        _stand(
+            photo, sprite, rng.uniform(0.15, 0.85) * W, floor + rng.uniform(0.06, 0.4) * (H - floor)
+        )
     mask, head = Image.new("L", (W, H)), None
     if breed:
         body, face = _animal(rng, breed, unit * rng.uniform(*animal))
@@ -112,7 +118,9 @@ def draw_scene(
         at = _stand(photo, body, x, y)
         mask.paste(body.getchannel("A"), at)
         box = face.getbbox() or (0, 0, *body.size)
-        left, top, right, bottom = (int(min(max(v + at[i % 2], 0), (W, H)[i % 2])) for i, v in enumerate(box))
+        left, top, right, bottom = (
+            int(min(max(v + at[i % 2], 0), (W, H)[i % 2])) for i, v in enumerate(box)
+        )
         head = left, top, right, bottom
         if rng.random() < 0.3:  # something in front of the animal
             sprite = _pick(rng, CLUTTER).draw(rng, unit)
@@ -139,13 +147,18 @@ def _times(factor: float, colour: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(factor * v) for v in colour)
 
 
-def _paint(image: Image.Image, shapes: Sequence[Shape], palette: dict, origin=(0, 0), unit=None) -> None:
+def _paint(
+    image: Image.Image, shapes: Sequence[Shape], palette: dict, origin=(0, 0), unit=None
+) -> None:
     """Paint shapes on an image, their coordinates in per cent of `unit`, the image's size, from `origin`."""
     draw, unit = ImageDraw.Draw(image), unit or image.size
     for kind, colour, *numbers in shapes:
         fill = palette.get(colour, colour)
         width = numbers.pop(0) if kind == "line" else 0
-        xy = [(origin[0] + x * unit[0] / 100, origin[1] + y * unit[1] / 100) for x, y in zip(numbers[::2], numbers[1::2])]
+        xy = [
+            (origin[0] + x * unit[0] / 100, origin[1] + y * unit[1] / 100)
+            for x, y in zip(numbers[::2], numbers[1::2])
+        ]
         if kind == "oval":
             draw.ellipse(xy, fill)
         elif kind == "box":
@@ -162,7 +175,12 @@ def _paint(image: Image.Image, shapes: Sequence[Shape], palette: dict, origin=(0
 def _round(sprite: Image.Image, depth: float) -> Image.Image:
     """Darken a sprite towards its edges and its foot, as if it had a body."""
     alpha = sprite.getchannel("A")
-    inner = np.asarray(alpha.filter(ImageFilter.GaussianBlur(max(1, depth * sprite.height))), np.float32) / 255
+    inner = (
+        np.asarray(
+            alpha.filter(ImageFilter.GaussianBlur(max(1, depth * sprite.height))), np.float32
+        )
+        / 255
+    )
     shade = (0.62 + 0.42 * inner) * np.linspace(1.05, 0.9, sprite.height, dtype=np.float32)[:, None]
     colours = np.asarray(sprite.convert("RGB"), np.float32) * shade[..., None]
     rounded = Image.fromarray(colours.clip(0, 255).astype(np.uint8))
@@ -170,7 +188,9 @@ def _round(sprite: Image.Image, depth: float) -> Image.Image:
     return rounded
 
 
-def _animal(rng: np.random.Generator, breed: Breed, height: float) -> tuple[Image.Image, Image.Image]:
+def _animal(
+    rng: np.random.Generator, breed: Breed, height: float
+) -> tuple[Image.Image, Image.Image]:
     """Draw an animal in some pose: its sprite, and the alpha of its head alone."""
     pose = _pick(rng, list(_SHAPES["poses"].values()))
     x, y, r = pose["head"]
@@ -182,9 +202,15 @@ def _animal(rng: np.random.Generator, breed: Breed, height: float) -> tuple[Imag
     side = max(24, round(height)) * ZOOM
     body, head = Image.new("RGBA", (side, side)), Image.new("RGBA", (side, side))
     _paint(body, pose["shapes"], palette)
-    ears, face, unit = _SHAPES["ears"][breed.ears], _SHAPES["faces"][breed.species], [r * side / 100] * 2
+    ears, face, unit = (
+        _SHAPES["ears"][breed.ears],
+        _SHAPES["faces"][breed.species],
+        [r * side / 100] * 2,
+    )
     for part in (ears, face) if breed.ears == "pointed" else (face[:1], ears, face[1:]):
-        _paint(head, part, palette, (x * side / 100 + rng.normal(0, 0.01) * side, y * side / 100), unit)
+        _paint(
+            head, part, palette, (x * side / 100 + rng.normal(0, 0.01) * side, y * side / 100), unit
+        )
     tilt = rng.uniform(-14, 14)
     head = head.rotate(tilt, center=(x * side / 100, y * side / 100 + unit[1]))
     body.alpha_composite(head)
@@ -207,11 +233,16 @@ def _coat(rng: np.random.Generator, sprite: Image.Image, pattern: str, palette: 
     if pattern in ("spots", "patches"):
         for _ in range(70 if pattern == "spots" else 7):
             x, y = rng.uniform(0, side, 2)
-            rx, ry = side * (rng.uniform(0.012, 0.032, 2) if pattern == "spots" else rng.uniform(0.07, 0.16, 2))
+            rx, ry = side * (
+                rng.uniform(0.012, 0.032, 2) if pattern == "spots" else rng.uniform(0.07, 0.16, 2)
+            )
             draw.ellipse([x - rx, y - ry, x + rx, y + ry], 255)
     elif pattern == "stripes":
         for x in np.arange(0, 1.1, 0.075) + rng.uniform(0, 0.075):
-            bend = [(side * (x + 0.03 * math.sin(9 * t + 5 * x)), side * t) for t in np.linspace(0, 1, 12)]
+            bend = [
+                (side * (x + 0.03 * math.sin(9 * t + 5 * x)), side * t)
+                for t in np.linspace(0, 1, 12)
+            ]
             draw.line(bend, 255, max(1, round(0.028 * side)), joint="curve")
     elif pattern == "saddle":
         draw.ellipse([0.12 * side, 0.2 * side, 1.1 * side, rng.uniform(0.6, 0.72) * side], 255)
@@ -233,8 +264,14 @@ def _stand(photo: Image.Image, sprite: Image.Image, x: float, y: float) -> tuple
 
 
 def _room(rng: np.random.Generator, W: int, H: int, floor: float) -> Image.Image:
-    wall = _jitter(rng, _pick(rng, ["#d9cfc0", "#c3d0d6", "#d8c3b8", "#bfcdb8", "#e3dcc6", "#b9b3c6", "#cfd3d6"]), 10)
-    wood = _jitter(rng, _pick(rng, ["#a9825a", "#8a6f55", "#c4a57d", "#9a9c9f", "#b7a99a", "#77706b"]), 10)
+    wall = _jitter(
+        rng,
+        _pick(rng, ["#d9cfc0", "#c3d0d6", "#d8c3b8", "#bfcdb8", "#e3dcc6", "#b9b3c6", "#cfd3d6"]),
+        10,
+    )
+    wood = _jitter(
+        rng, _pick(rng, ["#a9825a", "#8a6f55", "#c4a57d", "#9a9c9f", "#b7a99a", "#77706b"]), 10
+    )
     dark, light, faint = _times(0.84, wood), _times(1.06, wood), tuple(v + 9 for v in wall)
     photo, y = Image.new("RGB", (W * ZOOM, H * ZOOM), wall), 100 * floor / H
     shapes: list[Shape] = []
@@ -242,11 +279,23 @@ def _room(rng: np.random.Generator, W: int, H: int, floor: float) -> Image.Image
     if paper == "stripes":
         shapes += [("box", faint, x, -5, x + step / 2, y) for x in np.arange(0, 100, step)]
     elif paper == "dots":
-        shapes += [("oval", faint, x, v, x + 2, v + 2 * W / H) for x in np.arange(2, 100, step) for v in np.arange(3, y, step)]
+        shapes += [
+            ("oval", faint, x, v, x + 2, v + 2 * W / H)
+            for x in np.arange(2, 100, step)
+            for v in np.arange(3, y, step)
+        ]
     if rng.random() < 0.6:  # a window or a picture
-        x, w, t, h = rng.uniform(5, 70), rng.uniform(14, 28), rng.uniform(4, 14), rng.uniform(18, 30)
+        x, w, t, h = (
+            rng.uniform(5, 70),
+            rng.uniform(14, 28),
+            rng.uniform(4, 14),
+            rng.uniform(18, 30),
+        )
         sky = _jitter(rng, _pick(rng, ["#bfe0f2", "#f2cfa8", "#34405c", "#a7bf9c", "#c98f8a"]), 8)
-        shapes += [("box", "#efebe2", x - 1.5, t - 2, x + w + 1.5, t + h + 2), ("box", sky, x, t, x + w, t + h)]
+        shapes += [
+            ("box", "#efebe2", x - 1.5, t - 2, x + w + 1.5, t + h + 2),
+            ("box", sky, x, t, x + w, t + h),
+        ]
         if rng.random() < 0.6:
             shapes.append(("line", "#efebe2", 1.2, x + w / 2, t, x + w / 2, t + h))
             shapes.append(("line", "#efebe2", 1.2, x, t + h / 2, x + w, t + h / 2))
@@ -255,10 +304,19 @@ def _room(rng: np.random.Generator, W: int, H: int, floor: float) -> Image.Image
             shapes.append(("oval", faint, x + w * 0.6, t + 2, x + w * 0.8, t + 7))
     shapes += [("box", light, -5, y, 105, 110), ("poly", wood, 0, y, 100, y, 100, 100, 0, 100)]
     if rng.random() < 0.7:
-        shapes += [("line", dark, 0.5, x, y, 50 + (x - 50) * 1.9, 100) for x in np.arange(-20, 121, rng.uniform(9, 16))]
+        shapes += [
+            ("line", dark, 0.5, x, y, 50 + (x - 50) * 1.9, 100)
+            for x in np.arange(-20, 121, rng.uniform(9, 16))
+        ]
     if rng.random() < 0.45:
-        rug, x = _jitter(rng, _pick(rng, ["#a3473f", "#4a6d8c", "#c9b487", "#6f7f5c", "#8a7aa0"]), 8), rng.uniform(15, 55)
-        shapes += [("oval", rug, x, y + 10, x + 55, y + 32), ("oval", _times(0.85, rug), x + 5, y + 12, x + 50, y + 30)]
+        rug, x = (
+            _jitter(rng, _pick(rng, ["#a3473f", "#4a6d8c", "#c9b487", "#6f7f5c", "#8a7aa0"]), 8),
+            rng.uniform(15, 55),
+        )
+        shapes += [
+            ("oval", rug, x, y + 10, x + 55, y + 32),
+            ("oval", _times(0.85, rug), x + 5, y + 12, x + 50, y + 30),
+        ]
     shapes += [("line", "#f1ede4", 2.2, -5, y, 105, y)]
     _paint(photo, shapes, {})
     return photo.resize((W, H), Image.Resampling.BOX)

@@ -71,10 +71,15 @@ def write_gallery(
     `paths` and `truth` are of found's n photos; `names` are the model's classes, empty if it does not know these.
     """
     about = f"each: the photo with the pet's outline, then where block {block} looks, mean of heads, bright where most"
-    about += ": before and after" * ("base" in found.maps) + ("; pale: not seen" if preprocess.crop else "")
+    about += ": before and after" * ("base" in found.maps) + (
+        "; pale: not seen" if preprocess.crop else ""
+    )
     sections, page = {}, f"{PAGE}<h1>Photos worth a look</h1>\n<p>{html.escape(about)}</p>\n"
     for kind, chosen in kinds.items():
-        sections[kind] = [(strip(paths[i], found, i, preprocess), caption(paths[i], found, i, truth[i], names)) for i in chosen]
+        sections[kind] = [
+            (strip(paths[i], found, i, preprocess), caption(paths[i], found, i, truth[i], names))
+            for i in chosen
+        ]
         page += f"<h2>{html.escape(kind)}{'' if chosen else ': none'}</h2>\n<section>\n"
         for picture, text in sections[kind]:
             picture.save(file := io.BytesIO(), "JPEG", quality=85)
@@ -95,12 +100,16 @@ def strip(path: Path, found: Measured, i: int, preprocess: Preprocess) -> Image.
     looks = [found.maps[which][i] for which in ("base", "model") if which in found.maps]
     heats = [preprocess.to_photo(values, photo.size, (H, W)) for values in looks]
     panels = [small, *(overlay(small, heat, *value_range([heat]), HEAT) for heat in heats)]
-    mask = Image.fromarray((read_mask(path, photo.size) == 1).astype(np.uint8)).resize((W, H), Image.Resampling.NEAREST)
+    mask = Image.fromarray((read_mask(path, photo.size) == 1).astype(np.uint8)).resize(
+        (W, H), Image.Resampling.NEAREST
+    )
     edge = np.asarray(mask) != np.asarray(mask.filter(ImageFilter.MinFilter(3)))
     rim = np.asarray(mask) != np.asarray(mask.filter(ImageFilter.MaxFilter(3)))
     joined = Image.new("RGB", (len(panels) * (W + 4) - 4, H), "white")
     for k, panel in enumerate(panels):
-        panel = np.where(edge[..., None], 255, np.where(rim[..., None], 0, panel))  # white in black, to be seen on anything
+        panel = np.where(
+            edge[..., None], 255, np.where(rim[..., None], 0, panel)
+        )  # white in black, to be seen on anything
         joined.paste(Image.fromarray(panel.astype(np.uint8)), (k * (W + 4), 0))
     return joined
 
@@ -116,14 +125,18 @@ def caption(path: Path, found: Measured, i: int, truth: str, names: Sequence[str
     return f"{printable(path.name)}\n{said}\n{times}"
 
 
-def draw_gallery(path: Path, sections: Mapping[str, Sequence[tuple[Image.Image, str]]], title: str) -> None:
+def draw_gallery(
+    path: Path, sections: Mapping[str, Sequence[tuple[Image.Image, str]]], title: str
+) -> None:
     """Draw pictures with captions, section by section."""
     lines = [math.ceil(len(shown) / COLUMNS) for shown in sections.values()]
     heights = [2.3 * n + 0.5 for n in lines]
     figure = Figure((COLUMNS * 4.4, sum(heights) + 0.5), layout="constrained", dpi=100)
     parts = figure.subfigures(len(lines), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, count, (kind, shown) in zip(parts, lines, sections.items()):
-        part.suptitle(kind + "\n" if shown else f"{kind}: none", x=0.01, ha="left", weight="bold", fontsize=11)
+        part.suptitle(
+            kind + "\n" if shown else f"{kind}: none", x=0.01, ha="left", weight="bold", fontsize=11
+        )
         axes = part.subplots(count, COLUMNS, squeeze=False).ravel() if shown else []
         for ax in axes:
             ax.axis("off")

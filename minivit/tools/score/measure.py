@@ -32,17 +32,26 @@ class Measured:
 
     photos: list[int]  # which of those given have a mask, in order
     left_out: dict[str, list[Path]]  # the others, by reason
-    rows: dict[str, np.ndarray]  # by model: (n, M, 2 regions, 4 metrics), NaN where there is no head box
+    rows: dict[
+        str, np.ndarray
+    ]  # by model: (n, M, 2 regions, 4 metrics), NaN where there is no head box
     maps: dict[str, Tensor]  # by model: (n, gh, gw), mean of the last block's heads
     times: dict[str, np.ndarray]  # by model: (n,), times chance of these maps on the pet
     area: np.ndarray  # (n,), the pet's share of what the model sees, the mask's border aside
     predicted: np.ndarray  # (n,) classes of the first model, and their probabilities
     probability: np.ndarray
-    equal_blocks: int  # from block 0, those of the same weights in all models; their maps are the same too
+    equal_blocks: (
+        int  # from block 0, those of the same weights in all models; their maps are the same too
+    )
 
 
 def measure(
-    models: Mapping[str, ViT], paths: Sequence[Path], *, blocks: Sequence[int], methods: Sequence[str], workers: int
+    models: Mapping[str, ViT],
+    paths: Sequence[Path],
+    *,
+    blocks: Sequence[int],
+    methods: Sequence[str],
+    workers: int,
 ) -> Measured:
     """Score models of one shape on photos, which are decoded meanwhile; blocks are sorted.
 
@@ -52,7 +61,10 @@ def measure(
     model, *others = models.values()
     equal = min((count_equal_blocks(model, other) for other in others), default=0)
     per_block = 1 + model.config.num_heads
-    num_equal, last = per_block * sum(b < equal for b in blocks), per_block * len(blocks) - 1  # of the maps
+    num_equal, last = (
+        per_block * sum(b < equal for b in blocks),
+        per_block * len(blocks) - 1,
+    )  # of the maps
     device, areas, answers = model.cls_token.device, [], []
     kept: list[int] = []
     left_out: dict[str, list[Path]] = {}
@@ -64,35 +76,64 @@ def measure(
     with torch.inference_mode(), tqdm(total=len(paths), unit="photo", leave=False) as progress:
         for batch in read_photos(paths, model, workers=workers, left_out=left_out):
             indices, pixels, shares = zip(*batch)
-            images, regions = model.preprocess.normalize(torch.stack(pixels).to(device)), torch.stack(shares)
-            absent, regions, found = not regions[:, 1].any(), regions.to(device), {}  # (B, 2, 2, P); no head box at all
+            images, regions = (
+                model.preprocess.normalize(torch.stack(pixels).to(device)),
+                torch.stack(shares),
+            )
+            absent, regions, found = (
+                not regions[:, 1].any(),
+                regions.to(device),
+                {},
+            )  # (B, 2, 2, P); no head box at all
             here = slice(len(kept), len(kept) + len(batch))
             for which, each in models.items():
                 logits, found[which] = model_maps(each, images, blocks, methods)
                 pet = region_scores(found[which], *regions[:, 0].unbind(1))
-                head = torch.full_like(pet, torch.nan) if absent else region_scores(found[which], *regions[:, 1].unbind(1))
+                head = (
+                    torch.full_like(pet, torch.nan)
+                    if absent
+                    else region_scores(found[which], *regions[:, 1].unbind(1))
+                )
                 rows[which][here] = torch.stack([pet, head], 2)  # (B, M, 2, 4)
                 maps[which][here] = found[which][:, last].unflatten(1, model.config.grid)
                 if each is model:
                     answers.append(logits.float().softmax(1).max(1))
                 else:
-                    differ |= (found[which][:, :num_equal] != found["model"][:, :num_equal]).any(2).any(0)
+                    differ |= (
+                        (found[which][:, :num_equal] != found["model"][:, :num_equal]).any(2).any(0)
+                    )
             areas.append(regions[:, 0, 0].sum(1) / regions[:, 0].sum((1, 2)))
             kept += indices
             progress.update(indices[-1] + 1 - progress.n)
     if not kept:
-        raise UserError(f"{paths[0].parents[1]}: none of {len(paths)} photos can be scored: {', '.join(sorted(left_out))}")
+        raise UserError(
+            f"{paths[0].parents[1]}: none of {len(paths)} photos can be scored: {', '.join(sorted(left_out))}"
+        )
     if differ.any():
         block = blocks[int(differ.nonzero()[0]) // per_block]
-        raise RuntimeError(f"block {block}: its maps differ, though it and all before it have equal weights")
+        raise RuntimeError(
+            f"block {block}: its maps differ, though it and all before it have equal weights"
+        )
     probability, predicted = (torch.cat(parts).cpu().numpy() for parts in zip(*answers))
     scores = {which: values[: len(kept)].cpu().numpy() for which, values in rows.items()}
     maps = {which: values[: len(kept)].cpu() for which, values in maps.items()}
     times = {which: values[:, last, 0, 1] for which, values in scores.items()}
-    return Measured(kept, left_out, scores, maps, times, torch.cat(areas).cpu().numpy(), predicted, probability, equal)
+    return Measured(
+        kept,
+        left_out,
+        scores,
+        maps,
+        times,
+        torch.cat(areas).cpu().numpy(),
+        predicted,
+        probability,
+        equal,
+    )
 
 
-def model_maps(model: ViT, images: Tensor, blocks: Sequence[int], methods: Sequence[str]) -> tuple[Tensor, Tensor]:
+def model_maps(
+    model: ViT, images: Tensor, blocks: Sequence[int], methods: Sequence[str]
+) -> tuple[Tensor, Tensor]:
     """Return the logits of images (B, 3, h, w) and how the class token looks: maps (B, M, P), in the order of map_keys."""
     c = model.config
     to_maps = partial(query_maps, grid=c.grid, num_registers=c.num_registers)
@@ -103,14 +144,20 @@ def model_maps(model: ViT, images: Tensor, blocks: Sequence[int], methods: Seque
         _, others["rollout"] = method_rows(model, images, blocks, method="rollout")  # (B, 1, 1, N)
     if "relevance" in methods:
         others["relevance"] = class_relevance(model, images, logits.argmax(1), blocks)  # (B, 1, N)
-    maps += [torch.stack([to_maps(rows[b]).flatten(1) for b in blocks], 1) for rows in others.values()]
+    maps += [
+        torch.stack([to_maps(rows[b]).flatten(1) for b in blocks], 1) for rows in others.values()
+    ]
     return logits, torch.cat(maps, 1)
 
 
-def map_keys(blocks: Sequence[int], num_heads: int, methods: Sequence[str]) -> list[tuple[str, int, int | str]]:
+def map_keys(
+    blocks: Sequence[int], num_heads: int, methods: Sequence[str]
+) -> list[tuple[str, int, int | str]]:
     """Name the M maps that model_maps returns: method, block, and head or "mean"."""
     keys = [("attention", block, head) for block in blocks for head in (*range(num_heads), "mean")]
-    return keys + [(method, block, "mean") for method in methods if method != "attention" for block in blocks]
+    return keys + [
+        (method, block, "mean") for method in methods if method != "attention" for block in blocks
+    ]
 
 
 def count_equal_blocks(model: ViT, other: ViT) -> int:
@@ -119,7 +166,9 @@ def count_equal_blocks(model: ViT, other: ViT) -> int:
     for name, tensor in model.state_dict().items():
         if name.startswith("blocks.") and not tensor.equal(theirs[name]):
             unequal.add(int(name.split(".")[1]))
-        elif name.startswith(("cls_token", "pos_embed", "patch_embed")) and not tensor.equal(theirs[name]):
+        elif name.startswith(("cls_token", "pos_embed", "patch_embed")) and not tensor.equal(
+            theirs[name]
+        ):
             return 0
     return min(unequal, default=model.config.depth)
 

@@ -29,9 +29,27 @@ if TYPE_CHECKING:
     from ...training.features import KnownTokens
 
 MIN_EPOCHS = 5  # of a run: few photos take more
-COLUMNS = ("shots", "blocks", "seed", "photos", "epochs", "train_accuracy", "val_accuracy", "test_accuracy", "seconds")
+COLUMNS = (
+    "shots",
+    "blocks",
+    "seed",
+    "photos",
+    "epochs",
+    "train_accuracy",
+    "val_accuracy",
+    "test_accuracy",
+    "seconds",
+)
 NAMES = {"none": "the head alone", "all": "all blocks"}
-SETTINGS = ("model", "revision", "epochs", "batch_size", "lr", "views", "amp")  # a study goes on only with the same
+SETTINGS = (
+    "model",
+    "revision",
+    "epochs",
+    "batch_size",
+    "lr",
+    "views",
+    "amp",
+)  # a study goes on only with the same
 
 
 @dataclass(frozen=True)
@@ -52,19 +70,64 @@ def make_parser() -> cli.Parser:
     add("--model", default=cli.BASE_MODEL, metavar="ID|DIR|FILE|demo", help="as in train.py")
     add("--revision", metavar="REV", help="Hub revision; none: the default branch")
     add("--data", default="data", metavar="DIR", help="as in train.py")
-    add("--shots", nargs="+", default=["5", "10", "20", "50", "all"], type=shots, metavar="N", help="photos a class")
+    add(
+        "--shots",
+        nargs="+",
+        default=["5", "10", "20", "50", "all"],
+        type=shots,
+        metavar="N",
+        help="photos a class",
+    )
     blocks = ["none", "11", "10-11", "8-11", "all"]
-    add("--blocks", nargs="+", default=blocks, metavar="RANGE", help="blocks to train, as in train.py; all takes longest")
-    add("--seeds", type=cli.at_least(1), default=3, help="how often each is repeated, with other photos in another order")
-    add("--epochs", type=cli.at_least(1), help=f"none: {MIN_EPOCHS}, or as many as {cli.MIN_STEPS} steps take")
+    add(
+        "--blocks",
+        nargs="+",
+        default=blocks,
+        metavar="RANGE",
+        help="blocks to train, as in train.py; all takes longest",
+    )
+    add(
+        "--seeds",
+        type=cli.at_least(1),
+        default=3,
+        help="how often each is repeated, with other photos in another order",
+    )
+    add(
+        "--epochs",
+        type=cli.at_least(1),
+        help=f"none: {MIN_EPOCHS}, or as many as {cli.MIN_STEPS} steps take",
+    )
     add("--batch-size", type=cli.at_least(1), default=16, help="photos per optimiser step")
     add("--lr", type=cli.positive, default=cli.LR, help="peak learning rate")
-    add("--views", type=cli.at_least(1), default=4, metavar="K", help="augmented views of each photo that are kept")
-    add("--cache-gib", type=cli.positive, default=8.0, metavar="X", help="memory for what frozen blocks make of photos")
-    add("--store-gib", type=cli.positive, default=cli.STORE_GIB, metavar="X", help="disk for decoded photos, beside the data")
+    add(
+        "--views",
+        type=cli.at_least(1),
+        default=4,
+        metavar="K",
+        help="augmented views of each photo that are kept",
+    )
+    add(
+        "--cache-gib",
+        type=cli.positive,
+        default=8.0,
+        metavar="X",
+        help="memory for what frozen blocks make of photos",
+    )
+    add(
+        "--store-gib",
+        type=cli.positive,
+        default=cli.STORE_GIB,
+        metavar="X",
+        help="disk for decoded photos, beside the data",
+    )
     parser.add_device_flags()
     parser.add_workers("threads that decode photos")
-    add("--out", default="study", metavar="DIR", help="where study.csv and study.png are written; an interrupted study goes on")
+    add(
+        "--out",
+        default="study",
+        metavar="DIR",
+        help="where study.csv and study.png are written; an interrupted study goes on",
+    )
     add("--dry-run", action="store_true", help="say how long it will take; train nothing")
     return parser
 
@@ -92,33 +155,57 @@ def study(args: argparse.Namespace) -> int:
     amp = device.pick_amp(args.amp, on)
     splits = [data.load_data(args.data, seed=seed) for seed in range(args.seeds)]
     model = weights.load_pretrained(args.model, revision=args.revision, labels=splits[0].classes)
-    cuts = {text: optim.freeze_except(model, optim.parse_blocks(text, model.config.depth)) for text in args.blocks}
+    cuts = {
+        text: optim.freeze_except(model, optim.parse_blocks(text, model.config.depth))
+        for text in args.blocks
+    }
     cells, low = plan(args, splits, cuts), frozen.working_copy(model, on, amp, train=False)
     learn = sorted({path for split in splits for path in split.train.paths})
     need = frozen.token_gib(low, len(splits[0].paths()) + args.views * len(learn))
     if need > args.cache_gib:
-        raise UserError(f"the tokens take {need:.1f} GiB; raise --cache-gib {args.cache_gib:g}, or lower --views {args.views}")
-    print(f"{len(cells)} runs, about {estimate(low, cells, splits, args.views) / 60:.0f} minutes on {on}", flush=True)
+        raise UserError(
+            f"the tokens take {need:.1f} GiB; raise --cache-gib {args.cache_gib:g}, or lower --views {args.views}"
+        )
+    print(
+        f"{len(cells)} runs, about {estimate(low, cells, splits, args.views) / 60:.0f} minutes on {on}",
+        flush=True,
+    )
     if args.dry_run:
         return 0
     out.mkdir(parents=True, exist_ok=True)
     with files.locked(out):
-        rows = earlier(out, {name: vars(args)[name] for name in SETTINGS} | {"photos": store.checksum((splits[0].paths(), ()))})
+        rows = earlier(
+            out,
+            {name: vars(args)[name] for name in SETTINGS}
+            | {"photos": store.checksum((splits[0].paths(), ()))},
+        )
         done = {(row["shots"], row["blocks"], row["seed"]) for row in rows}
         cells = [cell for cell in cells if (cell.shots, cell.blocks, str(cell.seed)) not in done]
         if cells:
-            photos, file = store.prepare(splits[0], model.preprocess, workers=args.workers, cap_gib=args.store_gib)
+            photos, file = store.prepare(
+                splits[0], model.preprocess, workers=args.workers, cap_gib=args.store_gib
+            )
             pixels = store.open_pixels(photos, file, model.preprocess, args.workers)
-            tokens = frozen.KnownTokens(low, pixels, learn, args.views, batch=device.eval_batch(on, 1, 1, amp))
+            tokens = frozen.KnownTokens(
+                low, pixels, learn, args.views, batch=device.eval_batch(on, 1, 1, amp)
+            )
         for cell in sorted(cells, key=lambda cell: cell.cut):
             tokens.advance(cell.cut)
             row = run(cell, model, splits[cell.seed], tokens, args, amp)
             if row is None:
-                print(f"\ninterrupted; what is done is in {out}: the same command goes on", file=sys.stderr)
+                print(
+                    f"\ninterrupted; what is done is in {out}: the same command goes on",
+                    file=sys.stderr,
+                )
                 return 130
             rows.append({name: str(row[name]) for name in COLUMNS})
-            with files.whole_file(out / "study.csv") as partial, partial.open("w", newline="", encoding="utf-8") as sheet:
-                csv.writer(sheet, lineterminator="\n").writerows([COLUMNS, *(row.values() for row in rows)])
+            with (
+                files.whole_file(out / "study.csv") as partial,
+                partial.open("w", newline="", encoding="utf-8") as sheet,
+            ):
+                csv.writer(sheet, lineterminator="\n").writerows(
+                    [COLUMNS, *(row.values() for row in rows)]
+                )
             print("{shots:>4} photos a class, blocks {blocks}, seed {seed}: training {train_accuracy:.3f}, validation "
                   "{val_accuracy:.3f}, test {test_accuracy:.3f} · {seconds:.0f} s".format(**row), flush=True)  # fmt: skip
     table = summarize(rows)
@@ -132,20 +219,37 @@ def study(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace, splits: Sequence[Data], cuts: Mapping[str, int]) -> list[Cell]:
     """List the grid's runs. A seed's photos of fewer shots are among those of more; each class must have more than that."""
-    cells, fewest = [], min(min(split.train.labels.count(i) for i in range(len(split.classes))) for split in splits)
-    possible = [count for count in dict.fromkeys(args.shots) if count == "all" or int(count) < fewest]
+    cells, fewest = (
+        [],
+        min(
+            min(split.train.labels.count(i) for i in range(len(split.classes))) for split in splits
+        ),
+    )
+    possible = [
+        count for count in dict.fromkeys(args.shots) if count == "all" or int(count) < fewest
+    ]
     if left := [count for count in args.shots if count not in possible]:
-        print(f"left out: {', '.join(left)} photos a class; the smallest class has {fewest} to train on", file=sys.stderr)
+        print(
+            f"left out: {', '.join(left)} photos a class; the smallest class has {fewest} to train on",
+            file=sys.stderr,
+        )
     for seed, split in enumerate(splits):
         order = random.Random(seed).sample(range(len(split.train)), len(split.train))
         for count in possible:
             of_class: dict[int, list[int]] = {}
             for i in order:
                 of_class.setdefault(split.train.labels[i], []).append(i)
-            chosen = sorted(i for found in of_class.values() for i in found[: None if count == "all" else int(count)])
+            chosen = sorted(
+                i
+                for found in of_class.values()
+                for i in found[: None if count == "all" else int(count)]
+            )
             steps = math.ceil(len(chosen) / args.batch_size)
             epochs = args.epochs or max(MIN_EPOCHS, math.ceil(cli.MIN_STEPS / steps))
-            cells += [Cell(count, blocks, seed, cut, epochs, split.train.take(chosen)) for blocks, cut in cuts.items()]
+            cells += [
+                Cell(count, blocks, seed, cut, epochs, split.train.take(chosen))
+                for blocks, cut in cuts.items()
+            ]
     return cells
 
 
@@ -174,7 +278,12 @@ def evaluate_every(epochs: int) -> int:
 
 
 def run(
-    cell: Cell, model: ViT, split: Data, tokens: KnownTokens, args: argparse.Namespace, amp: torch.dtype | None
+    cell: Cell,
+    model: ViT,
+    split: Data,
+    tokens: KnownTokens,
+    args: argparse.Namespace,
+    amp: torch.dtype | None,
 ) -> dict[str, Any] | None:
     """Fine-tune from tokens as train.py does, and test the best epoch; None if a signal came. Leaves the model as it was."""
     import torch
@@ -187,8 +296,13 @@ def run(
 
     started, on = time.perf_counter(), tokens.model.cls_token.device
     optim.freeze_except(model, optim.parse_blocks(cell.blocks, model.config.depth))
-    going = state.begin(frozen.working_copy(model, on, amp, train=True), amp=amp, weight_decay=cli.WEIGHT_DECAY)
-    before, (train, val, test) = going.tail(), ((s.paths, torch.tensor(s.labels)) for s in (cell.train, split.val, split.test))
+    going = state.begin(
+        frozen.working_copy(model, on, amp, train=True), amp=amp, weight_decay=cli.WEIGHT_DECAY
+    )
+    before, (train, val, test) = (
+        going.tail(),
+        ((s.paths, torch.tensor(s.labels)) for s in (cell.train, split.val, split.test)),
+    )
     how: dict[str, Any] = {
         "epochs": cell.epochs,
         "batch_size": args.batch_size,
@@ -198,7 +312,12 @@ def run(
         "evaluate_every": evaluate_every(cell.epochs),
         "scored": ["val"],
     }
-    how |= {"cache_views": args.views, "frozen": tokens, "train": train, "val": val}  # photos by path, as tokens knows them
+    how |= {
+        "cache_views": args.views,
+        "frozen": tokens,
+        "train": train,
+        "val": val,
+    }  # photos by path, as tokens knows them
     for row in loop.fit(going, cut=cell.cut, amp=amp, **how):
         if metrics.best_row(going.rows) is row:
             going.best = going.tail()
@@ -208,10 +327,14 @@ def run(
     tuned = frozen.working_copy(going.model, on, amp, train=False)
     accuracy = {"val": metrics.best_row(going.rows)["val_accuracy"]}
     for name, (photos, labels) in (("train", train), ("test", test)):
-        logits = loop.predict(tuned, tokens.evaluation(photos, torch.arange(len(labels)))(), cut=cell.cut)
+        logits = loop.predict(
+            tuned, tokens.evaluation(photos, torch.arange(len(labels)))(), cut=cell.cut
+        )
         accuracy[name] = loop.score(logits, labels)["accuracy"]
     state.set_tail(going.model, before)  # of which the model has the memory, where nothing is cast
-    found = {name: vars(cell)[name] for name in ("shots", "blocks", "seed", "epochs")} | {"photos": len(cell.train)}
+    found = {name: vars(cell)[name] for name in ("shots", "blocks", "seed", "epochs")} | {
+        "photos": len(cell.train)
+    }
     found |= {f"{name}_accuracy": value for name, value in accuracy.items()}
     return found | {"seconds": time.perf_counter() - started}
 
@@ -222,7 +345,11 @@ def earlier(out: Path, settings: Mapping[str, object]) -> list[dict[str, str]]:
 
     now = json.loads(json.dumps(settings))
     then = files.read_json(out / "study.json") if (out / "study.json").exists() else now
-    if changed := [f"{name} was {then.get(name)}, now {value}" for name, value in now.items() if then.get(name) != value]:
+    if changed := [
+        f"{name} was {then.get(name)}, now {value}"
+        for name, value in now.items()
+        if then.get(name) != value
+    ]:
         raise UserError(f"{out}: holds another study: {'; '.join(changed)}; give another --out")
     files.write_json(out / "study.json", now)
     if not (out / "study.csv").exists():
@@ -240,9 +367,16 @@ def summarize(rows: Sequence[Mapping[str, str]]) -> dict[str, dict[str, dict[str
             found = [row for row in rows if (row["blocks"], row["shots"]) == (blocks, asked)]
             tests = [float(row["test_accuracy"]) for row in found]
             gaps = [float(row["train_accuracy"]) - float(row["val_accuracy"]) for row in found]
-            cell = {"photos": statistics.mean(int(row["photos"]) for row in found), "seeds": len(found)}
+            cell = {
+                "photos": statistics.mean(int(row["photos"]) for row in found),
+                "seeds": len(found),
+            }
             for name, values in (("test", tests), ("gap", gaps)):
-                cell |= {name: statistics.mean(values), f"{name}_low": min(values), f"{name}_high": max(values)}
+                cell |= {
+                    name: statistics.mean(values),
+                    f"{name}_low": min(values),
+                    f"{name}_high": max(values),
+                }
             called = NAMES.get(blocks, f"block{'s' * (not blocks.isdecimal())} {blocks}")
             table.setdefault(called, {})[asked] = cell
     return table
@@ -251,11 +385,16 @@ def summarize(rows: Sequence[Mapping[str, str]]) -> dict[str, dict[str, dict[str
 def lay_out(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[str]:
     """Lay the mean test accuracies out, a line for each choice of blocks, with the lowest and highest of the seeds."""
     columns = list(dict.fromkeys(count for cells in table.values() for count in cells))
-    columns.sort(key=lambda count: max(cells[count]["photos"] for cells in table.values() if count in cells))
+    columns.sort(
+        key=lambda count: max(cells[count]["photos"] for cells in table.values() if count in cells)
+    )
     yield "test accuracy (lowest to highest seed) by photos a class"
     yield f"{'trained':14}" + "".join(f"{count:>22}" for count in columns)
     for blocks, cells in table.items():
-        said = ["{test:.3f} ({test_low:.3f}-{test_high:.3f})".format(**cells[c]) if c in cells else "" for c in columns]
+        said = [
+            "{test:.3f} ({test_low:.3f}-{test_high:.3f})".format(**cells[c]) if c in cells else ""
+            for c in columns
+        ]
         yield f"{blocks:14}" + "".join(f"{text:>22}" for text in said)
 
 
@@ -267,10 +406,18 @@ def advice(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     best = max(ends, key=lambda blocks: ends[blocks]["test"])
     spread = (ends[best]["test_high"] - ends[best]["test_low"]) / 2
     said = f"with {last} photos a class train {best}: test accuracy {ends[best]['test']:.3f}"
-    equals = [blocks for blocks in ends if blocks != best and ends[blocks]["test"] >= ends[best]["test"] - spread]
+    equals = [
+        blocks
+        for blocks in ends
+        if blocks != best and ends[blocks]["test"] >= ends[best]["test"] - spread
+    ]
     said += f" ({' and '.join(equals)} as good within the seeds' spread)" if equals else ""
     if others and others[-1] in table[best]:
         gain = ends[best]["test"] - table[best][others[-1]]["test"]
-        helps = "more photos would still help" if gain > max(spread, 0.01) else "more photos would help little"
+        helps = (
+            "more photos would still help"
+            if gain > max(spread, 0.01)
+            else "more photos would help little"
+        )
         said += f"; {100 * gain:+.1f} points since {others[-1]} photos, so {helps}"
     return f"{said}; training is {100 * ends[best]['gap']:.1f} points above validation there"

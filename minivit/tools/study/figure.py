@@ -15,7 +15,9 @@ from ...figures.plots import save
 MARKERS, DASHES = "os^Dv*", ("-", "--", "-.", ":", (0, (5, 1)))
 
 
-def draw_study(path: Path, table: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> None:
+def draw_study(
+    path: Path, table: Mapping[str, Mapping[str, Mapping[str, float]]], title: str
+) -> None:
     """Draw a line for each choice of blocks, the seeds' mean, between their lowest and highest."""
     figure = Figure((11, 5.4), layout="constrained")
     figure.suptitle(textwrap.fill(title[:1].upper() + title[1:], 130), fontsize=10)
@@ -23,12 +25,23 @@ def draw_study(path: Path, table: Mapping[str, Mapping[str, Mapping[str, float]]
     seeds = max(cell["seeds"] for cells in table.values() for cell in cells.values())
     for ax, what in zip(figure.subplots(1, 2), ("test", "gap")):
         for i, (blocks, cells) in enumerate(table.items()):
-            x, colour = [cell["photos"] for cell in cells.values()], colormaps["viridis"](0.9 * i / max(1, len(table) - 1))
-            mean, low, high = ([100 * cell[what + end] for cell in cells.values()] for end in ("", "_low", "_high"))
-            style = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)]}
+            x, colour = (
+                [cell["photos"] for cell in cells.values()],
+                colormaps["viridis"](0.9 * i / max(1, len(table) - 1)),
+            )
+            mean, low, high = (
+                [100 * cell[what + end] for cell in cells.values()] for end in ("", "_low", "_high")
+            )
+            style = {
+                "color": colour,
+                "marker": MARKERS[i % len(MARKERS)],
+                "linestyle": DASHES[i % len(DASHES)],
+            }
             ax.plot(x, mean, **style, label=blocks)
             ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-            ax.vlines(x, low, high, color=colour, linewidth=0.8)  # all there is to see of one count of photos
+            ax.vlines(
+                x, low, high, color=colour, linewidth=0.8
+            )  # all there is to see of one count of photos
         ax.set_xscale("log")
         ax.set_xticks(list(photos.values()), [f"{count}\n({n:g})" for count, n in photos.items()])
         ax.xaxis.set_minor_locator(NullLocator())
