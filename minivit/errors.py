@@ -1,12 +1,31 @@
-"""The one exception that means "the user can mend this", and how anything is said in one line."""
+"""The error that a user can mend, and helpers that put names and text into its message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Says what was expected, what was found and what to do; never a defect of ours."""
+    """A mistake that the user can correct, reported in one line and with exit code 2.
+
+    The message says what was expected, what was found and what to do. Defects of minivit itself
+    raise other exceptions.
+    """
+
+
+def first_few(names: Iterable[object], limit: int = 3, separator: str = ", ") -> str:
+    """Return the first `limit` names in one string, with "..." at the end if there are more."""
+    names = [str(name) for name in names]
+    if len(names) > limit:
+        names[limit:] = ["..."]
+    return separator.join(names)
 
 
 def printable(text: object) -> str:
-    """Return text as one line that cannot steer a terminal: control characters and undecodable bytes as escapes."""
+    """Return text as one line that is safe to print to a terminal.
+
+    Control characters and bytes that could not be decoded are replaced by escapes.
+    """
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
         for c in str(text)
