@@ -15,10 +15,10 @@ class UserError(ValueError):
 
 def first_few(names: Iterable[object], limit: int = 3, separator: str = ", ") -> str:
     """Return the first `limit` names in one string, with "..." at the end if there are more."""
-    names = [str(name) for name in names]
-    if len(names) > limit:
-        names[limit:] = ["..."]
-    return separator.join(names)
+    shown = [str(name) for name in names]
+    if len(shown) > limit:
+        shown[limit:] = ["..."]
+    return separator.join(shown)
 
 
 def printable(text: object) -> str:

@@ -18,8 +18,8 @@ from minivit import ViT, ViTConfig, load_pretrained, save_pretrained
 from minivit.checkpoints.weights import save_tail
 from minivit.data.preprocess import Preprocess
 from minivit.errors import UserError
+from minivit.model import freeze_except
 from minivit.tools import export
-from minivit.training.optimizer import freeze_except
 
 LABELS = ("Abyssinian", "boxer", "Egyptian Mau")
 needs_timm = pytest.mark.skipif(

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ..data.preprocess import Preprocess
 from ..errors import UserError
-from ..model import ViT, ViTConfig
+from ..model import ViT, ViTConfig, trainable
 from ..system.files import read_json, write_json
-from ..training.optimizer import trainable
 from .configs import (
     hub_config,
     hub_family,
