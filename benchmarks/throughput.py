@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from transformers import ViTForImageClassification
 
 from minivit import load_pretrained
+from minivit import model as model_module
+from minivit.cli import parse_blocks
 from minivit.system import device
-from minivit.training import optimizer as optim
 from minivit.training import state
 from minivit.training import step as loop
 from minivit.training.features import working_copy
@@ -46,7 +47,7 @@ def fit(
 ) -> list[dict]:
     """Train a fresh model by loop.fit and return its rows; the validation photos are the first 64."""
     model = load_pretrained(folder, num_classes=CLASSES)
-    cut = optim.freeze_except(model, optim.parse_blocks(blocks, model.config.depth))
+    cut = model_module.freeze_except(model, parse_blocks(blocks, model.config.depth))
     run = state.begin(working_copy(model, on, amp, train=True), amp=amp, weight_decay=0.05)
     labels = torch.arange(len(pixels)) % CLASSES
     how |= {

@@ -18,11 +18,6 @@ from .system.files import unfinished
 
 BASE_MODEL = "google/vit-base-patch16-224"
 RUN_DIR = "runs/pets"
-METHODS = (
-    "attention",
-    "rollout",
-    "relevance",
-)  # of attention.py; here, as its torch takes a second to import
 LR, WEIGHT_DECAY, STORE_GIB, MIN_STEPS = (
     1e-4,
     0.05,
@@ -124,6 +119,24 @@ def image_size(text: str) -> tuple[int, int]:
             f"expected pixels as 384, or height x width as 384x512, found {text!r}"
         )
     return int(sides[0]), int(sides[-1])
+
+
+def parse_blocks(text: str, depth: int) -> list[int]:
+    """Read a range of blocks, 0-based and inclusive: `8-11`, `10,11`, `all`, `none`."""
+    if text in ("all", "none"):
+        return list(range(depth)) if text == "all" else []
+    blocks: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise UserError(
+                f"blocks {text!r}: expected numbers and ranges as 8-11 or 10,11, or all, or none"
+            )
+        if int(last) >= depth:
+            raise UserError(f"blocks {text!r}: this model has blocks 0 to {depth - 1}")
+        blocks.update(range(int(first), int(last) + 1))
+    return sorted(blocks)
 
 
 def run(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .explain import Look, Photo
     from .model import ViT
 
+METHODS = ("attention", "rollout", "relevance")
 POOL_FROM = 8  # photos; figures of fewer are drawn before processes that draw would have started
 MAX_ROWS_GIB = 0.5  # of attention in a batch, where all its rows are asked for
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add(
         "--method",
-        choices=cli.METHODS,
+        choices=METHODS,
         default="attention",
         help="what is drawn of a block: its attention, attention followed up to it, or what spoke for a class up to it",
     )
@@ -108,12 +109,11 @@ def infer(args: argparse.Namespace) -> int:
     from . import explain as look
     from .data import photos
     from .errors import UserError
+    from .model import working_copy
     from .system import device
     from .system import distributed as parallel
     from .system import prefetch as ahead
     from .system import workers as processes
-    from .training import features as frozen
-    from .training import optimizer as optim
 
     rank, world = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
@@ -124,11 +124,10 @@ def infer(args: argparse.Namespace) -> int:
     on = device.pick_device(parallel.own_device(args.device))
     amp = device.pick_amp(args.amp, on)
     models = [
-        frozen.working_copy(model, on, amp, train=False)
-        for model in load_models(args, quiet=rank > 0)
+        working_copy(model, on, amp, train=False) for model in load_models(args, quiet=rank > 0)
     ]
     targets = [find_target(args.target, model, models) for model in models]
-    blocks = optim.parse_blocks(args.layers, min(model.config.depth for model in models))
+    blocks = cli.parse_blocks(args.layers, min(model.config.depth for model in models))
     methods = check_flags(args, models, blocks)
     Path(args.out).mkdir(parents=True, exist_ok=True)
 
@@ -178,7 +177,7 @@ def infer(args: argparse.Namespace) -> int:
         while drawn:
             finish(*drawn.popleft(), args, progress)
     if world > 1:
-        wait_for_others()
+        parallel.wait_for_others()
     return 2 if unreadable else 0
 
 
@@ -226,7 +225,7 @@ def check_flags(
             raise UserError(message)
     return [
         method
-        for method in cli.METHODS
+        for method in METHODS
         if method == args.method or (args.html and not (bare and method == "relevance"))
     ]
 
@@ -344,17 +343,6 @@ def say(text: object, stream) -> None:
 
     with tqdm.external_write_mode(file=stream):
         print(cli.printable(text), file=stream, flush=True)
-
-
-def wait_for_others() -> None:
-    """Wait for the other processes, since torchrun ends them all as soon as one reports an unreadable photo."""
-    import datetime
-
-    from torch import distributed
-
-    distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    distributed.barrier()
-    distributed.destroy_process_group()
 
 
 def expand(arguments: Iterable[str]) -> Iterator[Path]:

@@ -364,3 +364,54 @@ class ViT(nn.Module):
     def _check_index(name: str, indices: Iterable[int], count: int) -> None:
         if wrong := [i for i in indices if not 0 <= i < count]:
             raise UserError(f"{name} {wrong[0]} is out of range: this model has 0 to {count - 1}")
+
+
+def freeze_except(model: ViT, blocks: Sequence[int]) -> int:
+    """Let only these blocks, the final norm and the head train; return the cut, the first block that needs a graph.
+
+    Without blocks the cut is the model's depth: what comes before it is frozen and may be computed once.
+    """
+    model.requires_grad_(False)
+    for module in (*(model.blocks[i] for i in blocks), model.norm, model.head):
+        module.requires_grad_(True)
+    return min(blocks, default=len(model.blocks))
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what trains, by name: the tail."""
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+
+
+@torch.no_grad()
+def working_copy(
+    model: ViT, device: torch.device, dtype: torch.dtype | None, *, train: bool
+) -> ViT:
+    """Return the model on a device, in the precision `dtype` (None: float32), its positions resampled once and for all.
+
+    To `train` it, what trains stays in float32, for autocast. Memory is shared wherever nothing changes.
+    """
+    with torch.device("meta"):
+        copy = ViT(replace(model.config, pos_grid=None))
+    tensors = dict(model.named_parameters()) | {"pos_embed": model.positions()}
+    trains = {
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and train
+    }
+    there = {
+        n: t.detach().to(device, torch.float32 if n in trains else dtype or torch.float32)
+        for n, t in tensors.items()
+    }
+    copy.load_state_dict(there, assign=True)
+    for name, parameter in copy.named_parameters():
+        parameter.requires_grad_(name in trains)
+    copy.labels, copy.preprocess, copy.origin = model.labels, model.preprocess, model.origin
+    return copy
+
+
+@torch.no_grad()
+def follow(copy: ViT, model: ViT) -> None:
+    """Bring what trains of a model over into a working copy of it."""
+    for ours, theirs in zip(copy.parameters(), model.parameters()):
+        if theirs.requires_grad:
+            ours.copy_(theirs)  # which does nothing where they share memory

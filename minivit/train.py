@@ -173,14 +173,15 @@ def train(args: argparse.Namespace) -> int:
     from .data import datasets as data
     from .data import store
     from .errors import UserError
+    from .model import freeze_except, working_copy
     from .system import device
     from .system import distributed as parallel
     from .system import workers as processes
-    from .tools import describe, doctor
+    from .tools import doctor
     from .training import features as frozen
-    from .training import optimizer as optim
     from .training import run_folder as runs
     from .training import step as loop
+    from .training.overview import describe_training
 
     started, out, on = (
         time.perf_counter(),
@@ -210,8 +211,8 @@ def train(args: argparse.Namespace) -> int:
             model = weights.load_pretrained(
                 args.model, revision=args.revision, labels=photos.classes, img_size=args.img_size
             )
-            cut = optim.freeze_except(model, optim.parse_blocks(args.blocks, model.config.depth))
-            print(describe.describe_training(model, photos, on, amp), flush=True)
+            cut = freeze_except(model, cli.parse_blocks(args.blocks, model.config.depth))
+            print(describe_training(model, photos, on, amp), flush=True)
             steps = math.ceil(len(photos.train) / args.batch_size)
             if args.epochs * steps < cli.MIN_STEPS and first:
                 enough = f"--epochs {math.ceil(cli.MIN_STEPS / steps)} --cache-views 4, of which most cost little"
@@ -219,7 +220,7 @@ def train(args: argparse.Namespace) -> int:
                     f"{args.epochs * steps} steps teach little; for so few photos try {enough}",
                     file=sys.stderr,
                 )
-            net = frozen.working_copy(model, on, amp, train=True)
+            net = working_copy(model, on, amp, train=True)
             micro_batch = device.pick_micro_batch(args.micro_batch, args.batch_size, on, amp)
             if args.dry_run or on.type == "cuda":
                 how = {"batch_size": args.batch_size, "micro_batch": micro_batch, "amp": amp}
@@ -291,6 +292,7 @@ def learn(
     from .data import store
     from .system import distributed as parallel
     from .system import prefetch as ahead
+    from .system.signals import stop_requests
     from .training import metrics, state
     from .training import run_folder as runs
     from .training import step as loop
@@ -331,7 +333,7 @@ def learn(
                 runs.report_epoch(run.rows, args.epochs, out)
     run.spent = time.perf_counter() - started
     if run.stopped and first:
-        with parallel.stop_requests():  # torchrun repeats a signal
+        with stop_requests():  # torchrun repeats a signal
             run.save(out / runs.STATE, settings)
     return run
 
@@ -352,10 +354,9 @@ def finish(
     import torch
 
     from .checkpoints import hub
+    from .model import trainable, working_copy
     from .system import device, files
-    from .training import features as frozen
     from .training import metrics, state
-    from .training import optimizer as optim
     from .training import report as results
     from .training import run_folder as runs
     from .training import step as loop
@@ -365,7 +366,7 @@ def finish(
     batch = device.eval_batch(on, args.batch_size, micro_batch, amp)
     for net in (run.model, model):
         state.set_tail(net, run.best)
-    tested = frozen.working_copy(run.model, on, amp, train=False)
+    tested = working_copy(run.model, on, amp, train=False)
     run.free()
     # bf16 and fp16: the loss of 30 photos changed by up to 1.7% with what else was in their batch.
     loss, bound = (
@@ -385,7 +386,7 @@ def finish(
         "test_photos": len(test[1]),
         "best_epoch": best["epoch"],
         "verdict": metrics.verdict(run.rows),
-        "trainable_parameters": sum(p.numel() for p in optim.trainable(model).values()),
+        "trainable_parameters": sum(p.numel() for p in trainable(model).values()),
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "seconds": run.spent + time.perf_counter() - started,
         "peak_gib": peak_gib,

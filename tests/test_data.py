@@ -18,7 +18,8 @@ from conftest import draw_photo
 from torch.testing import assert_close
 
 from minivit import Preprocess
-from minivit.data.datasets import augment, draw_augmentation, load_data
+from minivit.data.augment import augment, draw_augmentation
+from minivit.data.datasets import load_data
 from minivit.errors import UserError
 
 BREEDS = ["Zorro_cat", "alpha_dog", "Beta_cat"]  # in label order, which is not the alphabet's

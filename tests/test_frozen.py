@@ -9,13 +9,14 @@ from test_loop import TIMES, fresh, pixels, tail_of  # noqa: F401 - a fixture am
 from torch.testing import assert_close
 
 from minivit import ViT
+from minivit import model as model_module
 from minivit.data.datasets import Data, Split
 from minivit.errors import UserError
+from minivit.model import freeze_except, trainable
 from minivit.system import device
 from minivit.system import distributed as parallel
 from minivit.training import features as frozen
 from minivit.training import step as loop
-from minivit.training.optimizer import freeze_except, trainable
 from minivit.training.state import begin, read, set_tail
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ def without_times(rows):
 
 
 def run_of(model, amp=None):
-    return begin(frozen.working_copy(model, CPU, amp, train=True), amp=amp, weight_decay=0.05)
+    return begin(model_module.working_copy(model, CPU, amp, train=True), amp=amp, weight_decay=0.05)
 
 
 def fit(run, data, **changes):
@@ -44,13 +45,13 @@ def fit(run, data, **changes):
 
 def test_a_working_copy_trains_in_float32_and_holds_the_rest_in_the_compute_precision():
     model = fresh()
-    copy = frozen.working_copy(model, CPU, torch.bfloat16, train=True)
+    copy = model_module.working_copy(model, CPU, torch.bfloat16, train=True)
     assert trainable(copy).keys() == trainable(model).keys()
     for name, parameter in copy.named_parameters():
         trains = name in trainable(model)
         assert parameter.dtype is (torch.float32 if trains else torch.bfloat16), name
         assert parameter.requires_grad == trains
-    evaluated = frozen.working_copy(copy, CPU, torch.bfloat16, train=False)
+    evaluated = model_module.working_copy(copy, CPU, torch.bfloat16, train=False)
     assert {p.dtype for p in evaluated.parameters()} == {torch.bfloat16}
     assert (
         evaluated.blocks[0].mlp.fc1.weight.data_ptr() == copy.blocks[0].mlp.fc1.weight.data_ptr()
@@ -62,7 +63,7 @@ def test_a_working_copy_trains_in_float32_and_holds_the_rest_in_the_compute_prec
 
 def test_a_working_copy_in_float32_is_the_model_itself_in_memory_and_in_numbers():
     model = fresh()
-    copy = frozen.working_copy(model, CPU, None, train=True)
+    copy = model_module.working_copy(model, CPU, None, train=True)
     assert all(p.data_ptr() == q.data_ptr() for p, q in zip(copy.parameters(), model.parameters()))
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(copy(images), model(images))
@@ -72,7 +73,7 @@ def test_positions_are_resampled_once():
     model = randomize(ViT(TINY.__class__(**vars(TINY) | {"pos_grid": (5, 7)}))).requires_grad_(
         False
     )  # which matmul looks at
-    copy, images = frozen.working_copy(model, CPU, None, train=False), torch.randn(2, 3, 32, 32)
+    copy, images = model_module.working_copy(model, CPU, None, train=False), torch.randn(2, 3, 32, 32)
     assert copy.pos_grid == copy.config.grid
     assert torch.equal(copy(images), model(images))
 
@@ -82,7 +83,7 @@ def test_evaluation_in_low_precision_gives_infers_logits_bit_for_bit(pixels):  #
     model = fresh()
     run = run_of(model, torch.bfloat16)
     fit(run, pixels, amp=torch.bfloat16, epochs=1)
-    copy = frozen.working_copy(run.model, CPU, torch.bfloat16, train=False)
+    copy = model_module.working_copy(run.model, CPU, torch.bfloat16, train=False)
     tokens = frozen.Frozen(run.model, 10, batch=4).evaluation(pixels[0], torch.arange(9), keep=True)
     found = loop.predict(copy, tokens(), cut=10)
     set_tail(model, run.tail())
@@ -256,7 +257,7 @@ def test_each_epoch_is_evaluated_with_that_epochs_weights_in_low_precision_too(p
         lr=1e-2,
         seed=0,
     ):
-        copy = frozen.working_copy(run.model, CPU, torch.bfloat16, train=False)
+        copy = model_module.working_copy(run.model, CPU, torch.bfloat16, train=False)
         logits = loop.predict_photos(copy, pixels[0], batch=device.cpu_batch(torch.bfloat16))
         assert row["val_loss"] == loop.score(logits, pixels[1])["loss"]
 
@@ -283,7 +284,7 @@ def test_rows_are_taken_as_by_an_index_from_photos_and_from_tokens(pixels):  # n
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_replayed_kernels_give_the_very_tokens(tiny):
-    model = frozen.working_copy(tiny, torch.device("cuda"), torch.bfloat16, train=False)
+    model = model_module.working_copy(tiny, torch.device("cuda"), torch.bfloat16, train=False)
     compute = frozen.Frozen(model, 1, batch=8)
     replayed = []
     for size in (

@@ -17,9 +17,9 @@ from conftest import ROOT, TINY, draw_photo, randomize
 from PIL import Image
 
 import infer
-from minivit import Preprocess, ViT, ViTConfig, cli, load_pretrained, open_photo, save_pretrained
+from minivit import Preprocess, ViT, ViTConfig, load_pretrained, open_photo, save_pretrained
 from minivit import explain as look
-from minivit.attention import class_relevance, query_maps, rollout
+from minivit.attention import METHODS, class_relevance, query_maps, rollout
 from minivit.checkpoints.hub import Origin
 from minivit.errors import UserError
 from minivit.figures import plots
@@ -443,7 +443,7 @@ def test_heads_have_a_panel_each_and_their_mean(tiny_folder, photo):
             np.testing.assert_allclose(panel.values, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", cli.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_photos_in_one_batch_are_what_they_are_alone_each_with_its_own_query(
     tiny_folder, tmp_path, method
 ):

@@ -11,15 +11,11 @@ from conftest import TINY, randomize
 from torch.testing import assert_close
 
 from minivit import Preprocess, ViT, load_pretrained
+from minivit.cli import parse_blocks
 from minivit.errors import UserError
+from minivit.model import freeze_except, trainable
 from minivit.training import step as loop
-from minivit.training.optimizer import (
-    freeze_except,
-    lr_at,
-    parameter_groups,
-    parse_blocks,
-    trainable,
-)
+from minivit.training.optimizer import lr_at, parameter_groups
 from minivit.training.state import begin
 
 CPU_SCALER_OFF = torch.amp.GradScaler("cpu", enabled=False)

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from minivit import ViT, ViTConfig
 from minivit.errors import UserError
-from minivit.training.optimizer import freeze_except, trainable
+from minivit.model import freeze_except, trainable
 
 DTYPES = {
     "fp32": (torch.float32, None),

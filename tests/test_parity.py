@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from minivit import ViT, load_pretrained, open_photo, save_pretrained
-from minivit.training.optimizer import freeze_except
+from minivit.model import freeze_except
 
 pytestmark = pytest.mark.filterwarnings(
     "default"

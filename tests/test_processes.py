@@ -48,7 +48,7 @@ def test_a_killed_process_is_a_line_and_no_broken_pipe_which_would_mean_that_nob
 
 
 def test_a_process_has_imported_its_module_and_no_torch():
-    for module in ("minivit.figures.plots", "minivit.data.preprocess", "minivit.data.pets"):
+    for module in ("minivit.figures.plots", "minivit.data.preprocess", "minivit.tools.score.masks"):
         with processes.working(1, module) as begin:
             names = begin(eval, "set(__import__('sys').modules)")()
         assert module in names

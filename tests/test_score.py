@@ -16,12 +16,13 @@ from conftest import ROOT, randomize
 from PIL import Image
 from torch.testing import assert_close
 
-from minivit import Preprocess, ViT, ViTConfig, cli, query_maps, save_pretrained
-from minivit.attention import class_relevance, region_scores, rollout
-from minivit.data import pets as oxford
+from minivit import Preprocess, ViT, ViTConfig, query_maps, save_pretrained
+from minivit.attention import METHODS, class_relevance, rollout
 from minivit.system import workers as processes
 from minivit.tools.score import command as score
 from minivit.tools.score import gallery, measure
+from minivit.tools.score import masks as oxford
+from minivit.tools.score.region_scores import region_scores
 
 CROP = Preprocess(36, (32, 32), 3)
 XML = "<annotation><object><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object></annotation>"
@@ -545,8 +546,8 @@ def test_maps_that_differ_under_equal_weights_are_a_loud_failure(pets, folders, 
 def test_maps_are_those_of_the_functions_that_are_tested_by_themselves(tiny):
     images, blocks = torch.randn(2, 3, 32, 32), [2, 5]
     with torch.inference_mode():
-        logits, maps = measure.model_maps(tiny, images, blocks, cli.METHODS)
-    keys = measure.map_keys(blocks, 3, cli.METHODS)
+        logits, maps = measure.model_maps(tiny, images, blocks, METHODS)
+    keys = measure.map_keys(blocks, 3, METHODS)
     assert maps.shape == (2, len(keys), 16) and len(keys) == 2 * 4 + 2 + 2
     assert_close(logits, tiny(images))
     with torch.no_grad():

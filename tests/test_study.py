@@ -14,11 +14,12 @@ import torch
 from test_commands import run_train
 
 from minivit import __main__
+from minivit import model as model_module
 from minivit.data.datasets import load_data
 from minivit.data.store import Pixels
 from minivit.tools.study import command as study
+from minivit.tools.study.tokens import KnownTokens
 from minivit.training import features as frozen
-from minivit.training import optimizer as optim
 from minivit.training import step as loop
 
 
@@ -115,7 +116,7 @@ def test_tokens_at_each_cut_are_those_of_the_model(tiny_saved, shapes_data):
     pixels = torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8)
     paths = split.paths()[:9]
     photos = Pixels(paths, model.preprocess, 1, pixels, torch.arange(9))
-    tokens = frozen.KnownTokens(model, photos, paths[2:6], 2, batch=4)
+    tokens = KnownTokens(model, photos, paths[2:6], 2, batch=4)
     for cut in (0, 3, 12):
         tokens.advance(cut)
         expected = frozen.Frozen(model, cut, batch=9)(pixels)
@@ -131,7 +132,7 @@ def test_tokens_at_each_cut_are_those_of_the_model(tiny_saved, shapes_data):
 def study_model(tiny_saved):
     from minivit import load_pretrained
 
-    return frozen.working_copy(load_pretrained(tiny_saved), torch.device("cpu"), None, train=False)
+    return model_module.working_copy(load_pretrained(tiny_saved), torch.device("cpu"), None, train=False)
 
 
 def test_fewer_shots_are_among_more_and_every_class_has_as_many(shapes_data):
@@ -222,11 +223,11 @@ def test_the_model_is_left_as_it_was_and_the_best_epoch_is_one_of_five(
         load_data(shapes_data, seed=0),
         study.make_parser().parse_args(["--lr", "0.01", "--views", "1"]),
     )
-    low = frozen.working_copy(model, torch.device("cpu"), None, train=False)
+    low = model_module.working_copy(model, torch.device("cpu"), None, train=False)
     photos = Pixels(split.paths(), model.preprocess, 1)
-    tokens = frozen.KnownTokens(low, photos, split.train.paths, 1, batch=64)
+    tokens = KnownTokens(low, photos, split.train.paths, 1, batch=64)
     cell, seen, fit = (
-        study.Cell("all", "11", 0, optim.freeze_except(model, [11]), 10, split.train),
+        study.Cell("all", "11", 0, model_module.freeze_except(model, [11]), 10, split.train),
         [],
         loop.fit,
     )

@@ -6,7 +6,6 @@ Shapes: n photos of a split, B of a batch, h, w pixels of the model's input.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import random
 import shutil
@@ -16,18 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from ..errors import UserError
 from .pets import SPLITS, read_listing
 from .photos import is_photo, list_photos
 
 VAL_FRACTION = 0.1
 SERVER_TIMEOUT_S = 6  # for each answer of Oxford's server
-MAX_ROTATION = math.radians(10)
-MIN_CROP = 0.8  # of a side
 
 
 @dataclass(frozen=True)
@@ -213,38 +206,3 @@ def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
             )
         held.update(rng.sample(indices, max(1, round(VAL_FRACTION * len(indices)))))
     return split.take([i for i in range(len(split)) if i not in held]), split.take(sorted(held))
-
-
-def draw_augmentation(n: int, generator: torch.Generator) -> Tensor:
-    """Draw one random flip, rotation and crop for each of n photos: (n, 5) numbers in [0, 1), for augment."""
-    return torch.rand(n, 5, generator=generator)
-
-
-def augment(images: Tensor, draws: Tensor) -> Tensor:
-    """Flip, rotate by up to 10 degrees and crop images (B, 3, h, w) in one resampling, each by its own draws (B, 5).
-
-    The crop keeps 80 to 100 per cent of each side; what a rotation leaves empty is filled by reflection.
-    """
-    B, _, h, w = images.shape
-    flip, turn, scale, x, y = draws.to(images.device).unbind(1)
-    flip = torch.where(flip < 0.5, -1.0, 1.0)
-    turn = (2 * turn - 1) * MAX_ROTATION
-    scale = MIN_CROP + (1 - MIN_CROP) * scale
-    cos, sin, aspect = turn.cos() * scale, turn.sin() * scale, h / w
-    theta = torch.zeros(
-        B, 2, 3, device=images.device
-    )  # from output to input coordinates, both -1 to 1
-    theta[:, 0, 0], theta[:, 0, 1], theta[:, 0, 2] = (
-        flip * cos,
-        -sin * aspect,
-        (2 * x - 1) * (1 - scale),
-    )
-    theta[:, 1, 0], theta[:, 1, 1], theta[:, 1, 2] = (
-        flip * sin / aspect,
-        cos,
-        (2 * y - 1) * (1 - scale),
-    )
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(
-        images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
-    )

@@ -13,10 +13,7 @@ from typing import TYPE_CHECKING
 from .. import cli
 
 if TYPE_CHECKING:
-    import torch
-
-    from ..data.datasets import Data
-    from ..model import ViT
+    pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,8 +41,7 @@ def describe_model(source: str, revision: str | None) -> list[tuple[str, str, st
     from PIL import Image
 
     from ..checkpoints import weights
-    from ..model import ViT
-    from ..training import optimizer as optim
+    from ..model import ViT, freeze_except, trainable
 
     said = weights.read_configs(source, revision)
     if said is None:  # a file that says nothing but by its tensors
@@ -57,10 +53,9 @@ def describe_model(source: str, revision: str | None) -> list[tuple[str, str, st
         with torch.device("meta"):
             model = ViT(c)
     trained = [i for i in (10, 11) if i < c.depth] or [c.depth - 1]
-    optim.freeze_except(model, trained)
+    freeze_except(model, trained)
     total, count = (
-        sum(p.numel() for p in some)
-        for some in (model.parameters(), optim.trainable(model).values())
+        sum(p.numel() for p in some) for some in (model.parameters(), trainable(model).values())
     )
     extras = ", LayerScale" * c.layer_scale + f", {c.num_registers} registers" * bool(
         c.num_registers
@@ -113,6 +108,7 @@ def describe_data(root: str) -> list[tuple[str, str, str]]:
     from ..data.datasets import load_data
     from ..data.pets import SPLITS, read_listing
     from ..errors import UserError
+    from ..training.overview import count_photos
 
     folder = Path(root).expanduser()
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -129,7 +125,7 @@ def describe_data(root: str) -> list[tuple[str, str, str]]:
                 formats[image.format] += 1
         except Exception:  # whatever decoders of broken files raise; the doctor says what
             formats["unreadable"] += 1
-    rows = [("data", root, ""), ("photos", _count(data), "seed 0")]
+    rows = [("data", root, ""), ("photos", count_photos(data), "seed 0")]
     licence = ("not stated in class folders", "")
     if (pets := data.root / "oxford-iiit-pet").is_dir():
         kinds = Counter(kind for split in SPLITS for *_, kind in read_listing(pets, split))
@@ -157,38 +153,3 @@ def describe_data(root: str) -> list[tuple[str, str, str]]:
         (name, " ".join(f"{n[label]:7}" for n in counts), "")
         for label, name in enumerate(data.classes)
     ]
-
-
-def _count(data: Data) -> str:
-    return f"{len(data.train):,} training, {len(data.val):,} validation, {len(data.test):,} test"
-
-
-def describe_training(model: ViT, data: Data, device: torch.device, amp: torch.dtype | None) -> str:
-    """Say what trains, on which photos, and where, as a table."""
-    c = model.config
-    parts = {"embeddings": [model.cls_token, model.pos_embed, *model.patch_embed.parameters()]}
-    for _, same in itertools.groupby(
-        range(c.depth), lambda i: model.blocks[i].norm1.weight.requires_grad
-    ):
-        run = list(same)
-        name = f"blocks {run[0]}-{run[-1]}" if len(run) > 1 else f"block {run[0]}"
-        parts[name] = [parameter for i in run for parameter in model.blocks[i].parameters()]
-    parts |= {
-        "norm": list(model.norm.parameters()),
-        "head": list(model.head.parameters()),
-        "all": list(model.parameters()),
-    }
-    lines = [
-        f"{model.origin.source}: {c.depth} blocks, {c.num_heads} heads, {c.embed_dim} wide, "
-        f"{c.img_size[0]} x {c.img_size[1]} pixels in patches of {c.patch_size}",
-        f"{len(data.classes)} classes; photos: {_count(data)}",
-        f"on {device}, {'mixed precision with ' + str(amp).removeprefix('torch.') if amp else 'float32'}\n",
-        f"{'':12} {'parameters':>12} {'trained':>12}",
-    ]
-    for name, parameters in parts.items():
-        total, trained = (
-            sum(p.numel() for p in parameters),
-            sum(p.numel() for p in parameters if p.requires_grad),
-        )
-        lines.append(f"{name:12} {total:12,} {trained:12,}")
-    return "\n".join(lines) + "\n"

@@ -281,8 +281,8 @@ def _list_class_folders(root: Path, found: dict) -> list[Photo]:
 
 
 def _examine(photo: Photo, found: dict) -> Photo:
-    from ..data.pets import annotation, read_mask
     from ..data.photos import FORMATS, PhotoError, open_photo
+    from .score.masks import annotation, read_mask
 
     name, path, _, split = photo[:4]
     try:

@@ -67,7 +67,7 @@ def measure(
     import torch
 
     from ..checkpoints import weights
-    from ..training import features as frozen
+    from ..model import working_copy
 
     with torch.no_grad():
         logits, attn = model.forward_with_attention(images, [model.config.depth - 1])
@@ -78,7 +78,7 @@ def measure(
             1e-5,
         )
         if amp:
-            low = frozen.working_copy(model, images.device, amp, train=False)
+            low = working_copy(model, images.device, amp, train=False)
             bound = {torch.bfloat16: 5e-2, torch.float16: 1e-2}[amp]
             yield (
                 f"logits in {str(amp)[6:]} against float32",
@@ -122,22 +122,20 @@ def accumulation(model: ViT, images: torch.Tensor, micro_batch: int) -> float:
     """Compare the gradients (clipped) that train_step leaves for micro-batches and for the full batch."""
     import torch
 
-    from ..training import optimizer as optim
+    from ..model import freeze_except, trainable
     from ..training import state
     from ..training import step as loop
 
     labels, found = torch.arange(len(images), device=images.device) % 5, []
     for size in (len(images), micro_batch):
         twin = copy.deepcopy(model)
-        optim.freeze_except(twin, [model.config.depth - 1])
+        freeze_except(twin, [model.config.depth - 1])
         run = state.begin(twin, amp=None, weight_decay=0.0)
         loop.train_step(
             twin, run.optimizer, run.scaler, images.__getitem__, labels, micro_batch=size, amp=None
         )
         found.append(
-            torch.cat(
-                [cast(torch.Tensor, p.grad).flatten() for p in optim.trainable(twin).values()]
-            )
+            torch.cat([cast(torch.Tensor, p.grad).flatten() for p in trainable(twin).values()])
         )
     return difference(found[1], found[0])
 
@@ -146,8 +144,7 @@ def resume(model: ViT, amp: torch.dtype | None, folder: Path) -> float:
     """Train for two epochs; the same with a stop after the first, its state written and read back: compare the weights."""
     import torch
 
-    from ..training import features as frozen
-    from ..training import optimizer as optim
+    from ..model import freeze_except, working_copy
     from ..training import state
     from ..training import step as loop
 
@@ -168,8 +165,8 @@ def resume(model: ViT, amp: torch.dtype | None, folder: Path) -> float:
 
     def begin() -> state.State:
         twin = copy.deepcopy(model)
-        optim.freeze_except(twin, [last])
-        twin = frozen.working_copy(twin, model.cls_token.device, amp, train=True)
+        freeze_except(twin, [last])
+        twin = working_copy(twin, model.cls_token.device, amp, train=True)
         return state.begin(twin, amp=amp, weight_decay=0.05)
 
     straight, stopped, resumed = begin(), begin(), begin()

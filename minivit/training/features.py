@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import overload
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data.datasets import Data, augment, draw_augmentation
+from ..data.augment import augment
+from ..data.datasets import Data
 from ..data.store import Pixels
 from ..model import ViT
 from ..system.prefetch import Job, read_ahead
@@ -35,39 +34,6 @@ class Tail(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.model.logits(tokens, start=self.cut)
-
-
-@torch.no_grad()
-def working_copy(
-    model: ViT, device: torch.device, dtype: torch.dtype | None, *, train: bool
-) -> ViT:
-    """Return the model on a device, in the precision `dtype` (None: float32), its positions resampled once and for all.
-
-    To `train` it, what trains stays in float32, for autocast. Memory is shared wherever nothing changes.
-    """
-    with torch.device("meta"):
-        copy = ViT(replace(model.config, pos_grid=None))
-    tensors = dict(model.named_parameters()) | {"pos_embed": model.positions()}
-    trains = {
-        name for name, parameter in model.named_parameters() if parameter.requires_grad and train
-    }
-    there = {
-        n: t.detach().to(device, torch.float32 if n in trains else dtype or torch.float32)
-        for n, t in tensors.items()
-    }
-    copy.load_state_dict(there, assign=True)
-    for name, parameter in copy.named_parameters():
-        parameter.requires_grad_(name in trains)
-    copy.labels, copy.preprocess, copy.origin = model.labels, model.preprocess, model.origin
-    return copy
-
-
-@torch.no_grad()
-def follow(copy: ViT, model: ViT) -> None:
-    """Bring what trains of a model over into a working copy of it."""
-    for ours, theirs in zip(copy.parameters(), model.parameters()):
-        if theirs.requires_grad:
-            ours.copy_(theirs)  # which does nothing where they share memory
 
 
 def take(source: Source, index: Tensor, device: torch.device) -> Tensor:
@@ -175,7 +141,7 @@ class Frozen:
         read = lambda i: [
             take(pixels, jobs[i], weight.device),
             *(() if draws is None else [draws[places[i]]]),
-        ]  # noqa: E731
+        ]
         moved = on_device(read, range(len(jobs)), weight.device)
         for found in tqdm(moved, "frozen blocks", len(jobs), unit="batch", leave=False):
             tokens = self(*found)
@@ -233,53 +199,6 @@ class Replay:
             held.copy_(given)
         self.graph.replay()
         return self.result
-
-
-class KnownTokens:
-    """All photos' tokens (A, N, D) at the cut that stands, and K views' of those to learn from: a Frozen that computes nothing.
-
-    Photos are given by their paths in place of pixels.
-    """
-
-    def __init__(
-        self, model: ViT, pixels: Pixels, learn: Sequence[Path], num_views: int, *, batch: int
-    ) -> None:
-        self.model, self.cut, self.batch = model, 0, batch
-        compute, generator = Frozen(model, 0, batch=batch), torch.Generator().manual_seed(0)
-        self.row_of, self.learn_row_of = (
-            {path: i for i, path in enumerate(paths)} for paths in (pixels.paths, learn)
-        )
-        own = torch.tensor([self.row_of[path] for path in learn])
-        self.tables = [
-            compute.keep(pixels, torch.arange(len(pixels)))
-        ]  # of photos as they are, then of each view
-        self.tables += [
-            compute.keep(pixels, own, draw_augmentation(len(own), generator))
-            for _ in range(num_views)
-        ]
-
-    @torch.no_grad()
-    def advance(self, cut: int) -> None:
-        """Run the blocks up to another cut."""
-        shape, device = tokens_shape(self.model, cut), self.model.cls_token.device
-        for i, table in enumerate(self.tables):
-            there = table if table.shape[1:] == shape else table.new_empty(len(table), *shape)
-            for start in range(0, len(table), self.batch):
-                x = self.model.run(
-                    table[start : start + self.batch].to(device), self.cut, cut, only_read=True
-                )
-                there[start : start + self.batch].copy_(x)
-            self.tables[i] = there
-        self.cut = cut
-
-    def view(self, k: int, photos: Sequence[Path], *_: object) -> Tensor:
-        return self.tables[1 + k][[self.learn_row_of[path] for path in photos]]
-
-    def evaluation(
-        self, photos: Sequence[Path], own: Tensor, **_: object
-    ) -> Callable[[], Iterator[Tensor]]:
-        rows = torch.tensor([self.row_of[photos[i]] for i in own.tolist()]).split(self.batch)
-        return lambda: (self.tables[0][part].to(self.model.cls_token.device) for part in rows)
 
 
 def tokens_shape(model: ViT, cut: int) -> tuple[int, int]:

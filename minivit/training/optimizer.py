@@ -3,55 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from ..errors import UserError
-
-if TYPE_CHECKING:
-    from ..model import ViT
+from ..model import ViT, trainable
 
 WARMUP = 0.1  # of all steps
-
-
-def parse_blocks(text: str, depth: int) -> list[int]:
-    """Read a range of blocks, 0-based and inclusive: `8-11`, `10,11`, `all`, `none`."""
-    if text in ("all", "none"):
-        return list(range(depth)) if text == "all" else []
-    blocks: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = (piece.strip() for piece in part.partition("-"))
-        last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise UserError(
-                f"blocks {text!r}: expected numbers and ranges as 8-11 or 10,11, or all, or none"
-            )
-        if int(last) >= depth:
-            raise UserError(f"blocks {text!r}: this model has blocks 0 to {depth - 1}")
-        blocks.update(range(int(first), int(last) + 1))
-    return sorted(blocks)
-
-
-def freeze_except(model: ViT, blocks: Sequence[int]) -> int:
-    """Let only these blocks, the final norm and the head train; return the cut, the first block that needs a graph.
-
-    Without blocks the cut is the model's depth: what comes before it is frozen and may be computed once.
-    """
-    model.requires_grad_(False)
-    for module in (*(model.blocks[i] for i in blocks), model.norm, model.head):
-        module.requires_grad_(True)
-    return min(blocks, default=len(model.blocks))
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what trains, by name: the tail."""
-    return {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
 
 
 def parameter_groups(model: ViT, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:

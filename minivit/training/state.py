@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..checkpoints.tensors import save_tensors
 from ..errors import UserError
-from ..model import ViT
-from .optimizer import AdamW, parameter_groups, trainable
+from ..model import ViT, trainable
+from .optimizer import AdamW, parameter_groups
 
 PLAIN = ("epoch", "step", "losses", "lr", "rows", "seconds", "spent")  # what JSON holds of a State
 

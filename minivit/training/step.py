@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ..data.datasets import draw_augmentation
+from ..data.augment import draw_augmentation
 from ..errors import UserError
-from ..model import ViT
+from ..model import ViT, follow, working_copy
 from ..system import distributed as parallel
 from ..system.device import eval_batch, peak_gib, product_flops
-from .features import Frozen, Source, Tail, follow, on_device, take, token_gib, working_copy
+from ..system.signals import stop_requests
+from .features import Frozen, Source, Tail, on_device, take, token_gib
 from .metrics import best_row, confusion_matrix, summarize
 from .optimizer import AdamW, lr_at
 from .state import State, begin
@@ -248,7 +249,7 @@ def fit(
         label_smoothing=label_smoothing,
     )
     schedule, views = partial(lr_at, peak=lr, total=epochs * math.ceil(n / batch_size)), {}
-    with parallel.stop_requests() as stop_requested:
+    with stop_requests() as stop_requested:
         while state.epoch <= epochs and not _patience_ends(state, patience):
             started = time.perf_counter() - state.seconds
             (order, draws), view = (

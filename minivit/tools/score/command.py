@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 REGIONS = ("pet", "head box")
 METRICS = ("mass", "times_chance", "pointing", "average_precision")
 GROUPS = ("all", "right", "wrong", "cats", "dogs")  # of photos
+METHODS = ("attention", "rollout", "relevance")
 RESAMPLES = 1000  # of the photos, for the intervals
 MAX_GALLERY = 50
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=methods,
         default="attention",
         metavar="LIST",
-        help=f"some of {','.join(cli.METHODS)}, or all (slower)",
+        help=f"some of {','.join(METHODS)}, or all (slower)",
     )
     add(
         "--gallery",
@@ -79,25 +80,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def methods(text: str) -> tuple[str, ...]:
-    """An argparse type: some of cli.METHODS; attention always is one of them."""
-    asked = cli.METHODS if text == "all" else text.split(",")
-    if unknown := sorted(set(asked) - set(cli.METHODS)):
+    """An argparse type: some of METHODS; attention always is one of them."""
+    asked = METHODS if text == "all" else text.split(",")
+    if unknown := sorted(set(asked) - set(METHODS)):
         raise argparse.ArgumentTypeError(
-            f"expected all, or some of {','.join(cli.METHODS)}; found {unknown[0]!r}"
+            f"expected all, or some of {','.join(METHODS)}; found {unknown[0]!r}"
         )
-    return tuple(name for name in cli.METHODS if name in asked or name == "attention")
+    return tuple(name for name in METHODS if name in asked or name == "attention")
 
 
 def score(args: argparse.Namespace) -> int:
     """Measure every photo, then tell how the maps fall on pet and head, for which photos, and what fine-tuning changed."""
     from ...checkpoints import weights
     from ...data import datasets as data
-    from ...data import pets
+    from ...model import working_copy
     from ...system import device, files
-    from ...training import features as frozen
-    from ...training import optimizer as optim
     from . import figure as score_plots
-    from . import gallery, measure
+    from . import gallery, masks, measure
 
     source = cli.default_model(args.model)
     print(f"model: {printable(source)}", file=sys.stderr)
@@ -109,7 +108,7 @@ def score(args: argparse.Namespace) -> int:
     amp, train, val = device.pick_amp(args.amp, on), photos.train, photos.val
     trainval = data.Split(train.paths + val.paths, train.labels + val.labels)
     split = trainval if args.split == "trainval" else getattr(photos, args.split)
-    if not any(pets.annotation(path, "trimaps", ".png").is_file() for path in split.paths):
+    if not any(masks.annotation(path, "trimaps", ".png").is_file() for path in split.paths):
         raise UserError(
             f"{args.data}: no photo of {args.split} has a mask; score needs Oxford-IIIT Pet's annotations/trimaps"
         )
@@ -118,13 +117,13 @@ def score(args: argparse.Namespace) -> int:
     model = models["model"]
     knows, blocks = (
         set(photos.classes) <= set(model.labels),
-        optim.parse_blocks(args.blocks, model.config.depth),
+        cli.parse_blocks(args.blocks, model.config.depth),
     )
     check(models, names, blocks, args, knows)
     out.mkdir(parents=True, exist_ok=True)
 
     started = time.perf_counter()
-    models = {which: frozen.working_copy(m, on, amp, train=False) for which, m in models.items()}
+    models = {which: working_copy(m, on, amp, train=False) for which, m in models.items()}
     found = measure.measure(
         models, split.paths, blocks=blocks, methods=args.methods, workers=args.workers
     )

@@ -16,12 +16,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 
-from ...data.pets import read_mask
 from ...data.photos import open_photo
 from ...data.preprocess import Preprocess
 from ...errors import printable
 from ...figures.plots import HEAT, overlay, save, show, value_range
 from ...system.files import whole_file
+from .masks import read_mask
 from .measure import Measured
 
 SIDE = 240  # pixels of a photo's longer side

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...attention import CLASS_TOKEN, class_relevance, method_rows, query_maps, region_scores
-from ...data.pets import read_pets
+from ...attention import CLASS_TOKEN, class_relevance, method_rows, query_maps
 from ...errors import UserError
 from ...model import ViT
 from ...system import workers as processes
+from .masks import read_pets
+from .region_scores import region_scores
 
 BATCH, CHUNK = 64, 8  # photos that the model takes at once; that a process reads in one go
 
@@ -191,7 +192,9 @@ def read_photos(
             else:
                 yield i, torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
-    with processes.working(processes.worth_starting(paths, workers), "minivit.data.pets") as begin:
+    with processes.working(
+        processes.worth_starting(paths, workers), "minivit.tools.score.masks"
+    ) as begin:
         found = scorable(begin)
         while batch := list(itertools.islice(found, BATCH)):
             yield batch

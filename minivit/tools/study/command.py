@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ...data.datasets import Data, Split
     from ...model import ViT
-    from ...training.features import KnownTokens
+    from .tokens import KnownTokens
 
 MIN_EPOCHS = 5  # of a run: few photos take more
 COLUMNS = (
@@ -146,20 +146,21 @@ def study(args: argparse.Namespace) -> int:
     from ...checkpoints import weights
     from ...data import datasets as data
     from ...data import store
+    from ...model import freeze_except, working_copy
     from ...system import device, files
     from ...training import features as frozen
-    from ...training import optimizer as optim
     from . import figure as study_plots
+    from .tokens import KnownTokens
 
     started, out, on = time.perf_counter(), Path(args.out), device.pick_device(args.device)
     amp = device.pick_amp(args.amp, on)
     splits = [data.load_data(args.data, seed=seed) for seed in range(args.seeds)]
     model = weights.load_pretrained(args.model, revision=args.revision, labels=splits[0].classes)
     cuts = {
-        text: optim.freeze_except(model, optim.parse_blocks(text, model.config.depth))
+        text: freeze_except(model, cli.parse_blocks(text, model.config.depth))
         for text in args.blocks
     }
-    cells, low = plan(args, splits, cuts), frozen.working_copy(model, on, amp, train=False)
+    cells, low = plan(args, splits, cuts), working_copy(model, on, amp, train=False)
     learn = sorted({path for split in splits for path in split.train.paths})
     need = frozen.token_gib(low, len(splits[0].paths()) + args.views * len(learn))
     if need > args.cache_gib:
@@ -186,7 +187,7 @@ def study(args: argparse.Namespace) -> int:
                 splits[0], model.preprocess, workers=args.workers, cap_gib=args.store_gib
             )
             pixels = store.open_pixels(photos, file, model.preprocess, args.workers)
-            tokens = frozen.KnownTokens(
+            tokens = KnownTokens(
                 low, pixels, learn, args.views, batch=device.eval_batch(on, 1, 1, amp)
             )
         for cell in sorted(cells, key=lambda cell: cell.cut):
@@ -288,16 +289,15 @@ def run(
     """Fine-tune from tokens as train.py does, and test the best epoch; None if a signal came. Leaves the model as it was."""
     import torch
 
+    from ...model import freeze_except, working_copy
     from ...system import device
-    from ...training import features as frozen
     from ...training import metrics, state
-    from ...training import optimizer as optim
     from ...training import step as loop
 
     started, on = time.perf_counter(), tokens.model.cls_token.device
-    optim.freeze_except(model, optim.parse_blocks(cell.blocks, model.config.depth))
+    freeze_except(model, cli.parse_blocks(cell.blocks, model.config.depth))
     going = state.begin(
-        frozen.working_copy(model, on, amp, train=True), amp=amp, weight_decay=cli.WEIGHT_DECAY
+        working_copy(model, on, amp, train=True), amp=amp, weight_decay=cli.WEIGHT_DECAY
     )
     before, (train, val, test) = (
         going.tail(),
@@ -324,7 +324,7 @@ def run(
     if going.stopped:
         return None
     state.set_tail(going.model, going.best)
-    tuned = frozen.working_copy(going.model, on, amp, train=False)
+    tuned = working_copy(going.model, on, amp, train=False)
     accuracy = {"val": metrics.best_row(going.rows)["val_accuracy"]}
     for name, (photos, labels) in (("train", train), ("test", test)):
         logits = loop.predict(
