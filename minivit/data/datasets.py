@@ -46,6 +46,7 @@ class Data:
     val: Split
     test: Split
     root: Path  # of all photos
+    is_pets: bool = False  # whether this is Oxford-IIIT Pet
 
     def paths(self) -> list[Path]:
         """Return the photos of all splits, each once, in order."""
@@ -135,7 +136,12 @@ def _load_pets(folder: Path, seed: int) -> Data:
         )
     train, val = _hold_out(splits["trainval"], seed)
     return Data(
-        tuple(names[i] for i in range(len(names))), train, val, splits["test"], folder.parent
+        tuple(names[i] for i in range(len(names))),
+        train,
+        val,
+        splits["test"],
+        folder.parent,
+        is_pets=True,
     )
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -205,7 +206,7 @@ def _without(data: Data, bad: dict[Path, str], skip_bad: bool) -> Data:
         raise UserError(
             f"no photos are left {', '.join(lost)}: mend or replace those that cannot be read"
         )
-    return Data(data.classes, train, val, test, data.root)
+    return replace(data, train=train, val=val, test=test)
 
 
 def _digest(value: object) -> str:
