@@ -1,7 +1,11 @@
-"""A plain Vision Transformer, from pixels to logits, that gives its attention as a return value.
+"""The Vision Transformer: from pixels to logits, with attention as a return value.
 
-Shapes: B images, N tokens (1 class token, then R registers if any, then the patches row by row), D embed_dim, H heads,
-        K = D / H, Q query tokens. Parameter names are the ones timm and DINO share.
+The parameters have the names that timm and DINO share.
+
+Shapes: B images, D embed_dim, H heads, K = D / H, C classes,
+        N tokens: 1 class token, then R registers (in most models 0), then the patches row by row,
+        Q query tokens: those N or a selection of them.
+
 Sources: ViT, Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929
          LayerScale, Touvron et al. 2021, https://arxiv.org/abs/2103.17239
          registers, Darcet et al. 2024, https://arxiv.org/abs/2309.16588
@@ -23,12 +27,12 @@ if TYPE_CHECKING:
     from .checkpoints.hub import Origin
     from .data.preprocess import Preprocess
 
-MAX_SIZE = 65_536  # of anything in a config: what is larger is a broken file
+MAX_SIZE = 65_536  # A larger size in a config means that the file is broken.
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """The sizes of a plain ViT; the defaults are google/vit-base-patch16-224's."""
+    """The sizes of a plain ViT. The defaults are those of google/vit-base-patch16-224."""
 
     img_size: tuple[int, int] = (224, 224)  # pixels, height before width
     patch_size: int = 16
@@ -36,34 +40,29 @@ class ViTConfig:
     depth: int = 12
     num_heads: int = 12
     mlp_dim: int = 3072
-    num_classes: int = 1000  # 0: no head
-    eps: float = 1e-12  # of every LayerNorm: 1e-12 in Google's checkpoints, 1e-6 in timm's, torchvision's, DINOv2's
+    num_classes: int = 1000  # 0: the model has no head.
+    # The epsilon of every LayerNorm: 1e-12 in Google's checkpoints, 1e-6 in those of timm,
+    # torchvision and DINOv2.
+    eps: float = 1e-12
     qkv_bias: bool = True
     layer_scale: bool = False
-    pool: str = (
-        "cls"  # what the head reads: "cls", or "cls+mean" of the patches (DINOv2's classifier)
-    )
-    pos_grid: tuple[int, int] | None = (
-        None  # patches that pos_embed was trained on; None: those of img_size
-    )
-    pos_antialias: bool = False  # how pos_embed is resampled to another grid: with antialiasing by timm and with registers
-    num_registers: int = 0  # tokens that are no patches, between the class token and those
+    # What the head reads: "cls" is the class token, "cls+mean" the class token and the mean of the
+    # patches, as in DINOv2's classifier.
+    pool: str = "cls"
+    # The grid of patches that pos_embed was trained on. None means the grid of img_size.
+    pos_grid: tuple[int, int] | None = None
+    # Whether pos_embed is resampled with antialiasing, as timm and models with registers do.
+    pos_antialias: bool = False
+    num_registers: int = 0  # extra learned tokens between the class token and the patches
 
     def __post_init__(self) -> None:
-        counts = {
-            "patch_size": self.patch_size,
-            "embed_dim": self.embed_dim,
-            "mlp_dim": self.mlp_dim,
-        }
-        counts |= {
-            "num_heads": self.num_heads,
-            "img_size": min(self.img_size),
-            "width": max(self.img_size),
-        }
-        for name, count in counts.items():
-            if type(count) is not int or not 1 <= count <= MAX_SIZE:
+        names = ("patch_size", "embed_dim", "num_heads", "mlp_dim")
+        sizes = {name: getattr(self, name) for name in names}
+        sizes["image height"], sizes["image width"] = self.img_size
+        for name, size in sizes.items():
+            if type(size) is not int or not 1 <= size <= MAX_SIZE:
                 raise UserError(
-                    f"{name} is {count!r}; expected a whole number from 1 to {MAX_SIZE:,}"
+                    f"{name} is {size!r}; expected a whole number from 1 to {MAX_SIZE:,}"
                 )
         if not 0 < self.eps < 1:
             raise UserError(f"eps is {self.eps!r}; expected a number between 0 and 1")
@@ -73,312 +72,374 @@ class ViTConfig:
             )
         if any(side % self.patch_size for side in self.img_size):
             raise UserError(
-                f"img_size {self.img_size} is not a whole number of patches of {self.patch_size} pixels"
+                f"img_size {self.img_size} is not a whole number of patches"
+                f" of {self.patch_size} pixels"
             )
         if self.pool not in ("cls", "cls+mean"):
-            raise UserError(f'pool is "cls" or "cls+mean", not {self.pool!r}')
+            raise UserError(f'pool is {self.pool!r}; expected "cls" or "cls+mean"')
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches of one image, rows before columns."""
-        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+        """The number of rows and of columns of patches in an image."""
+        height, width = self.img_size
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def num_tokens(self) -> int:
-        """N: the class token, registers and patches."""
-        return 1 + self.num_registers + self.grid[0] * self.grid[1]
+        """N: the class token, the registers and the patches."""
+        rows, columns = self.grid
+        return 1 + self.num_registers + rows * columns
 
 
 class PatchEmbed(nn.Module):
-    """Cuts images into patches and projects each to a token."""
+    """Cut images into patches, and project each patch to a token."""
 
-    def __init__(self, c: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, c.embed_dim, kernel_size=c.patch_size, stride=c.patch_size)
+        size = config.patch_size
+        self.proj = nn.Conv2d(3, config.embed_dim, kernel_size=size, stride=size)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).mT  # (B, N - 1, D)
+        return self.proj(images).flatten(2).mT  # (B, patches, D)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention whose weights can be had beside the fused kernel's output."""
+    """Multi-head self-attention that can return its weights along with its output.
 
-    def __init__(self, c: ViTConfig) -> None:
+    The output always comes from PyTorch's fused kernel, which never stores the weights. When they
+    are asked for, they are computed separately, so that asking does not change the output.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.num_heads = c.num_heads
-        self.qkv = nn.Linear(c.embed_dim, 3 * c.embed_dim, bias=c.qkv_bias)
-        self.proj = nn.Linear(c.embed_dim, c.embed_dim)
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: Tensor, only_cls: bool = False) -> Tensor:
-        """Return the output (B, N, D), or the class token's alone, (B, 1, D): all that is read of a last block's."""
-        return self._mix(*self._qkv(x, only_cls))
+        """Return the output (B, N, D), or with `only_cls` the class token's output (B, 1, D)."""
+        q, k, v = self.project_qkv(x, only_cls)
+        return self.mix_values(q, k, v)
 
     def forward_with_attention(
         self, x: Tensor, queries: Tensor | None = None, only_cls: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return forward's own output and the weights (B, H, Q, N) behind it, in float32; `queries` (Q,), None for all.
+        """Return forward's output and the attention weights (B, H, Q, N) in float32.
 
-        Where there is a graph, the output's gradient passes through the weights, unless they are of chosen queries only.
+        `queries` (Q,) selects the tokens whose rows are computed; None means all N. Autograd sees
+        the output as a function of the weights, unless only some rows were computed.
         """
-        q, k, v = self._qkv(x, only_cls)
-        asking = self._project(x if queries is None else x[:, queries], 0, 1)[0] if only_cls else q
-        attn = self._weights(asking if queries is None or only_cls else q[:, :, queries], k)
-        return self._mix(
-            q, k, v, attn[:, :, : q.shape[2]] if queries is None and attn.requires_grad else None
-        ), attn
+        q, k, v = self.project_qkv(x, only_cls)
+        if only_cls:
+            # q holds the class token alone, so the other queries have to be projected here.
+            asking = self.project_queries(x if queries is None else x[:, queries])
+        else:
+            asking = q if queries is None else q[:, :, queries]
+        attn = self.attention_weights(asking, k)
+        if queries is None and attn.requires_grad:
+            return self.mix_values(q, k, v, attn[:, :, : q.shape[2]]), attn
+        return self.mix_values(q, k, v), attn
 
-    def _qkv(self, x: Tensor, only_cls: bool) -> tuple[Tensor, ...]:
-        return (
-            self._project(x[:, :1], 0, 1) + self._project(x, 1, 3)
-            if only_cls
-            else self._project(x, 0, 3)
-        )
+    def project_qkv(self, x: Tensor, only_cls: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values (B, H, N, K); with `only_cls`, queries (B, H, 1, K)."""
+        if only_cls:
+            q = self.project_queries(x[:, :1])
+            k, v = self.project_with_rows(x, slice(x.shape[2], None))
+        else:
+            q, k, v = self.split_heads(self.qkv(x))
+        return q, k, v
 
-    def _project(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
-        """Return some of q, k and v, those from `start` to `stop`, each (B, H, N, K)."""
-        B, N, D = x.shape
-        whole, own = stop - start == 3, slice(start * D, stop * D)
-        weight, bias = [
-            p if whole or p is None else p[own] for p in (self.qkv.weight, self.qkv.bias)
-        ]
-        parts = F.linear(x, weight, bias).view(
-            B, N, stop - start, self.num_heads, D // self.num_heads
-        )
-        return parts.permute(2, 0, 3, 1, 4).unbind(0)
+    def project_queries(self, x: Tensor) -> Tensor:
+        """Return the queries (B, H, N, K) of tokens (B, N, D)."""
+        (q,) = self.project_with_rows(x, slice(x.shape[2]))
+        return q
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, attn: Tensor | None = None) -> Tensor:
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, K)
-        if attn is not None:
-            with torch.autocast(q.device.type, enabled=False):
-                product = attn @ v.to(attn.dtype)
-            x = x.detach() - (product.detach() - product).to(
-                x.dtype
-            )  # minus exactly 0, with the product's gradient
-        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
+    def project_with_rows(self, x: Tensor, rows: slice) -> tuple[Tensor, ...]:
+        """Project tokens with some rows of qkv's weight (3 D, D): q's, then k's, then v's."""
+        bias = self.qkv.bias
+        if bias is not None:
+            bias = bias[rows]
+        return self.split_heads(F.linear(x, self.qkv.weight[rows], bias))
 
-    def _weights(self, q: Tensor, k: Tensor) -> Tensor:
-        # The fused kernel keeps its scores in float32 whatever the precision of q and k, so these do too.
+    def split_heads(self, projected: Tensor) -> tuple[Tensor, ...]:
+        """Split (B, N, parts x H x K) into its parts, each (B, H, N, K)."""
+        B, N, _ = projected.shape
+        K = self.proj.in_features // self.num_heads
+        return projected.view(B, N, -1, self.num_heads, K).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def attention_weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return softmax(q k^T / sqrt(K)): the weights (B, H, Q, N) of queries (B, H, Q, K)."""
+        # The fused kernel keeps its scores in float32 even if q and k are in lower precision,
+        # so these scores are computed in float32, too, or in float64 for a model in float64.
         dtype = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
-            q, k = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype)
-            few = 4 * q.shape[2] < k.shape[2]  # for few rows cuBLAS is faster the other way round
-            return ((k @ q.mT).mT if few else q @ k.mT).softmax(dim=-1)  # (B, H, Q, N)
+            q = q.to(dtype) * q.shape[-1] ** -0.5
+            k = k.to(dtype)
+            # For few queries, cuBLAS computes the transposed product faster.
+            few_queries = 4 * q.shape[2] < k.shape[2]
+            scores = (k @ q.mT).mT if few_queries else q @ k.mT
+            return scores.softmax(dim=-1)
+
+    def mix_values(self, q: Tensor, k: Tensor, v: Tensor, attn: Tensor | None = None) -> Tensor:
+        """Return the output (B, N, D): the values, weighted by attention, of all heads.
+
+        With the weights `attn` (B, H, N, N), the gradient of the output passes through them.
+        """
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, K)
+        if attn is not None:
+            # The fused kernel knows nothing of attn, but attn @ v is the same up to rounding. So x
+            # takes its value from the kernel and its gradient from the product: what is subtracted
+            # is exactly 0, and has minus the product's gradient. (Adding 0 would turn -0 into 0.)
+            with torch.autocast(q.device.type, enabled=False):
+                product = attn @ v.to(attn.dtype)
+            x = x.detach() - (product.detach() - product).to(x.dtype)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    def __init__(self, c: ViTConfig) -> None:
+    """Two linear layers with a GELU between them, applied to each token."""
+
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(c.embed_dim, c.mlp_dim)
-        self.fc2 = nn.Linear(c.mlp_dim, c.embed_dim)
+        self.fc1 = nn.Linear(config.embed_dim, config.mlp_dim)
+        self.fc2 = nn.Linear(config.mlp_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(
-            F.gelu(self.fc1(x))
-        )  # exact (erf) GELU, as all the checkpoints were trained
+        # All supported checkpoints were trained with the exact (erf) GELU, not with the tanh one.
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
-    def __init__(self, c: ViTConfig) -> None:
+    """Multiply each of the D dimensions by a learned factor."""
+
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(c.embed_dim))
+        self.gamma = nn.Parameter(torch.ones(config.embed_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then MLP, each added to its input."""
+    """A pre-norm transformer block: attention, then MLP, each added to its input."""
 
-    def __init__(self, c: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(c.embed_dim, eps=c.eps)
-        self.attn = Attention(c)
-        self.ls1 = LayerScale(c) if c.layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(c.embed_dim, eps=c.eps)
-        self.mlp = MLP(c)
-        self.ls2 = LayerScale(c) if c.layer_scale else nn.Identity()
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.eps)
+        self.attn = Attention(config)
+        self.ls1 = LayerScale(config) if config.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.eps)
+        self.mlp = MLP(config)
+        self.ls2 = LayerScale(config) if config.layer_scale else nn.Identity()
 
     def forward(self, x: Tensor, only_cls: bool = False) -> Tensor:
-        return self._add(x, self.attn(self.norm1(x), only_cls))
+        """Return the output (B, N, D), or with `only_cls` the class token's output (B, 1, D)."""
+        return self.add_residuals(x, self.attn(self.norm1(x), only_cls))
 
     def forward_with_attention(
         self, x: Tensor, queries: Tensor | None = None, only_cls: bool = False
     ) -> tuple[Tensor, Tensor]:
+        """Return forward's output and the attention weights; see Attention."""
         mixed, attn = self.attn.forward_with_attention(self.norm1(x), queries, only_cls)
-        return self._add(x, mixed), attn
+        return self.add_residuals(x, mixed), attn
 
-    def _add(self, x: Tensor, mixed: Tensor) -> Tensor:
-        x = x[:, : mixed.shape[1]] + self.ls1(mixed)
+    def add_residuals(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Add the attention's output to x, and the MLP's output to the sum."""
+        x = x[:, : mixed.shape[1]]  # With only_cls, attention returned the class token alone.
+        x = x + self.ls1(mixed)
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class ViT(nn.Module):
-    """A Vision Transformer for images (B, 3, *img_size), normalised as its checkpoint asks."""
+    """A Vision Transformer for images (B, 3, *img_size), normalised as its checkpoint expects."""
 
-    labels: tuple[
-        str, ...
-    ] = ()  # class names in index order; like the next two, set with the weights (weights.py)
-    preprocess: Preprocess = None  # type: ignore[assignment]  # None only before that, for a model without weights
-    origin: Origin = None  # type: ignore[assignment]  # likewise
+    # load_pretrained sets these three along with the weights. Until then, a model has none.
+    labels: tuple[str, ...] = ()  # the class names in index order
+    preprocess: Preprocess = None  # type: ignore[assignment]
+    origin: Origin = None  # type: ignore[assignment]
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        c = self.config = config
-        self.pos_grid = c.pos_grid or c.grid
-        self.patch_embed = PatchEmbed(c)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
-        self.pos_embed = nn.Parameter(
-            torch.zeros(1, 1 + self.pos_grid[0] * self.pos_grid[1], c.embed_dim)
-        )
-        self.reg_token = (
-            nn.Parameter(torch.zeros(1, c.num_registers, c.embed_dim)) if c.num_registers else None
-        )
-        self.blocks = cast(Sequence[Block], nn.ModuleList(Block(c) for _ in range(c.depth)))
-        self.norm = nn.LayerNorm(c.embed_dim, eps=c.eps)
-        self.head = self._new_head()
-        for (
-            name,
-            parameter,
-        ) in self.named_parameters():  # weights of std 0.02 and biases of 0, as timm starts a ViT
+        D = config.embed_dim
+        self.config = config
+        self.pos_grid = config.grid if config.pos_grid is None else config.pos_grid
+        rows, columns = self.pos_grid
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + rows * columns, D))
+        self.reg_token = None
+        if config.num_registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, config.num_registers, D))
+        blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = cast(Sequence[Block], blocks)  # so that mypy knows the type of blocks[i]
+        self.norm = nn.LayerNorm(D, eps=config.eps)
+        self.head = self.new_head()
+        self.init_parameters()
+
+    def init_parameters(self) -> None:
+        """Start as timm does: weights with a standard deviation of 0.02, biases at 0."""
+        for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif (
-                "norm" not in name and "ls" not in name and not parameter.is_meta
-            ):  # or torch 2.11 imports its compiler
+            # LayerNorm and LayerScale keep their ones, and the class token its zeros. Tensors on
+            # the meta device are left alone because torch 2.11 would import its compiler for them.
+            elif parameter.ndim > 1 and name != "cls_token" and not parameter.is_meta:
                 nn.init.trunc_normal_(parameter, std=0.02)
 
+    def new_head(self) -> nn.Module:
+        """Return a new classifier, or the identity for a model without classes."""
+        if not self.config.num_classes:
+            return nn.Identity()
+        num_read = 2 if self.config.pool == "cls+mean" else 1
+        return nn.Linear(num_read * self.config.embed_dim, self.config.num_classes)
+
+    def reset_head(self, num_classes: int) -> None:
+        """Replace the head by one of zeros, as in the ViT paper's fine-tuning, or 0: by none."""
+        self.config = replace(self.config, num_classes=num_classes)
+        self.head = self.new_head().to(self.cls_token.device)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
+
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (B, num_classes); without a head, the features it would read (B, D or 2 D)."""
+        """Return the logits (B, C); without a head, what it would read: (B, D) or (B, 2 D)."""
         return self.logits(self.tokens(images))
 
     def forward_with_attention(
         self, images: Tensor, blocks: Iterable[int], queries: Sequence[int] | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Return forward's own logits, bit for bit, and the attention of the blocks asked for.
+        """Return forward's logits, bit for bit, and the attention of the given blocks.
 
-        The attention of a block is (B, H, N, N) in float32: row i says how token i spreads its attention, and sums
-        to 1. With `queries` (0 is the class token) only those rows are computed: (B, H, Q, N). Where autograd records
-        (frozen blocks: if the images require a gradient), a block's whole attention is on the way to the logits, so that
-        torch.autograd.grad(logits[i, c], attn[block]) is true; not so chosen rows, nor what torch.compile returns.
-        Raises UserError for a block or token that the model does not have.
+        The attention of a block is (B, H, N, N) in float32. Row i says how token i distributes its
+        attention, and sums to 1. With `queries` (0 is the class token), only those rows are
+        computed: (B, H, Q, N).
+
+        torch.autograd.grad(logits[i, c], attn[block]) works if all rows were computed and autograd
+        records the block: it is trainable, or the images require a gradient. It does not work for
+        selected rows, nor for what torch.compile returns.
+
+        Raises UserError for a block or a token that the model does not have.
         """
         blocks = sorted(set(blocks))
-        self._check_index("block", blocks, self.config.depth)
-        self._check_index("token", queries or (), self.config.num_tokens)
-        # On the device once: indexing by a list would make each block wait for a copy.
-        index = (
-            None
-            if queries is None
-            else torch.tensor(list(queries), dtype=torch.long, device=images.device)
-        )
-        x, start, attn = self.embed(images), 0, {}
-        for i in blocks:
-            x = self.run(x, start, i)
-            x, attn[i] = self.blocks[i].forward_with_attention(x, index, only_cls=self._is_last(i))
-            start = i + 1
-        return self.logits(x, start), attn
+        check_indices("block", blocks, self.config.depth)
+        query_index = None
+        if queries is not None:
+            check_indices("token", queries, self.config.num_tokens)
+            # Indexing with a list would copy it to the device, and wait for that, in every block.
+            query_index = torch.tensor(list(queries), dtype=torch.long, device=images.device)
+        attn: dict[int, Tensor] = {}
+        x = self.embed(images)
+        for i, block in enumerate(self.blocks):
+            if i in blocks:
+                x, attn[i] = block.forward_with_attention(x, query_index, self.needs_only_cls(i))
+            else:
+                x = block(x, self.needs_only_cls(i))
+        return self.logits(x, start=self.config.depth), attn
 
     def tokens(self, images: Tensor, stop: int = 0, *, only_read: bool = False) -> Tensor:
-        """Return the tokens (B, N, D) that enter block `stop`: 0 gives the embeddings, `depth` all blocks' output.
+        """Return the tokens (B, N, D) that enter block `stop`.
 
-        With `only_read`, those of all blocks' output that the head reads: (B, 1, D) where that is the class token.
+        0 gives the embeddings, `depth` the output of all blocks. With `only_read`, that output is
+        limited to what the head reads: (B, 1, D) if that is the class token.
         """
-        self._check_index("stop", [stop], self.config.depth + 1)
-        return self.run(self.embed(images), 0, stop, only_read)
+        check_indices("stop", [stop], self.config.depth + 1)
+        return self.run_blocks(self.embed(images), 0, stop, only_read=only_read)
 
     def logits(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """Return the logits (B, num_classes) from the tokens (B, N, D) that enter block `start`."""
-        self._check_index("start", [start], self.config.depth + 1)
-        x = self.run(tokens, start, self.config.depth, only_read=True)
+        """Return the logits (B, C) from the tokens (B, N, D) that enter block `start`."""
+        check_indices("start", [start], self.config.depth + 1)
+        x = self.run_blocks(tokens, start, self.config.depth, only_read=True)
         if self.config.pool == "cls":
             return self.head(self.norm(x[:, 0]))
         x = self.norm(x)
-        return self.head(
-            torch.cat([x[:, 0], x[:, 1 + self.config.num_registers :].mean(dim=1)], dim=1)
-        )
+        patches = x[:, 1 + self.config.num_registers :]
+        return self.head(torch.cat([x[:, 0], patches.mean(dim=1)], dim=1))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the embeddings (B, N, D) of images (B, 3, *img_size): class token, registers, placed patches."""
-        h, w = self.config.img_size
-        if images.ndim != 4 or images.shape[1:] != (3, h, w):
-            raise UserError(f"expected images (B, 3, {h}, {w}), found {tuple(images.shape)}")
+        """Return the embeddings (B, N, D) of images (B, 3, *img_size)."""
+        height, width = self.config.img_size
+        if images.ndim != 4 or images.shape[1:] != (3, height, width):
+            raise UserError(
+                f"expected images (B, 3, {height}, {width}), found {tuple(images.shape)}"
+            )
+        B = len(images)
         patches = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
-        x = (
-            torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
-            + self.positions()
-        )  # (B, N - R, D)
-        if self.reg_token is None:
-            return x
-        return torch.cat(
-            [x[:, :1], self.reg_token.expand(len(images), -1, -1), x[:, 1:]], dim=1
-        )  # (B, N, D)
-
-    def _is_last(self, i: int) -> bool:
-        """Say whether of block i's output only the class token is read."""
-        return i == self.config.depth - 1 and self.config.pool == "cls"
-
-    def flops(self, start: int = 0) -> int:
-        """Return the floating-point operations of an image's matrix products, from block `start` on; from 0, embeddings too."""
-        c, N, D = self.config, self.config.num_tokens, self.config.embed_dim
-        asking = [1 if self._is_last(i) else N for i in range(start, c.depth)]
-        blocks = sum(
-            4 * N * D * D + 2 * Q * (2 * D * D + 2 * D * c.mlp_dim) + 4 * Q * N * D for Q in asking
-        )
-        return blocks + (2 * (N - 1) * 3 * c.patch_size**2 * D if start == 0 else 0)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), patches], dim=1) + self.positions()
+        if self.reg_token is not None:
+            # Registers have no positions, so they come in after the positions were added.
+            x = torch.cat([x[:, :1], self.reg_token.expand(B, -1, -1), x[:, 1:]], dim=1)
+        return x
 
     def positions(self) -> Tensor:
-        """Return pos_embed (1, N - R, D), resampled to the grid of img_size as the reference does: bicubic, in float32."""
+        """Return pos_embed for the grid of img_size, (1, N - R, D)."""
         return self.resample(self.pos_embed)
 
     def resample(self, pos_embed: Tensor) -> Tensor:
+        """Resample positions from pos_grid to the grid of img_size.
+
+        The interpolation is bicubic, in float32, as in the models' original code.
+        """
         if self.pos_grid == self.config.grid:
             return pos_embed
-        patches = (
-            pos_embed[:, 1:].unflatten(1, self.pos_grid).permute(0, 3, 1, 2).float()
-        )  # (1, D, gh, gw)
+        patches = pos_embed[:, 1:].unflatten(1, self.pos_grid).permute(0, 3, 1, 2)  # (1, D, gh, gw)
         patches = F.interpolate(
-            patches, self.config.grid, mode="bicubic", antialias=self.config.pos_antialias
+            patches.float(), self.config.grid, mode="bicubic", antialias=self.config.pos_antialias
         )
         return torch.cat([pos_embed[:, :1], patches.flatten(2).mT.to(pos_embed.dtype)], dim=1)
 
-    def reset_head(self, num_classes: int) -> None:
-        """Put a fresh head on, all zeros as in the ViT paper's fine-tuning; 0 takes the head off."""
-        self.config = replace(self.config, num_classes=num_classes)
-        self.head = self._new_head().to(self.cls_token.device)
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
+    def run_blocks(self, x: Tensor, start: int, stop: int, *, only_read: bool = False) -> Tensor:
+        """Run the blocks from `start` up to, but not including, `stop`.
 
-    def _new_head(self) -> nn.Module:
-        width = self.config.embed_dim * (2 if self.config.pool == "cls+mean" else 1)
-        return (
-            nn.Linear(width, self.config.num_classes) if self.config.num_classes else nn.Identity()
-        )
-
-    def run(self, x: Tensor, start: int, stop: int, only_read: bool = False) -> Tensor:
-        """Run the blocks from `start` to before `stop`; see tokens."""
+        For `only_read`, see tokens.
+        """
         for i in range(start, stop):
-            x = self.blocks[i](x, only_cls=only_read and self._is_last(i))
+            x = self.blocks[i](x, only_read and self.needs_only_cls(i))
         return x
 
-    @staticmethod
-    def _check_index(name: str, indices: Iterable[int], count: int) -> None:
-        if wrong := [i for i in indices if not 0 <= i < count]:
-            raise UserError(f"{name} {wrong[0]} is out of range: this model has 0 to {count - 1}")
+    def needs_only_cls(self, i: int) -> bool:
+        """Return whether the class token is all that is read of block i's output."""
+        return i == self.config.depth - 1 and self.config.pool == "cls"
+
+    def flops(self, start: int = 0) -> int:
+        """Return the floating-point operations of an image's matrix products from a block on.
+
+        From block 0 on, those of the patch embedding are included.
+        """
+        config = self.config
+        N, D = config.num_tokens, config.embed_dim
+        total = 0
+        if start == 0:
+            rows, columns = config.grid
+            total += 2 * rows * columns * 3 * config.patch_size**2 * D
+        for i in range(start, config.depth):
+            Q = 1 if self.needs_only_cls(i) else N
+            total += 4 * N * D * D  # keys and values
+            total += 4 * Q * D * D  # queries and the output's projection
+            total += 4 * Q * N * D  # scores, and the weighted sum of the values
+            total += 4 * Q * D * config.mlp_dim
+        return total
+
+
+def check_indices(name: str, indices: Iterable[int], count: int) -> None:
+    """Raise UserError for an index that is not from 0 to `count` - 1."""
+    for index in indices:
+        if not 0 <= index < count:
+            raise UserError(f"{name} {index} is out of range: expected 0 <= {name} < {count}")
 
 
 def freeze_except(model: ViT, blocks: Sequence[int]) -> int:
-    """Let only these blocks, the final norm and the head train; return the cut, the first block that needs a graph.
+    """Freeze all but the given blocks, the final norm and the head, and return the cut.
 
-    Without blocks the cut is the model's depth: what comes before it is frozen and may be computed once.
+    The cut is the first trainable block; without any, it is the model's depth. What comes before
+    the cut needs no gradients, and gives the same result in every epoch.
     """
     model.requires_grad_(False)
     for module in (*(model.blocks[i] for i in blocks), model.norm, model.head):
         module.requires_grad_(True)
-    return min(blocks, default=len(model.blocks))
+    return min(blocks, default=model.config.depth)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what trains, by name: the tail."""
+    """Return the trainable parameters by name."""
     return {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
@@ -388,30 +449,31 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def working_copy(
     model: ViT, device: torch.device, dtype: torch.dtype | None, *, train: bool
 ) -> ViT:
-    """Return the model on a device, in the precision `dtype` (None: float32), its positions resampled once and for all.
+    """Return a copy of the model to compute with, on a device and in a precision.
 
-    To `train` it, what trains stays in float32, for autocast. Memory is shared wherever nothing changes.
+    `dtype` None means float32. With `train`, the trainable parameters stay trainable and in
+    float32, as autocast needs them. Without it, all are frozen. Positions are resampled now rather
+    than for every batch. A tensor that does not change shares its memory with the model's.
     """
+    trainable_names = set(trainable(model)) if train else set()
+    tensors = dict(model.named_parameters()) | {"pos_embed": model.positions()}
+    state = {}
+    for name, tensor in tensors.items():
+        keeps_float32 = dtype is None or name in trainable_names
+        state[name] = tensor.detach().to(device, torch.float32 if keeps_float32 else dtype)
     with torch.device("meta"):
         copy = ViT(replace(model.config, pos_grid=None))
-    tensors = dict(model.named_parameters()) | {"pos_embed": model.positions()}
-    trains = {
-        name for name, parameter in model.named_parameters() if parameter.requires_grad and train
-    }
-    there = {
-        n: t.detach().to(device, torch.float32 if n in trains else dtype or torch.float32)
-        for n, t in tensors.items()
-    }
-    copy.load_state_dict(there, assign=True)
+    copy.load_state_dict(state, assign=True)
     for name, parameter in copy.named_parameters():
-        parameter.requires_grad_(name in trains)
-    copy.labels, copy.preprocess, copy.origin = model.labels, model.preprocess, model.origin
+        parameter.requires_grad_(name in trainable_names)
+    copy.labels = model.labels
+    copy.preprocess = model.preprocess
+    copy.origin = model.origin
     return copy
 
 
 @torch.no_grad()
-def follow(copy: ViT, model: ViT) -> None:
-    """Bring what trains of a model over into a working copy of it."""
-    for ours, theirs in zip(copy.parameters(), model.parameters()):
-        if theirs.requires_grad:
-            ours.copy_(theirs)  # which does nothing where they share memory
+def copy_trainable(target: ViT, source: ViT) -> None:
+    """Copy the trainable weights of `source` into `target`, a working copy of it."""
+    for name, parameter in trainable(source).items():
+        target.get_parameter(name).copy_(parameter)

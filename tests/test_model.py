@@ -56,7 +56,7 @@ def test_blocks_may_be_asked_for_in_any_order_and_twice(tiny):
 def test_attention_is_what_mixes_the_values(tiny):
     block = tiny.blocks[4]
     x = block.norm1(torch.randn(2, 17, 24))
-    _, _, v = block.attn._qkv(x, False)
+    _, _, v = block.attn.project_qkv(x, only_cls=False)
     mixed, attn = block.attn.forward_with_attention(x)
     # float32 sums of 17 terms in another order than the fused kernel's
     assert_close(
@@ -161,3 +161,6 @@ def test_floating_point_operations_are_those_of_the_matrix_products():
     assert model.flops() == 2 * 196 * 3 * 16 * 16 * D + 11 * block + last
     assert model.flops(10) == block + last
     assert model.flops(12) == 0
+    with torch.device("meta"):
+        with_registers = ViT(ViTConfig(depth=0, num_registers=4))
+    assert with_registers.flops() == 2 * 196 * 3 * 16 * 16 * D  # A register is no patch.

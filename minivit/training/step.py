@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ..data.augment import draw_augmentation
 from ..errors import UserError
-from ..model import ViT, follow, working_copy
+from ..model import ViT, copy_trainable, working_copy
 from ..system import distributed as parallel
 from ..system.device import eval_batch, peak_gib, product_flops
 from ..system.signals import stop_requests
@@ -294,7 +294,7 @@ def fit(
                 "images_per_s": n / state.seconds,
                 "mfu": flops / parallel.world() / product_flops(device, amp),
             }
-            follow(evaluated, model)
+            copy_trainable(evaluated, model)
             for name, tokens, labels in splits:
                 scores = score(
                     parallel.gather(predict(evaluated, tokens(), cut=cut), len(labels)), labels

@@ -44,7 +44,7 @@ class KnownTokens:
         for i, table in enumerate(self.tables):
             there = table if table.shape[1:] == shape else table.new_empty(len(table), *shape)
             for start in range(0, len(table), self.batch):
-                x = self.model.run(
+                x = self.model.run_blocks(
                     table[start : start + self.batch].to(device), self.cut, cut, only_read=True
                 )
                 there[start : start + self.batch].copy_(x)
