@@ -48,7 +48,7 @@ def variants(bf16: bool) -> dict[str, tuple[str, ...]]:
 def make_folders(source: Path, out: Path, counts: dict[str, int]) -> None:
     """Link so many photos of a data set into out/<split>/<class>, class by class in turn; train from its train and val."""
     from minivit.data.datasets import load_data
-    from minivit.tools.demo.command import BREEDS, draw_pets
+    from minivit.tools.demo.drawings import BREEDS, draw_pets
 
     if not any((source / part).exists() for part in ("oxford-iiit-pet", "annotations", "train")):
         source, number = (
@@ -133,7 +133,9 @@ def main() -> None:
         # Decoded once, which also fills the disk's cache, as --help does with libraries.
         how = {"workers": cores(), "cap_gib": math.inf}
         store.prepare(
-            data.load_data(photos, seed=0), weights.read_configs(str(args.model), None)[1], **how
+            data.load_data(photos, seed=0),
+            weights.read_configs(str(args.model), None)[0].preprocess,
+            **how,
         )
         run([sys.executable, str(ROOT / "benchmarks" / "finetune_transformers.py"), "--help"])
         common = [

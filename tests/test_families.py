@@ -247,7 +247,7 @@ def test_sharded_safetensors_are_read_by_their_index(tmp_path):
         first | {name: load_file(shards[1])[name] for name in list(load_file(shards[1]))[:1]},
         shards[0],
     )
-    with pytest.raises(UserError, match="already in another of the files"):
+    with pytest.raises(UserError, match="repeats tensors of another shard"):
         load_pretrained(tmp_path)
     shards[0].unlink()
     with pytest.raises(UserError, match=f"no {shards[0].name} in this folder"):
@@ -320,8 +320,8 @@ def test_torchvisions_vit_b_16_agrees_stage_by_stage(torchvision_vit, tmp_path, 
     torch.save(torchvision_vit.state_dict(), path)
     ours = load_pretrained(path)
     said = capsys.readouterr().err
-    assert "torchvision's IMAGENET1K_V1, 224 pixels" in said
-    assert "1000 classes without names; taken: ImageNet's" in said
+    assert "assuming that of torchvision's IMAGENET1K_V1, 224 pixels" in said
+    assert "1000 classes without names; assuming ImageNet's" in said
     assert ours.labels[281:283] == ("tabby", "tiger cat")
     images = photo_batch(ours)
     layers = list(torchvision_vit.encoder.layers)
@@ -340,15 +340,15 @@ def test_torchvisions_vit_b_16_agrees_stage_by_stage(torchvision_vit, tmp_path, 
 REFUSED = {
     "another network": (
         {"conv1.weight": (8, 3, 3, 3), "layer1.0.bn1.weight": (8,)},
-        "nearest is .* differ: .* missing",
+        "nearest is .*: .* missing",
     ),
     "no class token": (
         {"class_token": None},
-        r"not a ViT that minivit reads; nearest is torchvision's vit, .*1 missing \(class_token",
+        r"not a ViT that minivit reads; nearest is torchvision's vit: 1 missing \(class_token",
     ),
     "timm's names": (
         "timm",
-        "names are those of timm's vit, of which minivit reads folders, .*: timm.models.save_for_hf",
+        "have the names of timm's vit, which minivit reads from a folder .*timm.models.save_for_hf",
     ),
 }
 
@@ -448,7 +448,7 @@ def test_googles_npz_agrees_with_the_same_weights_in_transformers(vit_base, tmp_
     arrays = google_npz(load_file(vit_base / "model.safetensors"), num_heads=12)
     np.savez(tmp_path / "ViT-B_16.npz", **arrays)
     ours, expected = load_pretrained(tmp_path / "ViT-B_16.npz"), load_pretrained(vit_base)
-    assert "taken: Google's, 224 pixels" in capsys.readouterr().err
+    assert "assuming Google's, 224 pixels" in capsys.readouterr().err
     assert all(
         torch.equal(tensor, expected.state_dict()[name])
         for name, tensor in ours.state_dict().items()
@@ -463,7 +463,7 @@ def test_googles_npz_agrees_with_the_same_weights_in_transformers(vit_base, tmp_
     }
     np.savez(tmp_path / "in21k.npz", **arrays)
     assert load_pretrained(tmp_path / "in21k.npz").config.num_classes == 0
-    assert "its head reads a layer that minivit's ViT has not" in capsys.readouterr().err
+    assert "its head reads a layer that minivit's ViT does not have" in capsys.readouterr().err
 
 
 TIMM_CONFIG = {
@@ -558,7 +558,7 @@ def test_timms_own_preprocessing_is_ours(photos, tmp_path):
     import timm
 
     from minivit import open_photo
-    from minivit.checkpoints.configs import timm_sizes
+    from minivit.checkpoints.configs import spec_from_timm
 
     for name in (
         "vit_base_patch16_224.augreg2_in21k_ft_in1k",
@@ -574,7 +574,7 @@ def test_timms_own_preprocessing_is_ours(photos, tmp_path):
         theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=data))
         for path in photos:
             photo = open_photo(path)
-            assert_close(timm_sizes(config)[1](photo), theirs(photo), rtol=0, atol=1e-5)
+            assert_close(spec_from_timm(config).preprocess(photo), theirs(photo), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("img_size", [(384, 384), (192, 320)], ids=["384", "192x320"])

@@ -146,7 +146,7 @@ def test_shards_and_pickles_come_from_the_hub_too(hub, tmp_path, tiny_folder):
         tiny_folder, pickled
     )  # offline, by its cached names
     (tiny_folder / "pytorch_model.bin").unlink()
-    assert "no model.safetensors on" in get(hub, tmp_path / "3").stderr
+    assert "or pytorch_model.bin on" in get(hub, tmp_path / "3").stderr
 
 
 def test_a_download_cut_in_the_middle_goes_on_where_it_ended(tmp_path):
@@ -185,12 +185,12 @@ def assert_one_line(done, *parts):
 
 
 FAULTS = {
-    "401": ("has no such model for you", "hf auth login"),
+    "401": ("no such model on", "hf auth login"),
     "gated": ("a gated model", "ask for access at", "HF_TOKEN"),
     "429": ("it answers 429, too many requests", "try later"),
     "500": ("it answers 500", "try later"),
     "wrong size": ("cannot fetch model.safetensors", "try again"),
-    "wrong hash": ("is damaged: its SHA-256 is", "removed, try again"),
+    "wrong hash": ("is damaged: its SHA-256 is", "it was deleted, so try again"),
 }
 
 
@@ -238,7 +238,7 @@ def test_a_hub_id_that_is_none_is_one_line(hub, tmp_path):
     assert_one_line(
         get(hub, tmp_path / "cache", "owner/other"),
         "no such folder here",
-        "has no such model for you",
+        "no such model on",
     )
 
 

@@ -121,7 +121,7 @@ BAD_FOLDERS = {
     "truncated": (truncate, "cannot be read as safetensors"),
     "no safetensors": (
         lambda f: (f / "model.safetensors").unlink(),
-        "no model.safetensors in this folder",
+        "no model.safetensors or .* in this folder",
     ),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "expected JSON"),
     "a list": (

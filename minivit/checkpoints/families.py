@@ -1,8 +1,8 @@
-"""Families of checkpoints: how each names its tensors, one explicit table each, and what its config says.
+"""The layouts of ViT checkpoints: one table per family translates its tensor names to ours.
 
-Sources: the names are those in the files on the Hub and in the code of transformers 5.24 (models/vit, models/dinov2,
-models/dinov2_with_registers), timm 1.0 (models/vision_transformer.py), torchvision 0.29 (models/vision_transformer.py) and
-https://github.com/google-research/vision_transformer.
+The names are those in the files on the Hub and in the code of transformers 5.24 (models/vit,
+models/dinov2, models/dinov2_with_registers), timm 1.0 (models/vision_transformer.py), torchvision
+0.29 (models/vision_transformer.py) and https://github.com/google-research/vision_transformer.
 """
 
 from __future__ import annotations
@@ -11,26 +11,27 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ..errors import UserError
+from ..errors import UserError, first_few
 from ..model import ViT
 
-Names = dict[str, str | tuple[str, ...]]  # ours to theirs
+# Our parameter names and the family's. In both, "#" stands for a block's number, and "*" for
+# "weight" or "bias". Where the family has several names, we concatenate these tensors.
+Names = dict[str, str | tuple[str, ...]]
 
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """One layout of checkpoints: which of its tensors is which parameter of ours.
-
-    In `names`, # stands for a block's number and * for weight or bias; three names are joined into one tensor.
-    """
+    """A layout of checkpoints."""
 
     title: str
-    kind: str  # config.json's model_type; "timm"; "" for files that come without a config
-    names: Names
+    kind: str  # config.json's model_type; "timm"; or "" for files that have no config
+    names: Names  # of the backbone
     head: Names
     unused: tuple[str, ...] = ()  # tensors of the backbone that classification does not use
-    prefix: str = ""  # of the backbone's names where there is a head
+    prefix: str = ""  # of the backbone's names in a checkpoint that has a head
 
+
+_QKV = ("query", "key", "value")
 
 _EMBEDDINGS: Names = {
     "cls_token": "embeddings.cls_token",
@@ -38,19 +39,18 @@ _EMBEDDINGS: Names = {
     "patch_embed.proj.*": "embeddings.patch_embeddings.projection.*",
     "norm.*": "layernorm.*",
 }
-_ON_DISK: Names = {
-    "blocks.#.attn.qkv.*": tuple(
-        f"encoder.layer.#.attention.attention.{part}.*" for part in ("query", "key", "value")
-    ),
+# DINOv2's attention has these names in a file, and the next ones in the memory of transformers 5.
+_ATTENTION: Names = {
+    "blocks.#.attn.qkv.*": tuple(f"encoder.layer.#.attention.attention.{x}.*" for x in _QKV),
     "blocks.#.attn.proj.*": "encoder.layer.#.attention.output.dense.*",
 }
-_IN_MEMORY: Names = {
-    "blocks.#.attn.qkv.*": tuple(f"encoder.layer.#.attention.{part}_proj.*" for part in "qkv"),
+_ATTENTION_IN_MEMORY: Names = {
+    "blocks.#.attn.qkv.*": tuple(f"encoder.layer.#.attention.{x}_proj.*" for x in "qkv"),
     "blocks.#.attn.proj.*": "encoder.layer.#.attention.o_proj.*",
 }
 _VIT: Names = {
     **_EMBEDDINGS,
-    **_ON_DISK,
+    **_ATTENTION,
     "blocks.#.norm1.*": "encoder.layer.#.layernorm_before.*",
     "blocks.#.norm2.*": "encoder.layer.#.layernorm_after.*",
     "blocks.#.mlp.fc1.*": "encoder.layer.#.intermediate.dense.*",
@@ -58,7 +58,7 @@ _VIT: Names = {
 }
 _VIT_IN_MEMORY: Names = {
     **_EMBEDDINGS,
-    "blocks.#.attn.qkv.*": tuple(f"layers.#.attention.{part}_proj.*" for part in "qkv"),
+    "blocks.#.attn.qkv.*": tuple(f"layers.#.attention.{x}_proj.*" for x in "qkv"),
     "blocks.#.attn.proj.*": "layers.#.attention.o_proj.*",
     "blocks.#.norm1.*": "layers.#.layernorm_before.*",
     "blocks.#.norm2.*": "layers.#.layernorm_after.*",
@@ -75,35 +75,44 @@ _DINOV2: Names = {
     "blocks.#.ls2.gamma": "encoder.layer.#.layer_scale2.lambda1",
 }
 _REGISTERS: Names = {**_DINOV2, "reg_token": "embeddings.register_tokens"}
-_BLOCK = tuple(
-    f"blocks.#.{part}.*"
-    for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+
+_OURS = (
+    "cls_token",
+    "pos_embed",
+    "patch_embed.proj.*",
+    "blocks.#.norm1.*",
+    "blocks.#.attn.qkv.*",
+    "blocks.#.attn.proj.*",
+    "blocks.#.norm2.*",
+    "blocks.#.mlp.fc1.*",
+    "blocks.#.mlp.fc2.*",
+    "norm.*",
 )
-_TIMM: Names = {
-    name: name for name in ("cls_token", "pos_embed", "patch_embed.proj.*", *_BLOCK, "norm.*")
-}  # ours are timm's
+_TIMM: Names = {name: name for name in _OURS}
 _TIMM_DINOV2: Names = {
     **_TIMM,
     "blocks.#.ls1.gamma": "blocks.#.ls1.gamma",
     "blocks.#.ls2.gamma": "blocks.#.ls2.gamma",
 }
-_LAYER = "encoder.layers.encoder_layer_#."
+
+_LAYER = "encoder.layers.encoder_layer_#"
 _TORCHVISION: Names = {
     "cls_token": "class_token",
     "pos_embed": "encoder.pos_embedding",
     "patch_embed.proj.*": "conv_proj.*",
-    "blocks.#.norm1.*": f"{_LAYER}ln_1.*",
-    "blocks.#.attn.qkv.weight": f"{_LAYER}self_attention.in_proj_weight",
-    "blocks.#.attn.qkv.bias": f"{_LAYER}self_attention.in_proj_bias",
-    "blocks.#.attn.proj.*": f"{_LAYER}self_attention.out_proj.*",
-    "blocks.#.norm2.*": f"{_LAYER}ln_2.*",
-    "blocks.#.mlp.fc1.*": f"{_LAYER}mlp.0.*",
-    "blocks.#.mlp.fc2.*": f"{_LAYER}mlp.3.*",
+    "blocks.#.norm1.*": f"{_LAYER}.ln_1.*",
+    "blocks.#.attn.qkv.weight": f"{_LAYER}.self_attention.in_proj_weight",
+    "blocks.#.attn.qkv.bias": f"{_LAYER}.self_attention.in_proj_bias",
+    "blocks.#.attn.proj.*": f"{_LAYER}.self_attention.out_proj.*",
+    "blocks.#.norm2.*": f"{_LAYER}.ln_2.*",
+    "blocks.#.mlp.fc1.*": f"{_LAYER}.mlp.0.*",
+    "blocks.#.mlp.fc2.*": f"{_LAYER}.mlp.3.*",
     "norm.*": "encoder.ln.*",
 }
 
 
 def _flax(ours: str, theirs: str, weight: str = "kernel") -> Names:
+    """Return the two rows of a layer of Flax, which calls its weight a kernel, or a scale."""
     return {f"{ours}.weight": f"{theirs}/{weight}", f"{ours}.bias": f"{theirs}/bias"}
 
 
@@ -114,12 +123,8 @@ _GOOGLE: Names = {
     "pos_embed": "Transformer/posembed_input/pos_embedding",
     **_flax("patch_embed.proj", "embedding"),
     **_flax("blocks.#.norm1", f"{_FLAX}/LayerNorm_0", "scale"),
-    "blocks.#.attn.qkv.weight": tuple(
-        f"{_FLAX_ATTENTION}/{part}/kernel" for part in ("query", "key", "value")
-    ),
-    "blocks.#.attn.qkv.bias": tuple(
-        f"{_FLAX_ATTENTION}/{part}/bias" for part in ("query", "key", "value")
-    ),
+    "blocks.#.attn.qkv.weight": tuple(f"{_FLAX_ATTENTION}/{x}/kernel" for x in _QKV),
+    "blocks.#.attn.qkv.bias": tuple(f"{_FLAX_ATTENTION}/{x}/bias" for x in _QKV),
     **_flax("blocks.#.attn.proj", f"{_FLAX_ATTENTION}/out"),
     **_flax("blocks.#.norm2", f"{_FLAX}/LayerNorm_2", "scale"),
     **_flax("blocks.#.mlp.fc1", f"{_FLAX}/MlpBlock_3/Dense_0"),
@@ -128,123 +133,149 @@ _GOOGLE: Names = {
 }
 
 
-def _hub(
-    kind: str,
-    names: Names,
-    unused: tuple[str, ...],
-    library: str = "transformers'",
-    where: str = "",
+def _transformers(
+    kind: str, names: Names, unused: tuple[str, ...], in_memory: bool = False
 ) -> Family:
-    return Family(
-        f"{library} {kind}{where}", kind, names, {"head.*": "classifier.*"}, unused, f"{kind}."
-    )
+    """Return a family of transformers.
 
-
-_POOLER, _MASK = ("pooler.dense.weight", "pooler.dense.bias"), ("embeddings.mask_token",)
-_NOT_SAVED = (
-    "transformers 5's",
-    " in memory",
-)  # its state_dict() has other names than what save_pretrained writes
-VIT, VIT_IN_MEMORY = _hub("vit", _VIT, _POOLER), _hub("vit", _VIT_IN_MEMORY, _POOLER, *_NOT_SAVED)
-DINOV2 = _hub("dinov2", _DINOV2 | _ON_DISK, _MASK)
-DINOV2_IN_MEMORY = _hub("dinov2", _DINOV2 | _IN_MEMORY, _MASK, *_NOT_SAVED)
-REGISTERS = _hub("dinov2_with_registers", _REGISTERS | _ON_DISK, _MASK)
-REGISTERS_IN_MEMORY = _hub("dinov2_with_registers", _REGISTERS | _IN_MEMORY, _MASK, *_NOT_SAVED)
-TIMM = Family("timm's vit", "timm", _TIMM, {"head.*": "head.*"})
-TIMM_DINOV2 = Family("timm's dinov2", "timm", _TIMM_DINOV2, TIMM.head)
-TIMM_REGISTERS = Family(
-    "timm's dinov2 with registers", "timm", _TIMM_DINOV2 | {"reg_token": "reg_token"}, TIMM.head
-)
-TORCHVISION = Family("torchvision's vit", "", _TORCHVISION, {"head.*": "heads.head.*"})
-GOOGLE = Family("Google's npz", "", _GOOGLE, _flax("head", "head"))
-FAMILIES: tuple[Family, ...] = (
-    VIT,
-    VIT_IN_MEMORY,
-    DINOV2,
-    DINOV2_IN_MEMORY,
-    REGISTERS,
-    REGISTERS_IN_MEMORY,
-)
-FAMILIES += (TIMM, TIMM_DINOV2, TIMM_REGISTERS, TORCHVISION, GOOGLE)
-_BLOCK_NUMBER = re.compile(r"(?<=[._])\d+(?=[./])")  # the first of a name
-KINDS = tuple(dict.fromkeys(family.kind for family in FAMILIES if family.kind))
-
-
-def recognise(kind: str, names: Collection[str], where: str) -> Family:
-    """Return the family of a checkpoint from what its config says it is and from all of its tensors' names together.
-
-    Raises UserError, naming the nearest family and what differs, if these fit none or not one another.
+    In transformers 5 a model's state_dict() has other names than the file that save_pretrained
+    writes. Both are read.
     """
-    differing = {family: _differences(family, names) for family in FAMILIES}
+    title = f"transformers 5's {kind} in memory" if in_memory else f"transformers' {kind}"
+    return Family(title, kind, names, {"head.*": "classifier.*"}, unused, f"{kind}.")
+
+
+_POOLER = ("pooler.dense.weight", "pooler.dense.bias")
+_MASK = ("embeddings.mask_token",)
+_WITH_REGISTERS = "dinov2_with_registers"
+_SAME_HEAD: Names = {"head.*": "head.*"}
+
+VIT = _transformers("vit", _VIT, _POOLER)
+DINOV2 = _transformers("dinov2", _DINOV2 | _ATTENTION, _MASK)
+REGISTERS = _transformers(_WITH_REGISTERS, _REGISTERS | _ATTENTION, _MASK)
+TIMM = Family("timm's vit", "timm", _TIMM, _SAME_HEAD)
+TIMM_DINOV2 = Family("timm's dinov2", "timm", _TIMM_DINOV2, _SAME_HEAD)
+TIMM_REGISTERS = Family(
+    "timm's dinov2 with registers",
+    "timm",
+    {**_TIMM_DINOV2, "reg_token": "reg_token"},
+    _SAME_HEAD,
+)
+GOOGLE = Family("Google's npz", "", _GOOGLE, _flax("head", "head"))
+FAMILIES = (
+    VIT,
+    _transformers("vit", _VIT_IN_MEMORY, _POOLER, in_memory=True),
+    DINOV2,
+    _transformers("dinov2", _DINOV2 | _ATTENTION_IN_MEMORY, _MASK, in_memory=True),
+    REGISTERS,
+    _transformers(_WITH_REGISTERS, _REGISTERS | _ATTENTION_IN_MEMORY, _MASK, in_memory=True),
+    TIMM,
+    TIMM_DINOV2,
+    TIMM_REGISTERS,
+    Family("torchvision's vit", "", _TORCHVISION, {"head.*": "heads.head.*"}),
+    GOOGLE,
+)
+KINDS = (VIT.kind, DINOV2.kind, REGISTERS.kind, TIMM.kind)
+
+_BLOCK_NUMBER = re.compile(r"(?<=[._])\d+(?=[./])")  # its first match in a tensor's name
+
+
+def recognise(kind: str, names: Collection[str], source: str) -> Family:
+    """Return the family of a checkpoint from the kind in its config and its tensors' names.
+
+    Several families may share a kind; the names decide between them. Raises UserError if the names
+    belong to a family of another kind, or to none; the message names what differs.
+    """
+    differences = {family: _differences(family, names) for family in FAMILIES}
 
     def distance(family: Family) -> int:
-        return sum(map(len, differing[family]))
+        missing, unexpected = differences[family]
+        return len(missing) + len(unexpected)
 
     nearest = min(FAMILIES, key=distance)
-    best = min((family for family in FAMILIES if family.kind == kind), key=distance, default=None)
-    differs = f"nearest is {nearest.title}, from which differ: {listed(*differing[nearest])}"
+    of_this_kind = [family for family in FAMILIES if family.kind == kind]
+    best = min(of_this_kind, key=distance, default=None)
+    mismatch = f"nearest is {nearest.title}: {mismatches(*differences[nearest])}"
     if best is None:
-        problem = f"config.json has model_type {kind!r}; expected one of {', '.join(KINDS)}; by its names {differs}"
+        problem = (
+            f"config.json has model_type {kind!r}; expected one of {', '.join(KINDS)}; "
+            f"by the tensors' names, {mismatch}"
+        )
     elif distance(best) > distance(nearest) and kind:
         problem = (
-            f"config.json is of {best.title}, but the tensors' names are those of {nearest.title}; "
+            f"config.json is that of {best.title}, but the tensors have the names of "
+            f"{nearest.title}; one of the two files belongs to another model"
         )
-        problem += "one of the two files belongs to another model"
     elif distance(best) > distance(nearest):
-        problem = f"its names are those of {nearest.title}, of which minivit reads folders, with config.json: "
-        problem += "timm.models.save_for_hf(model, FOLDER)"
-    elif not kind and distance(best):
-        problem = f"not a ViT that minivit reads; {differs}"
+        problem = (
+            f"the tensors have the names of {nearest.title}, which minivit reads from a folder "
+            "with a config.json; write one with timm.models.save_for_hf(model, FOLDER)"
+        )
+    elif distance(best) > 0 and not kind:
+        problem = f"not a ViT that minivit reads; {mismatch}"
     else:
         return best
-    raise UserError(f"{where}: {problem}")
+    raise UserError(f"{source}: {problem}")
 
 
 def num_blocks(names: Collection[str]) -> int:
-    """Count the blocks that a checkpoint's names number."""
-    return len({number[0] for name in names if (number := _BLOCK_NUMBER.search(name))})
+    """Return how many blocks the names of a checkpoint's tensors belong to."""
+    matches = map(_BLOCK_NUMBER.search, names)
+    return len({match[0] for match in matches if match})
 
 
 def layout(model: ViT, family: Family) -> dict[str, tuple[str, ...]]:
-    """Say for each parameter of a model which tensors of the file it is joined from."""
-    table, found = family.names | family.head, {}
+    """Return for each parameter of a model the names of the tensors that it is made of."""
+    table = family.names | family.head
     prefix = family.prefix if model.config.num_classes else ""
-    for name in model.state_dict():
-        number, leaf = (
-            re.search(r"\d+", name),
-            name.rpartition(".")[2],
-        )  # of the block; weight, bias, gamma, ...
-        pattern = re.sub(r"^blocks\.\d+\.", "blocks.#.", name)
-        theirs = _parts(table.get(pattern) or table[pattern.removesuffix(leaf) + "*"])
-        parts = [
-            part.replace("#", number[0] if number else "").replace("*", leaf) for part in theirs
-        ]
-        found[name] = tuple(part if name.startswith("head.") else prefix + part for part in parts)
-    return found
+    names = {}
+    for ours in model.state_dict():
+        match = re.match(r"blocks\.(\d+)\.", ours)
+        number = match[1] if match else ""
+        pattern = ours.replace(f"blocks.{number}.", "blocks.#.")
+        leaf = ours.rpartition(".")[2]
+        if pattern not in table:
+            pattern = pattern.removesuffix(leaf) + "*"
+        part_prefix = "" if ours.startswith("head.") else prefix
+        names[ours] = tuple(
+            part_prefix + part.replace("#", number).replace("*", leaf)
+            for part in _parts(table[pattern])
+        )
+    return names
 
 
-def listed(
+def mismatches(
     missing: Collection[str], unexpected: Collection[str], misshapen: Collection[str] = ()
 ) -> str:
-    """Say what is wrong with a file's tensors: how many of a kind, and the first few."""
-    said = []
-    for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)):
-        if names:
-            first = [*list(names)[:3], "..."][: len(names)]
-            said.append(f"{len(names)} {kind} ({', '.join(first)})")
-    return "; ".join(said) or "nothing"
+    """Return a phrase that counts the tensors that do not fit, and names the first of them."""
+    groups = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    phrases = []
+    for kind, group in groups.items():
+        if group:
+            phrases.append(f"{len(group)} {kind} ({first_few(group)})")
+    return "; ".join(phrases) or "nothing differs"
 
 
 def _differences(family: Family, names: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return which names of a family, whatever the block, are missing and which are unexpected."""
-    found = {_BLOCK_NUMBER.sub("#", name.removeprefix(family.prefix), count=1) for name in names}
-    wanted, optional = _patterns(family.names), _patterns(family.head) | set(family.unused)
-    return sorted(wanted - found), sorted(found - wanted - optional)
+    """Return which of a family's names are missing and which names are not the family's.
+
+    Block numbers are ignored.
+    """
+    patterns = set()
+    for name in names:
+        patterns.add(_BLOCK_NUMBER.sub("#", name.removeprefix(family.prefix), count=1))
+    required = _patterns(family.names)
+    optional = _patterns(family.head) | set(family.unused)
+    return sorted(required - patterns), sorted(patterns - required - optional)
 
 
 def _patterns(table: Names) -> set[str]:
-    parts = {part for theirs in table.values() for part in _parts(theirs)}
-    return {part.replace("*", leaf) for part in parts for leaf in ("weight", "bias")}
+    """Return all names of the family in a table, with "*" spelled out."""
+    patterns = set()
+    for theirs in table.values():
+        for part in _parts(theirs):
+            patterns |= {part.replace("*", "weight"), part.replace("*", "bias")}
+    return patterns
 
 
 def _parts(theirs: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files lie: here, or in the Hub's cache after a download; and a finished folder up to the Hub."""
+"""Find a checkpoint's files in a folder or on the Hugging Face Hub, and upload a finished run."""
 
 from __future__ import annotations
 
@@ -11,233 +11,265 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import UserError, first_few
 from ..system.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-)  # the first that is there is read
+INDEX = "model.safetensors.index.json"  # names the shards of a large checkpoint
+WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin")  # in order of preference
+SUFFIXES = (".safetensors", ".npz", ".bin", ".pth", ".pt", ".tar")  # timm writes .pth.tar
 DEMO = Path(__file__).with_name("demo_model")  # the checkpoint that comes with minivit
-TIMEOUT_S = 6  # for the Hub's first answer; without network a person waits no longer than this
-SUFFIXES = (
-    ".safetensors",
-    ".npz",
-    ".bin",
-    ".pth",
-    ".pt",
-    ".tar",
-)  # timm names its checkpoints .pth.tar
+TIMEOUT_S = 6  # how long to wait for the Hub's first answer
 
 
 @dataclass(frozen=True)
 class Files:
-    """A checkpoint's files here, and the commit of the Hub's repository that they are from."""
+    """The local paths of a checkpoint's files, and the Hub commit that they come from."""
 
     config: Path | None
-    preprocessor: Path | None  # timm keeps it in config.json
+    preprocessor: Path | None  # None for timm, which keeps preprocessing in config.json
     weights: tuple[Path, ...]
     commit: str | None = None
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from, and what its file held that classification does not use (written back untouched)."""
+    """Where a model came from, and what must be remembered to write it back."""
 
     source: str = ""  # Hub id, folder or file
     commit: str | None = None  # of the Hub repository
-    family: str = ""  # whose layout it had
+    family: str = ""  # the title of the checkpoint's layout
+    # Tensors that classification does not use. They are written back unchanged.
     unused: dict[str, Tensor] = field(default_factory=dict)
-    hashes: dict[frozenset[str], str] = field(
-        default_factory=dict
-    )  # of what is frozen, by the names of what is not
+    # Hashes of the frozen weights, by the names of the trainable ones (see hash_frozen).
+    hashes: dict[frozenset[str], str] = field(default_factory=dict)
 
 
 def fetch(source: str, revision: str | None, *, weights: bool = True) -> Files:
-    """Return where a checkpoint's files are, downloaded if `source` is a Hub id; with or without its `weights`.
+    """Return the paths of a checkpoint's files, after downloading them if they are on the Hub.
 
-    Raises UserError, saying what could not be had, from where, and what to do.
+    `source` is a folder, a file of weights, a Hub id, or "demo". With weights=False only the config
+    files are fetched. Raises UserError if a file is missing or cannot be downloaded.
     """
     path = DEMO if source == "demo" else Path(os.path.expanduser(source))
-    if path.is_file() and path.name in WEIGHTS:
-        path = path.parent
-    if path.is_file() and path.suffix in SUFFIXES:
-        return Files(None, None, (path,))
+    if path.is_file():
+        if path.name in WEIGHTS:
+            path = path.parent
+        elif path.suffix in SUFFIXES:
+            return Files(None, None, (path,))
     if path.exists() and not path.is_dir():
-        raise UserError(
-            f"{source}: expected a Hub id, a folder, or a file ending in {', '.join(SUFFIXES)}"
-        )
-    hub = None if path.is_dir() else _Hub(source, revision)
-    get = hub.get if hub else lambda name: path / name if (path / name).is_file() else None
+        endings = ", ".join(SUFFIXES)
+        raise UserError(f"{source}: expected a Hub id, a folder, or a file ending in {endings}")
+
+    place: _Folder | _Hub = _Folder(path) if path.is_dir() else _Hub(source, revision)
 
     def need(*names: str) -> Path:
-        found = next(filter(None, map(get, names)), None)
-        if found is None:
-            where, others = (
-                f"on {hub.endpoint}" if hub else "in this folder",
-                "".join(f", nor {name}" for name in names[1:]),
-            )
-            raise UserError(
-                f"{source}: no {names[0]} {where}{others}; expected a ViT as transformers or timm lays it out"
-            )
-        return found
+        for name in names:
+            file = place.get(name)
+            if file is not None:
+                return file
+        raise UserError(
+            f"{source}: no {' or '.join(names)} {place.where}; "
+            "expected a ViT in the layout of transformers or timm"
+        )
 
     config = need("config.json")
-    preprocessor = need("preprocessor_config.json") if "model_type" in read_json(config) else None
-    found: tuple[Path, ...] = (need(*WEIGHTS),) if weights else ()
-    if found and found[0].name == WEIGHTS[1]:
-        found = tuple(need(name) for name in _shards(found[0]))
-    return Files(config, preprocessor, found, hub.revision if hub else None)
+    preprocessor = None
+    if "model_type" in read_json(config):
+        preprocessor = need("preprocessor_config.json")
+    paths: list[Path] = []
+    if weights:
+        paths = [need(*WEIGHTS)]
+        if paths[0].name == INDEX:
+            paths = [need(name) for name in _shards(paths[0])]
+    return Files(config, preprocessor, tuple(paths), place.revision)
 
 
 def _shards(index: Path) -> list[str]:
-    """Return the names of the files that an index speaks of, which lie beside it."""
-    names = read_json(index).get("weight_map")
-    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
-    if not names or any(
-        Path(name).name != name or not name.endswith(".safetensors") for name in names
-    ):
+    """Return the names of the weight files that an index lists; they must lie beside it."""
+    weight_map = read_json(index).get("weight_map")
+    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    outside = [
+        name for name in names if Path(name).name != name or not name.endswith(".safetensors")
+    ]
+    if outside or not names:
         raise UserError(
-            f"{index}: expected a weight_map to safetensors files beside it, found {', '.join(names) or 'none'}"
+            f"{index}: expected a weight_map to safetensors files beside it, "
+            f"found {first_few(outside) or 'none'}"
         )
     return names
 
 
+@dataclass(frozen=True)
+class _Folder:
+    """A folder that holds a checkpoint."""
+
+    path: Path
+    where = "in this folder"
+    revision = None
+
+    def get(self, name: str) -> Path | None:
+        """Return the path of a file, or None if the folder has no such file."""
+        path = self.path / name
+        return path if path.is_file() else None
+
+
 class _Hub:
-    """One repository of the Hub, at the commit that its first file came from."""
+    """A repository on the Hub. All files come from the commit that the first one came from."""
 
     def __init__(self, source: str, revision: str | None) -> None:
-        from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import constants
 
-        self.source, self.revision, self.asked, self.endpoint = (
-            source,
-            revision,
-            revision,
-            constants.ENDPOINT,
-        )
-        self.silent = None  # why the Hub does not answer; then only the cache is asked
-        try:  # once: hf_hub_download would try an unreachable Hub six times, each with a longer wait
-            get_hf_file_metadata(
-                hf_hub_url(source, "config.json", revision=revision), timeout=TIMEOUT_S
-            )
-        except (
-            errors.HfHubHTTPError
-        ) as error:  # else it answers: hf_hub_download will say what is wrong
-            if _status(error) == 429 or _status(error) >= 500:
-                why = "too many requests" if _status(error) == 429 else "an error of its own"
-                self.silent = f"it answers {_status(error)}, {why}: try later"
+        self.source = source
+        self.asked = revision
+        self.revision = revision  # becomes the commit with the first file
+        self.endpoint = constants.ENDPOINT
+        self.where = f"on {self.endpoint}"
+        self.outage = self._probe()  # if the Hub is down, only the cache is searched
+
+    def _probe(self) -> str:
+        """Ask the Hub for a file once, and return why it is out of reach, or "" if it answers.
+
+        hf_hub_download would try an unreachable Hub six times and wait longer each time. Errors
+        other than an outage are left to it.
+        """
+        from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
+        try:
+            url = hf_hub_url(self.source, "config.json", revision=self.revision)
+            get_hf_file_metadata(url, timeout=TIMEOUT_S)
+        except errors.HfHubHTTPError as error:
+            status = _status(error)
+            if status == 429:
+                return "it answers 429, too many requests: try later"
+            if status >= 500:
+                return f"it answers {status}, an error on its side: try later"
         except errors.HFValidationError as error:
             raise UserError(
-                f"{source}: neither a folder or file here nor a Hub id (owner/name)"
+                f"{self.source}: neither a folder or file here nor a Hub id (owner/name)"
             ) from error
         except errors.EntryNotFoundError:
             pass
-        except Exception:  # whatever the HTTP library raises when nobody answers
-            self.silent = "no answer: connect"
+        except Exception:  # The HTTP library has many exceptions for a server that is silent.
+            return "it does not answer: check the connection"
+        return ""
 
     def get(self, name: str) -> Path | None:
-        """Return a file's path in the cache, downloaded if need be; None if the repository has no such file."""
+        """Return the path of a file in the cache, after downloading it if needed.
+
+        Returns None if the repository has no such file. Raises UserError if it cannot be fetched.
+        """
         from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
-        cached = isinstance(try_to_load_from_cache(self.source, name, revision=self.revision), str)
+        cached = try_to_load_from_cache(self.source, name, revision=self.revision)
         try:
             path = Path(
                 hf_hub_download(
-                    self.source, name, revision=self.revision, local_files_only=bool(self.silent)
+                    self.source,
+                    name,
+                    revision=self.revision,
+                    local_files_only=bool(self.outage),
                 )
             )
-        except errors.LocalEntryNotFoundError as error:
-            if self.silent and name not in ("config.json", WEIGHTS[-1]):
-                return None  # perhaps there is none
-            raise UserError(
-                f"{self.source}: cannot fetch {name} from {self.endpoint} ({self.silent or _reason(error)}), and it is not in "
-                "the local cache; try again, or give a local copy with --model FOLDER"
-            ) from error
-        except errors.GatedRepoError as error:
-            raise UserError(
-                f"{self.source}: a gated model; ask for access at {self.endpoint}/{self.source}, then log in with "
-                "`hf auth login` or set HF_TOKEN"
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise UserError(
-                f"{self.source}: no such folder here, and {self.endpoint} has no such model for you; check the name, or log "
-                "in with `hf auth login` if it is private"
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise UserError(
-                f"{self.source}: no revision {self.asked!r} on {self.endpoint}"
-            ) from error
-        except errors.EntryNotFoundError:
-            return None
-        except Exception as error:  # whatever the HTTP library raises, or a full disk
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            advice = (
-                "make room, or set HF_HOME to another disk"
-                if full
-                else "try again, or use --model FOLDER"
-            )
-            raise UserError(
-                f"{self.source}: cannot fetch {name} from {self.endpoint} ({_reason(error)}); {advice}"
-            ) from error
-        self.revision = path.parent.name  # the commit: the next files come from the same one
-        if not cached:
+        except Exception as error:  # It raises what the HTTP library and the disk raise, too.
+            if isinstance(error, errors.LocalEntryNotFoundError):
+                # Offline, a file that is not in the cache may not exist on the Hub either.
+                missing = self.outage and name not in ("config.json", WEIGHTS[-1])
+            else:
+                missing = isinstance(error, errors.EntryNotFoundError)
+            if missing:
+                return None
+            raise UserError(f"{self.source}: {self._explain(error, name)}") from error
+        self.revision = path.parent.name
+        if not isinstance(cached, str):
             _verify(path, f"{self.source}: {name} from {self.endpoint}")
         return path
 
+    def _explain(self, error: Exception, name: str) -> str:
+        """Say why a file could not be fetched, and what the user can do."""
+        from huggingface_hub import errors
+
+        failure = f"cannot fetch {name} from {self.endpoint} ({self.outage or _reason(error)})"
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            return (
+                f"{failure}, and it is not in the local cache; "
+                "try again, or give a local copy with --model FOLDER"
+            )
+        if isinstance(error, errors.GatedRepoError):
+            return (
+                f"a gated model; ask for access at {self.endpoint}/{self.source}, "
+                "then log in with `hf auth login` or set HF_TOKEN"
+            )
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return (
+                f"no such folder here, and no such model on {self.endpoint} that you may read; "
+                "check the name, or log in with `hf auth login` if it is private"
+            )
+        if isinstance(error, errors.RevisionNotFoundError):
+            return f"no revision {self.asked!r} {self.where}"
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"{failure}; make room, or set HF_HOME to another disk"
+        return f"{failure}; try again, or use --model FOLDER"
+
 
 def prepare_push(repo: str) -> None:
-    """Make sure before hours of training that a repository is there, and ours to write to. Raises UserError if not."""
+    """Create a Hub repository if needed, and check that we may write to it.
+
+    Called before training, so that hours of work do not end with a refusal. Raises UserError.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
-    with _pushing(repo):
+    with _push_errors(repo):
         validate_repo_id(repo)
-        HfApi().whoami()  # create_repo asks nothing of who may only read what is there
+        HfApi().whoami()  # create_repo does not check the login for a repository that exists
         HfApi().create_repo(repo, exist_ok=True)
 
 
 def push(folder: Path, repo: str, names: Iterable[str]) -> str:
-    """Upload files of a folder, in one commit, and return its address. Raises UserError; the files stay here."""
+    """Upload some files of a folder in one commit, and return the commit's address.
+
+    Raises UserError if the upload fails; the files stay in the folder.
+    """
     from huggingface_hub import HfApi
 
-    with _pushing(repo):
-        return str(
-            HfApi()
-            .upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(names))
-            .commit_url
-        )
+    with _push_errors(repo):
+        commit = HfApi().upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(names))
+        return str(commit.commit_url)
 
 
 @contextlib.contextmanager
-def _pushing(repo: str) -> Iterator[None]:
+def _push_errors(repo: str) -> Iterator[None]:
+    """Turn any failure to push into a UserError that says what to do."""
     from huggingface_hub import constants, errors
 
     try:
         yield
-    except Exception as error:  # whatever the HTTP library raises
-        denied = _status(error) in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError)
-        advice = (
-            "log in with `hf auth login` or HF_TOKEN, with the right to write there"
-            if denied
-            else "try again"
-        )
-        advice += f", or later with `hf upload {repo} DIR`"
+    except Exception as error:  # The HTTP library's exceptions have no common base.
         if isinstance(error, errors.HFValidationError):
             advice = "expected --push-to-hub owner/name"
+        elif _status(error) in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError):
+            advice = (
+                "log in with `hf auth login` or HF_TOKEN as a user who may write there, "
+                f"or upload later with `hf upload {repo} DIR`"
+            )
+        else:
+            advice = f"try again, or later with `hf upload {repo} DIR`"
         raise UserError(
             f"{repo}: cannot push to {constants.ENDPOINT} ({_reason(error)}); {advice}"
         ) from error
 
 
-def _verify(path: Path, what: str) -> None:
-    """Hold a fresh download against its SHA-256, by which the cache names large files; remove it if it differs."""
+def _verify(path: Path, name: str) -> None:
+    """Compare a new download with its SHA-256, and delete it if they differ.
+
+    The cache names large files by their hash. The Hub gives no SHA-256 for small files.
+    """
     blob = path.resolve()
     if len(blob.name) != 64:
-        return  # the Hub gives none for small files
+        return
     digest = hashlib.sha256()
     with blob.open("rb") as file:
         while part := file.read(1 << 20):
@@ -246,13 +278,16 @@ def _verify(path: Path, what: str) -> None:
         path.unlink()
         blob.unlink(missing_ok=True)
         raise UserError(
-            f"{what} is damaged: its SHA-256 is {digest.hexdigest()}, not {blob.name}; removed, try again"
+            f"{name} is damaged: its SHA-256 is {digest.hexdigest()}, not {blob.name}; "
+            "it was deleted, so try again"
         )
 
 
 def _status(error: Exception) -> int:
-    return getattr(getattr(error, "response", None), "status_code", 0)  # 0 where nobody answered
+    """Return the HTTP status of an error, or 0 if the server did not answer."""
+    return getattr(getattr(error, "response", None), "status_code", 0)
 
 
 def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    """Return the first line of an error's message, or its type if it has none."""
+    return str(error).partition("\n")[0] or type(error).__name__

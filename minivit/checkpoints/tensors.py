@@ -1,4 +1,4 @@
-"""Files of tensors: read without executing anything of them, written whole or not at all."""
+"""Read and write files of tensors, without ever executing code that a file contains."""
 
 from __future__ import annotations
 
@@ -17,125 +17,149 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError
-from ..system.files import dict_of_once, whole_file
+from ..system.files import dict_of_unique_keys, whole_file
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file's tensors by name: safetensors, npz, or a pickle of nothing but tensors. Executes nothing of it.
+    """Read a file's tensors by name: safetensors, npz, or a pickled state dict.
 
-    Those of safetensors stay in the file until they are used. Raises UserError, also if one is not finite.
+    The tensors of a safetensors file stay on the disk until they are used. Raises UserError if the
+    file is damaged, holds anything but tensors, or if a tensor is not finite.
     """
     tensors = _read(path)
     for name, tensor in tensors.items():
-        if (
-            path.suffix == ".safetensors"
-        ):  # by a mapping of its own, which goes at once: this one would keep all in memory
+        if path.suffix == ".safetensors":
+            # Checking maps the pages of a tensor into memory. A mapping of its own, which ends at
+            # once, keeps the peak low.
             with safe_open(path, "pt") as file:
                 tensor = file.get_tensor(name)
-        # A sum tells in half the time, but where finite numbers overflow it.
-        if (
-            tensor.is_floating_point()
-            and not tensor.sum(dtype=torch.float32).isfinite()
-            and not tensor.isfinite().all()
-        ):
+        if tensor.is_floating_point() and not _is_finite(tensor):
             raise UserError(f"{path}: {name} holds NaN or infinity; get the file again")
     return tensors
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The sum takes half the time, but it can overflow although every number is finite.
+    if tensor.sum(dtype=torch.float32).isfinite():
+        return True
+    return bool(tensor.isfinite().all())
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(path)
-            with path.open(
-                "rb"
-            ) as file:  # whose header's length safetensors has found good; not so names given twice
-                json.loads(
-                    file.read(int.from_bytes(file.read(8), "little")),
-                    object_pairs_hook=dict_of_once,
-                )
+            _check_header(path)
             return tensors
         if path.suffix == ".npz":
             return _read_npz(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: holds more than tensors, which could execute code, or is damaged; save the model alone, as safetensors"
+            f"{path}: holds more than tensors, which could execute code, or is damaged; "
+            "save the model alone, as safetensors"
         ) from error
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: cannot be read as {path.suffix[1:]} ({error}); is the file complete?"
-        ) from error
-    except Exception as error:  # broken zips and pickles raise anything
+        raise _unreadable(path, path.suffix[1:], error) from error
+    except Exception as error:  # Broken zip files and pickles raise all kinds of exceptions.
         raise UserError(
             f"{path}: cannot be read ({type(error).__name__}: {error}); is the file complete?"
         ) from error
-    plain = isinstance(tensors, dict) and all(
-        isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items()
-    )
-    if not plain or not all(
-        t.device.type == "cpu" and t.layout is torch.strided for t in tensors.values()
-    ):
+    if not isinstance(tensors, dict) or not all(map(_is_entry, tensors.items())):
         raise UserError(
             f"{path}: expected a state dict, names to tensors; save model.state_dict() alone"
         )
     return tensors
 
 
+def _is_entry(item: tuple[object, object]) -> bool:
+    """Return whether an item of a pickled dictionary is a name and an ordinary tensor."""
+    name, tensor = item
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        return False
+    return tensor.device.type == "cpu" and tensor.layout is torch.strided
+
+
+def _check_header(path: Path) -> None:
+    """Raise ValueError if the header of a safetensors file names a tensor twice.
+
+    safetensors would keep the last one. It has already checked the header's length.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        json.loads(file.read(length), object_pairs_hook=dict_of_unique_keys)
+
+
+def _unreadable(path: Path, kind: str, error: Exception) -> UserError:
+    return UserError(f"{path}: cannot be read as {kind} ({error}); is the file complete?")
+
+
 def _read_npz(path: Path) -> dict[str, Tensor]:
-    """Read a Flax ViT's arrays, turned to how torch has them: Flax multiplies from the left, and splits heads."""
+    """Read the arrays of a Flax ViT, and lay them out as PyTorch does."""
     with zipfile.ZipFile(path) as archive:
-        if sum(part.file_size for part in archive.infolist()) > 2 * path.stat().st_size:
-            raise ValueError("packed more than twofold")
-    turn = {"embedding": lambda k: k.permute(3, 2, 0, 1), "out": lambda k: k.flatten(0, 1).T}
-    tensors = {}
+        size = sum(part.file_size for part in archive.infolist())
+    if size > 2 * path.stat().st_size:
+        raise ValueError("it would unpack to more than twice its size")
     with np.load(path, allow_pickle=False) as arrays:
-        for name in arrays.files:
-            tensor, (*_, layer, leaf) = torch.from_numpy(arrays[name]), f"/{name}".split("/")
-            if leaf == "kernel":
-                tensor = turn.get(layer, lambda k: k.flatten(1).T)(tensor)
-            elif layer in ("query", "key", "value"):
-                tensor = tensor.flatten()
-            tensors[name] = tensor.contiguous()
-    if (
-        tensors.pop("pre_logits/kernel", None) is not None
-    ):  # the layer before the head of in21k's checkpoints
-        for name in ("pre_logits/bias", "head/kernel", "head/bias"):
+        tensors = {name: _from_flax(name, arrays[name]) for name in arrays.files}
+    if "pre_logits/kernel" in tensors:
+        # Google's checkpoints from ImageNet-21k have another layer in front of the head.
+        for name in ("pre_logits/kernel", "pre_logits/bias", "head/kernel", "head/bias"):
             tensors.pop(name, None)
         print(
-            f"{path}: its head reads a layer that minivit's ViT has not; taken: the backbone, without",
+            f"{path}: its head reads a layer that minivit's ViT does not have; "
+            "loading the backbone without a head",
             file=sys.stderr,
         )
     return tensors
 
 
+def _from_flax(name: str, array: np.ndarray) -> Tensor:
+    """Lay an array of a Flax ViT out as PyTorch does.
+
+    Flax multiplies by a kernel from the right, and its attention has a dimension for the heads.
+    """
+    tensor = torch.from_numpy(array)
+    *_, layer, leaf = f"/{name}".split("/")
+    if leaf == "kernel":
+        if layer == "embedding":
+            tensor = tensor.permute(3, 2, 0, 1)  # (h, w, 3, D) to (D, 3, h, w)
+        elif layer == "out":
+            tensor = tensor.flatten(0, 1).T  # (H, K, D) to (D, D)
+        else:
+            tensor = tensor.flatten(1).T  # (D, H, K) or (in, out) to (out, in)
+    elif layer in ("query", "key", "value"):
+        tensor = tensor.flatten()  # a bias, (H, K) to (D,)
+    return tensor.contiguous()
+
+
 def tail_metadata(path: Path) -> dict[str, str] | None:
-    """Return the metadata of a file that save_tail wrote; None for anything else."""
+    """Return the metadata of a file that save_tail wrote, or None for any other file."""
     if path.suffix != ".safetensors" or not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: cannot be read as safetensors ({error}); is the file complete?"
-        ) from error
+        raise _unreadable(path, "safetensors", error) from error
     return metadata if "base" in metadata else None
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file. If that fails, an earlier file of this name is kept."""
     with whole_file(path) as partial:
+        # safetensors makes files that only their owner can read: restore the usual permissions.
         partial.touch()
         mode = partial.stat().st_mode
         try:
             save_file(tensors, partial, metadata)
-        except SafetensorError as error:  # a full disk
+        except SafetensorError as error:  # for example, the disk is full
             raise OSError(f"{path}: cannot be written ({error})") from error
-        partial.chmod(mode)  # safetensors lets only the owner read its files
+        partial.chmod(mode)
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors' names, shapes and bytes."""
+    """Return the SHA-256 of the names, shapes, types and bytes of tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

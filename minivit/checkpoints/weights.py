@@ -1,30 +1,33 @@
-"""Checkpoints: from the Hub, a folder or a file into a model, strictly, and back into a folder that transformers reads."""
+"""Load a checkpoint into a model, and save a model as a checkpoint that transformers reads."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.preprocess import Preprocess
-from ..errors import UserError
-from ..model import ViT, ViTConfig, trainable
+from ..errors import UserError, first_few
+from ..model import ViT, trainable
 from ..system.files import read_json, write_json
 from .configs import (
+    CheckpointSpec,
     hub_config,
     hub_family,
-    hub_sizes,
     keeps_positions,
-    sizes_from_tensors,
-    timm_sizes,
+    spec_from_hub,
+    spec_from_tensors,
+    spec_from_timm,
 )
-from .families import KINDS, TIMM_REGISTERS, Family, layout, listed, num_blocks, recognise
+from .families import KINDS, TIMM_REGISTERS, Family, layout, mismatches, num_blocks, recognise
 from .hub import Files, Origin, fetch
 from .tensors import content_hash, read_tensors, save_tensors, tail_metadata
 
@@ -37,120 +40,107 @@ def load_pretrained(
     labels: Sequence[str] | None = None,
     img_size: tuple[int, int] | None = None,
 ) -> ViT:
-    """Load a ViT in float32 on the CPU from a Hub id, a local folder in the Hub's layout, or a file.
+    """Load a ViT in float32 on the CPU.
 
-    Read are the layouts in families.py, torchvision's state dict and Google's npz as files, and a run's tail.safetensors,
-    whose base is found or fetched. The model carries what belongs to its weights: `labels` (class names in index order),
-    `preprocess` (a `Preprocess`) and `origin`. A checkpoint without a classifier gives a backbone, with no labels. Asking
-    for other `labels`, or another `num_classes`, puts a fresh head on, and says so on stderr. `img_size` (h, w) asks for
-    another input size; positions are then resampled as the reference does (bicubic).
-    Raises UserError, naming tensors that are missing, unexpected, misshapen or not finite; nothing is ever left random.
+    `source` is a Hub id, a folder in the layout of transformers or timm, "demo", a state dict of
+    torchvision's, an npz file of Google's, or the tail.safetensors of a run, whose base is then
+    found or downloaded. families.py lists the layouts.
+
+    The model carries what belongs to its weights: `labels` (class names in index order),
+    `preprocess` and `origin`. A checkpoint without a classifier gives a backbone without labels.
+    If `labels`, or the number `num_classes`, differ from the checkpoint's, the model gets a new
+    head, and a note on stderr says so. `img_size` (h, w) selects another input size; positions are
+    then resampled as transformers does (bicubic).
+
+    No parameter is ever left random: raises UserError if tensors are missing, unexpected,
+    misshapen or not finite, and names them.
     """
     source = str(source)
-    tail = tail_metadata(Path(os.path.expanduser(source)))
-    model = (
-        _load(source, revision, img_size)
-        if tail is None
-        else _load_with_tail(source, tail, img_size)
-    )
+    metadata = tail_metadata(Path(os.path.expanduser(source)))
+    if metadata is None:
+        model = _load(source, revision, img_size)
+    else:
+        model = _load_with_tail(source, metadata, img_size)
     _align(model)
-    if labels is not None or num_classes is not None:
-        wanted = (
-            tuple(labels)
-            if labels is not None
-            else tuple(f"class {i}" for i in range(num_classes or 0))
-        )
-        if len(wanted) != len(model.labels) or (labels is not None and wanted != model.labels):
-            had = f"the checkpoint's {len(model.labels)}" if model.labels else "none"
-            print(f"new head for {len(wanted)} classes, in place of {had}", file=sys.stderr)
-            model.reset_head(len(wanted))
-            model.labels = wanted
-            model.preprocess = replace(
-                model.preprocess, round_margins=False
-            )  # it is written for transformers
+    if labels is not None:
+        if tuple(labels) != model.labels:
+            _replace_head(model, tuple(labels))
+    elif num_classes is not None and num_classes != len(model.labels):
+        _replace_head(model, tuple(f"class {i}" for i in range(num_classes)))
     return model
+
+
+def read_configs(source: str, revision: str | None) -> tuple[CheckpointSpec, Files] | None:
+    """Return what a checkpoint's config files say, and where they lie, without its weights.
+
+    Returns None for a file, which has no config. Raises UserError like load_pretrained.
+    """
+    files = fetch(source, revision, weights=False)
+    if files.config is None:
+        return None
+    config = read_json(files.config)
+    kind = _kind(config)
+    if kind not in KINDS:
+        raise UserError(
+            f"{source}: config.json has model_type {kind!r}; expected one of {', '.join(KINDS)}"
+        )
+    with _config_errors(source):
+        return _read_spec(files, config), files
 
 
 def _load(source: str, revision: str | None, img_size: tuple[int, int] | None) -> ViT:
     files = fetch(source, revision)
     tensors: dict[str, Tensor] = {}
     for path in files.weights:
-        found = read_tensors(path)
-        if twice := sorted(tensors.keys() & found.keys()):
-            raise UserError(f"{path}: {listed((), twice)}: already in another of the files")
-        tensors |= found
+        shard = read_tensors(path)
+        repeated = sorted(tensors.keys() & shard.keys())
+        if repeated:
+            raise UserError(f"{path}: repeats tensors of another shard: {first_few(repeated)}")
+        tensors |= shard
     config = read_json(files.config) if files.config else {}
     family = recognise(_kind(config), tensors, source)
-    sizes, preprocess, labels = _understand(source, files, config, family, tensors)
+    with _config_errors(source):
+        if files.config:
+            spec = _read_spec(files, config)
+        else:
+            spec = spec_from_tensors(family, tensors, source)
+    sizes = spec.sizes
+    preprocess = spec.preprocess
     if img_size is not None:
         preprocess = preprocess.at(img_size)
         sizes = replace(sizes, img_size=img_size, pos_grid=sizes.pos_grid or sizes.grid)
-    if sizes.depth != num_blocks(tensors):
+    depth = num_blocks(tensors)
+    if sizes.depth != depth:
         raise UserError(
-            f"{source}: config.json says {sizes.depth} blocks, but the tensors are of {num_blocks(tensors)}"
+            f"{source}: config.json says {sizes.depth} blocks, but there are tensors of {depth}"
         )
     with torch.device("meta"):
         model = ViT(sizes)
-    model.labels, model.preprocess = labels, preprocess
-    model.origin = Origin(
-        source, files.commit, family.title, _fill(model, family, tensors, files.weights[0])
-    )
+    unused = _fill(model, family, tensors, files.weights[0])
+    model.labels = spec.labels
+    model.preprocess = preprocess
+    model.origin = Origin(source, files.commit, family.title, unused)
     return model
 
 
-def _align(model: ViT) -> None:
-    """Move what one photo's class token alone goes through to where all memory of torch's begins, at 64 bytes.
-
-    A product of a matrix and a vector sums in an order that depends on it, and in a file tensors lie anywhere.
-    """
-    for part in (*model.blocks[-1:], model.head):
-        for parameter in part.parameters():
-            if parameter.data_ptr() % 64:
-                parameter.data = parameter.data.clone()
-
-
-def read_configs(
-    source: str, revision: str | None
-) -> tuple[ViTConfig, Preprocess, tuple[str, ...], str, str | None] | None:
-    """Return what a checkpoint's configs say without its weights: sizes, preprocessing, labels, the file of that, commit.
-
-    None for a file, which has no config. Raises UserError as load_pretrained.
-    """
-    files = fetch(source, revision, weights=False)
-    if files.config is None:
-        return None
-    config = read_json(files.config)
-    if _kind(config) not in KINDS:
-        raise UserError(
-            f"{source}: config.json has model_type {_kind(config)!r}; expected one of {', '.join(KINDS)}"
-        )
-    return (
-        *_understand(source, files, config, None, {}),
-        (files.preprocessor or files.config).name,
-        files.commit,
-    )
-
-
 def _kind(config: dict) -> str:
-    return (
-        "timm"
-        if "architecture" in config and "model_type" not in config
-        else str(config.get("model_type", ""))
-    )
+    """Return a config's kind, as in Family.kind."""
+    if "architecture" in config and "model_type" not in config:
+        return "timm"
+    return str(config.get("model_type", ""))
 
 
-def _understand(
-    source: str, files: Files, config: dict, family: Family | None, tensors: Mapping[str, Tensor]
-) -> tuple[ViTConfig, Preprocess, tuple[str, ...]]:
-    """Read sizes, preprocessing and labels from the configs, or the tensors where there are none."""
+def _read_spec(files: Files, config: dict) -> CheckpointSpec:
+    if files.preprocessor:
+        return spec_from_hub(config, read_json(files.preprocessor))
+    return spec_from_timm(config)
+
+
+@contextmanager
+def _config_errors(source: str) -> Iterator[None]:
+    """Turn any error that a broken config can cause into a UserError."""
     try:
-        if files.preprocessor:
-            return hub_sizes(config, read_json(files.preprocessor))
-        return (
-            timm_sizes(config)
-            if files.config or family is None
-            else sizes_from_tensors(family, tensors, source)
-        )
+        yield
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except KeyError as error:
@@ -161,14 +151,66 @@ def _understand(
         ) from error
 
 
-def _load_with_tail(source: str, tail: Mapping[str, str], img_size: tuple[int, int] | None) -> ViT:
-    """Load the base that a tail was trained on, make sure that it is the same, and put the tail in."""
-    try:
-        labels, preprocess = (
-            tuple(json.loads(tail["labels"])),
-            Preprocess.from_config(json.loads(tail["preprocess"])),
+def _fill(model: ViT, family: Family, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Give every parameter of a model its tensor, which is taken out of `tensors`.
+
+    Returns the tensors that classification does not use, by their names without the prefix.
+    Raises UserError if tensors are missing, misshapen or left over; `path` is for the message.
+    """
+    prefix = family.prefix if model.config.num_classes else ""
+    unused = {}
+    for name in family.unused:
+        if prefix + name in tensors:
+            unused[name] = tensors.pop(prefix + name)
+    positions = tensors.get("pos_embed")
+    if family is TIMM_REGISTERS and positions is not None and positions.ndim == 3:
+        # timm has no position for the class token: put zeros in front.
+        tensors["pos_embed"] = F.pad(positions, (0, 0, 1, 0))
+
+    state: dict[str, Tensor] = {}
+    missing = []
+    misshapen = []
+    names = layout(model, family)
+    for name, parameter in model.state_dict().items():
+        # Several tensors, such as query, key and value, have equal parts of the first dimension.
+        shape = (parameter.shape[0] // len(names[name]), *parameter.shape[1:])
+        parts = []
+        for part in names[name]:
+            tensor = tensors.pop(part, None)
+            if tensor is None:
+                missing.append(part)
+            elif tensor.shape != shape or not tensor.is_floating_point():
+                misshapen.append(
+                    f"{part}: expected {shape}, found {tuple(tensor.shape)} {tensor.dtype}"
+                )
+            else:
+                parts.append(tensor)
+        if not missing and not misshapen:
+            # torch.cat would copy a single tensor, too.
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+            state[name] = whole.float()
+    if missing or misshapen or tensors:
+        problems = mismatches(missing, sorted(tensors), misshapen)
+        raise UserError(
+            f"{path}: does not fit {family.title} of the sizes in config.json: {problems}"
         )
-        wanted, base, commit = tail["sha256"], tail["base"], tail["commit"] or None
+    model.load_state_dict(state, assign=True)
+    return unused
+
+
+def _load_with_tail(
+    source: str, metadata: Mapping[str, str], img_size: tuple[int, int] | None
+) -> ViT:
+    """Load the base that a tail was trained on, and replace the weights that the tail holds.
+
+    Raises UserError if the base cannot be loaded, or if it is not the same as in training.
+    """
+    try:
+        base = metadata["base"]
+        commit = metadata["commit"] or None
+        frozen_hash = metadata["sha256"]
+        labels = tuple(json.loads(metadata["labels"]))
+        preprocess = Preprocess.from_config(json.loads(metadata["preprocess"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{source}: its metadata is not that of a minivit tail ({error}); train again"
@@ -178,135 +220,131 @@ def _load_with_tail(source: str, tail: Mapping[str, str], img_size: tuple[int, i
     except UserError as error:
         raise UserError(f"{source} needs its base: {error}") from error
     model.reset_head(len(labels))
-    tensors, parameters = (
-        read_tensors(Path(os.path.expanduser(source))),
-        dict(model.named_parameters()),
-    )
-    unexpected = sorted(tensors.keys() - parameters.keys())
-    fitting = {(name, p.shape, p.dtype) for name, p in parameters.items()}
-    misshapen = [
-        name
-        for name, t in tensors.items()
-        if name in parameters and (name, t.shape, t.dtype) not in fitting
-    ]
-    missing = [
-        f"head.{leaf}" for leaf in ("weight", "bias") if labels and f"head.{leaf}" not in tensors
-    ]
-    if missing or unexpected or misshapen:
-        raise UserError(
-            f"{source}: does not fit its base {base}: {listed(missing, unexpected, misshapen)}"
-        )
-    if content_hash({name: p for name, p in parameters.items() if name not in tensors}) != wanted:
-        raise UserError(
-            f"{source}: its base {base} is not the one it was trained on; its contents differ"
-        )
-    model.load_state_dict(model.state_dict() | tensors, assign=True)
     model.labels = labels
     model.preprocess = preprocess if img_size is None else preprocess.at(img_size)
     model.origin = replace(model.origin, source=source)
+
+    tensors = read_tensors(Path(os.path.expanduser(source)))
+    parameters = dict(model.named_parameters())
+    missing = [name for name in parameters if name.startswith("head.") and name not in tensors]
+    unexpected = sorted(tensors.keys() - parameters.keys())
+    misshapen = []
+    for name in sorted(tensors.keys() & parameters.keys()):
+        tensor = tensors[name]
+        parameter = parameters[name]
+        if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
+            misshapen.append(name)
+    if missing or unexpected or misshapen:
+        problems = mismatches(missing, unexpected, misshapen)
+        raise UserError(f"{source}: does not fit its base {base}: {problems}")
+    if _hash_except(model, tensors) != frozen_hash:
+        raise UserError(
+            f"{source}: its base {base} is not the one it was trained on; the weights differ"
+        )
+    model.load_state_dict(model.state_dict() | tensors, assign=True)
     return model
 
 
-def save_pretrained(model: ViT, folder: str | os.PathLike[str]) -> None:
-    """Write model.safetensors, config.json and preprocessor_config.json as transformers lays them out on the Hub.
+def _align(model: ViT) -> None:
+    """Copy the last block and the head to memory aligned at 64 bytes, where torch allocates.
 
-    A folder never holds half of one.
+    There a photo's class token alone is multiplied by matrices. The order in which such a product
+    sums depends on the alignment, and in a file tensors lie anywhere: without this, a loaded model
+    could differ from the saved one in the last bit.
     """
-    folder, family, unused = (
-        Path(folder),
-        hub_family(model.config),
-        (model.origin or Origin()).unused,
-    )
-    prefix = family.prefix if model.config.num_classes else ""
-    tensors = {prefix + name: tensor for name, tensor in unused.items() if name in family.unused}
-    if model.config.num_registers:  # transformers has one there always, and zeros to begin with
-        tensors.setdefault(f"{prefix}embeddings.mask_token", torch.zeros(1, model.config.embed_dim))
-    tensors |= tensors_as(model, family, resample=not keeps_positions(model.config))
+    for module in (*model.blocks[-1:], model.head):
+        for parameter in module.parameters():
+            if parameter.data_ptr() % 64:
+                parameter.data = parameter.data.clone()
+
+
+def _replace_head(model: ViT, labels: tuple[str, ...]) -> None:
+    """Give a model a new head for other classes, and say so on stderr."""
+    old = f"the checkpoint's {len(model.labels)}" if model.labels else "none"
+    print(f"new head for {len(labels)} classes, in place of {old}", file=sys.stderr)
+    model.reset_head(len(labels))
+    model.labels = labels
+    # The model will be saved for transformers, which does not round the margins of a crop.
+    model.preprocess = replace(model.preprocess, round_margins=False)
+
+
+def save_pretrained(model: ViT, folder: str | os.PathLike[str]) -> None:
+    """Write model.safetensors, config.json and preprocessor_config.json as transformers does.
+
+    Each file is written whole or not at all.
+    """
+    folder = Path(folder)
+    config = model.config
+    family = hub_family(config)
+    prefix = family.prefix if config.num_classes else ""
+    origin = model.origin or Origin()
+    tensors = {}
+    for name in family.unused:
+        if name in origin.unused:
+            tensors[prefix + name] = origin.unused[name]
+    if config.num_registers:
+        # transformers expects a mask token here. It starts as zeros.
+        mask_token = torch.zeros(1, config.embed_dim)
+        tensors.setdefault(f"{prefix}embeddings.mask_token", mask_token)
+    tensors |= tensors_as(model, family, resample=not keeps_positions(config))
+    use_mask_token = "embeddings.mask_token" in origin.unused
     save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    write_json(
-        folder / "config.json", hub_config(model, use_mask_token="embeddings.mask_token" in unused)
-    )
+    write_json(folder / "config.json", hub_config(model, use_mask_token=use_mask_token))
     write_json(folder / "preprocessor_config.json", model.preprocess.to_config())
 
 
 @torch.no_grad()
 def tensors_as(model: ViT, family: Family, *, resample: bool) -> dict[str, Tensor]:
-    """Return a model's tensors on the CPU under a family's names; with `resample`, positions for its own input size."""
+    """Return a model's tensors on the CPU under a family's names.
+
+    With `resample`, the positions are those of the model's own input size.
+    """
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    positions = state["pos_embed"]
     if resample:
-        state["pos_embed"] = model.resample(state["pos_embed"])
-    if family is TIMM_REGISTERS:  # timm has no position for the class token
-        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
-        state["pos_embed"] = state["pos_embed"][:, 1:]
-    names = layout(model, family)
-    return {
-        theirs: part.contiguous()
-        for name, tensor in state.items()
-        for theirs, part in zip(names[name], tensor.chunk(len(names[name])))
-    }
+        positions = model.resample(positions)
+    if family is TIMM_REGISTERS:
+        # timm has no position for the class token: add it to the token.
+        state["cls_token"] = state["cls_token"] + positions[:, :1]
+        positions = positions[:, 1:]
+    state["pos_embed"] = positions
+    tensors = {}
+    for name, names in layout(model, family).items():
+        for part_name, part in zip(names, state[name].chunk(len(names))):
+            tensors[part_name] = part.contiguous()
+    return tensors
 
 
 def save_tail(model: ViT, path: Path) -> None:
-    """Write only what trains, under our names, with what it belongs to: base, commit, hash of what is frozen, labels."""
-    tail, source = trainable(model), model.origin.source
-    here = Path(os.path.expanduser(source))
+    """Write the trainable weights alone, under our names.
+
+    The metadata holds what load_pretrained needs to complete the model: its base, the hash of the
+    frozen weights, the labels and the preprocessing.
+    """
+    source = model.origin.source
+    base = Path(os.path.expanduser(source))
+    if source != "demo" and base.exists():
+        source = str(base.resolve())
     metadata = {
-        "base": str(here.resolve()) if source != "demo" and here.exists() else source,
+        "base": source,
         "commit": model.origin.commit or "",
         "sha256": hash_frozen(model),
         "labels": json.dumps(model.labels),
         "preprocess": json.dumps(model.preprocess.to_config()),
     }
-    save_tensors(path, {name: p.detach().cpu().contiguous() for name, p in tail.items()}, metadata)
+    tail = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
+    save_tensors(path, tail, metadata)
 
 
 def hash_frozen(model: ViT) -> str:
-    """Return the hash of what does not train, computed once."""
-    hashes, tail = model.origin.hashes, frozenset(trainable(model))
+    """Return the hash of the frozen weights; it is computed once for each set of trainable ones."""
+    hashes = model.origin.hashes
+    tail = frozenset(trainable(model))
     if tail not in hashes:
-        hashes[tail] = content_hash(
-            {name: p for name, p in model.named_parameters() if name not in tail}
-        )
+        hashes[tail] = _hash_except(model, tail)
     return hashes[tail]
 
 
-def _fill(model: ViT, family: Family, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Give every parameter of a model its tensor; return the tensors that classification does not use."""
-    prefix = family.prefix if model.config.num_classes else ""
-    unused = {
-        name: tensors.pop(prefix + name) for name in family.unused if prefix + name in tensors
-    }
-    names, missing, misshapen, state = layout(model, family), [], [], {}
-    if (
-        family is TIMM_REGISTERS and tensors["pos_embed"].ndim == 3
-    ):  # timm has no position for the class token
-        tensors["pos_embed"] = torch.cat(
-            [torch.zeros_like(tensors["pos_embed"][:, :1]), tensors["pos_embed"]], dim=1
-        )
-    for name, parameter in model.state_dict().items():
-        theirs = names[name]
-        shape = (parameter.shape[0] // len(theirs), *parameter.shape[1:])
-        parts = []
-        for part in theirs:
-            tensor = tensors.pop(part, None)
-            if tensor is None:
-                missing.append(part)
-            elif (
-                tuple(tensor.shape) != shape
-                or not tensor.is_floating_point()
-                or tensor.layout is not torch.strided
-            ):
-                misshapen.append(
-                    f"{part}: expected {shape}, found {tuple(tensor.shape)} {tensor.dtype}"
-                )
-            else:
-                parts.append(tensor)
-        if not missing and not misshapen:
-            state[name] = (parts[0] if len(parts) == 1 else torch.cat(parts)).float()
-    if missing or misshapen or tensors:
-        problems = listed(missing, sorted(tensors), misshapen)
-        raise UserError(
-            f"{path}: does not fit {family.title} of the sizes in config.json: {problems}"
-        )
-    model.load_state_dict(state, assign=True)
-    return unused
+def _hash_except(model: ViT, names: Container[str]) -> str:
+    """Return the hash of all parameters but those named."""
+    return content_hash({name: p for name, p in model.named_parameters() if name not in names})

@@ -1,28 +1,45 @@
-"""Describe: what a model and a data set are, and where each fact comes from. Of a model on the Hub it reads only the config."""
+"""Describe what a model and a data set are, and where each fact comes from.
+
+Of a model on the Hub, only the config is downloaded.
+"""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import cli
+from ..errors import UserError, first_few, printable
+from ..settings import BASE_MODEL
 
 if TYPE_CHECKING:
-    pass
+    from pathlib import Path
+
+    from ..data.datasets import DataFolder
+    from ..data.preprocess import Preprocess
+    from ..model import ViT
+
+Row = tuple[str, str, str]  # a name, a fact, and where the fact comes from
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("describe", description=__doc__)
     parser.add_argument(
-        "model", nargs="?", default=cli.BASE_MODEL, metavar="MODEL", help="as --model of train.py"
+        "model",
+        nargs="?",
+        default=BASE_MODEL,
+        metavar="MODEL",
+        help="a Hub id, a folder, a file or demo, as --model of train.py",
     )
-    parser.add_argument("--revision", metavar="REV", help="Hub revision; none: the default branch")
-    parser.add_argument("--data", metavar="DIR", help="a data set to describe too, as in train.py")
+    parser.add_argument(
+        "--revision", metavar="REV", help="Hub revision; default: the repository's main branch"
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", help="a data set to describe as well, as --data of train.py"
+    )
     return cli.run(describe, parser, argv)
 
 
@@ -31,125 +48,155 @@ def describe(args: argparse.Namespace) -> int:
     if args.data:
         rows += [("", "", ""), *describe_data(args.data)]
     for name, fact, source in rows:
-        print(cli.printable(f"{name:18} {fact}{f'  ({source})' if source else ''}"))
+        origin = f"  ({source})" if source else ""
+        print(printable(f"{name:18} {fact}{origin}"))
     return 0
 
 
-def describe_model(source: str, revision: str | None) -> list[tuple[str, str, str]]:
-    """Return rows (what, fact, where it comes from) of a model."""
+def describe_model(source: str, revision: str | None) -> list[Row]:
     import torch
-    from PIL import Image
 
-    from ..checkpoints import weights
-    from ..model import ViT, freeze_except, trainable
+    from ..checkpoints.configs import CheckpointSpec
+    from ..checkpoints.weights import load_pretrained, read_configs
+    from ..model import ViT
 
-    said = weights.read_configs(source, revision)
-    if said is None:  # a file that says nothing but by its tensors
-        model = weights.load_pretrained(source, revision=revision)
-        c, p, labels, commit = model.config, model.preprocess, model.labels, model.origin.commit
-        where = by = "tensors"
+    configs = read_configs(source, revision)
+    if configs is None:
+        # A file of weights has no config: its tensors say everything.
+        model = load_pretrained(source, revision=revision)
+        spec = CheckpointSpec(model.config, model.preprocess, model.labels)
+        commit = model.origin.commit
+        config_source = preprocess_source = "tensors"
     else:
-        (c, p, labels, by, commit), where = said, "config.json"
-        with torch.device("meta"):
-            model = ViT(c)
-    trained = [i for i in (10, 11) if i < c.depth] or [c.depth - 1]
-    freeze_except(model, trained)
-    total, count = (
-        sum(p.numel() for p in some) for some in (model.parameters(), trainable(model).values())
-    )
-    extras = ", LayerScale" * c.layer_scale + f", {c.num_registers} registers" * bool(
-        c.num_registers
-    )
-    how = (
-        f"squashed to {p.resize[0]} x {p.resize[1]}"
-        if isinstance(p.resize, tuple)
-        else f"shortest edge to {p.resize}"
-    )
-    how += f", then the central {p.crop[0]} x {p.crop[1]}" if p.crop else ""
-    named = (
-        f"{len(labels)}: {', '.join(labels[:3])}{', ...' * (len(labels) > 3)}"
-        if labels
-        else "none: a backbone"
-    )
+        spec, files = configs
+        commit = files.commit
+        config_source = "config.json"
+        preprocess_source = files.preprocessor.name if files.preprocessor else config_source
+        with torch.device("meta"):  # Only the shapes are needed.
+            model = ViT(spec.sizes)
+
+    c = spec.sizes
+    technique = "Vision Transformer, pre-norm"
+    if c.layer_scale:
+        technique += ", LayerScale"
+    if c.num_registers:
+        technique += f", {c.num_registers} registers"
+    blocks = f"{c.depth} of {c.num_heads} heads, {c.embed_dim} wide, MLP {c.mlp_dim}"
+    h, w = c.img_size
+    gh, gw = c.grid
+    pixels = f"{h} x {w} pixels: {gh} x {gw} patches of {c.patch_size}"
+    gh, gw = model.pos_grid
+    tokens = f"{c.num_tokens}; positions learned on {gh} x {gw} patches"
+    labels = "none: a backbone"
+    if spec.labels:
+        labels = f"{len(spec.labels)}: {first_few(spec.labels)}"
     return [
         ("model", source, f"commit {commit}" if commit else ""),
-        ("technique", f"Vision Transformer, pre-norm{extras}, arXiv:2010.11929", where),
-        ("blocks", f"{c.depth} of {c.num_heads} heads, {c.embed_dim} wide, MLP {c.mlp_dim}", where),
-        (
-            "input",
-            f"{c.img_size[0]} x {c.img_size[1]} pixels: {c.grid[0]} x {c.grid[1]} patches of {c.patch_size}",
-            by,
-        ),
-        (
-            "tokens",
-            f"{c.num_tokens}; positions learned on {model.pos_grid[0]} x {model.pos_grid[1]} patches",
-            where,
-        ),
-        ("resizing", f"{how}; {Image.Resampling(p.resample).name.lower()}", by),
-        (
-            "normalisation",
-            f"mean {', '.join(f'{m:.4g}' for m in p.mean)}; std {', '.join(f'{s:.4g}' for s in p.std)}",
-            by,
-        ),
-        ("parameters", f"{total:,}", "counted from the sizes"),
-        (
-            "trainable",
-            f"{count:,} with blocks {trained[0]}-{trained[-1]}, norm and head",
-            "counted from the sizes",
-        ),
-        ("labels", named, where),
+        ("technique", f"{technique}, arXiv:2010.11929", config_source),
+        ("blocks", blocks, config_source),
+        ("input", pixels, preprocess_source),
+        ("tokens", tokens, config_source),
+        *_describe_preprocess(spec.preprocess, preprocess_source),
+        *_count_parameters(model),
+        ("labels", labels, config_source),
     ]
 
 
-def describe_data(root: str) -> list[tuple[str, str, str]]:
-    """Return rows (what, fact, where it comes from) of a data set that is here. Raises UserError if it is not."""
+def _describe_preprocess(preprocess: Preprocess, source: str) -> list[Row]:
     from PIL import Image
 
-    from ..data.datasets import load_data
-    from ..data.pets import SPLITS, read_listing
-    from ..errors import UserError
+    if isinstance(preprocess.resize, tuple):
+        h, w = preprocess.resize
+        resizing = f"squashed to {h} x {w}"
+    else:
+        resizing = f"shortest edge to {preprocess.resize}"
+    if preprocess.crop:
+        h, w = preprocess.crop
+        resizing += f", then the central {h} x {w}"
+    resample = Image.Resampling(preprocess.resample).name.lower()
+    mean = ", ".join(f"{value:.4g}" for value in preprocess.mean)
+    std = ", ".join(f"{value:.4g}" for value in preprocess.std)
+    return [
+        ("resizing", f"{resizing}; {resample}", source),
+        ("normalisation", f"mean {mean}; std {std}", source),
+    ]
+
+
+def _count_parameters(model: ViT) -> list[Row]:
+    """Count all parameters, and those that train.py trains by default."""
+    from ..model import freeze_except, trainable
+
+    depth = len(model.blocks)
+    blocks = [i for i in (10, 11) if i < depth] or [depth - 1]
+    freeze_except(model, blocks)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in trainable(model).values())
+    source = "counted from the sizes"
+    return [
+        ("parameters", f"{total:,}", source),
+        ("trainable", f"{trained:,} with blocks {blocks[0]}-{blocks[-1]}, norm and head", source),
+    ]
+
+
+def describe_data(root: str) -> list[Row]:
+    """Describe a data set on this machine. Raises UserError if there is none."""
+    from ..data.datasets import find_data_folder, is_absent_or_empty, list_data, split_data
     from ..training.overview import count_photos
 
-    folder = Path(root).expanduser()
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if is_absent_or_empty(find_data_folder(root).root):
         raise UserError(
-            f"{root}: no data here to describe; train.py downloads Oxford-IIIT Pet into such a folder"
+            f"{root}: no data here to describe; "
+            "train.py downloads Oxford-IIIT Pet into such a folder"
         )
-    data = load_data(folder, seed=0)
-    sizes, splits = [], (data.train, data.val, data.test)
-    formats: Counter[str | None] = Counter()
-    for path in itertools.chain.from_iterable(split.paths for split in splits):
-        try:
-            with Image.open(path) as image:  # only its header
-                sizes.append(image.size)
-                formats[image.format] += 1
-        except Exception:  # whatever decoders of broken files raise; the doctor says what
-            formats["unreadable"] += 1
+    listing = list_data(root, download=False)
+    data = split_data(listing, seed=0)
+    splits = (data.train, data.val, data.test)
     rows = [("data", root, ""), ("photos", count_photos(data), "seed 0")]
-    licence = ("not stated in class folders", "")
-    if (pets := data.root / "oxford-iiit-pet").is_dir():
-        kinds = Counter(kind for split in SPLITS for *_, kind in read_listing(pets, split))
-        licence = ("CC BY-SA 4.0", "www.robots.ox.ac.uk/~vgg/data/pets")
-        rows.append(
-            (
-                "cats and dogs",
-                f"{kinds['cat']:,} cats, {kinds['dog']:,} dogs",
-                "annotations/trainval.txt and test.txt",
-            )
-        )
-    for name, values in zip(("width", "height"), zip(*sizes)):
-        span = f"{min(values)} to {max(values)} pixels, median {statistics.median(values):.0f}"
-        rows.append((name, span, "the photos' headers"))
-    rows.append(
-        (
-            "formats",
-            ", ".join(f"{n:,} {name}" for name, n in formats.most_common()),
-            "the photos' headers",
-        )
-    )
-    rows += [("licence", *licence), ("", f"{'train':>7} {'val':>7} {'test':>7}", "")]
+    if data.is_pets:
+        rows.append(_count_cats_and_dogs(listing.folder))
+        licence = ("licence", "CC BY-SA 4.0", "www.robots.ox.ac.uk/~vgg/data/pets")
+    else:
+        licence = ("licence", "not stated in class folders", "")
+    rows += _describe_headers([path for split in splits for path in split.paths])
+    rows.append(licence)
+    rows.append(("", f"{'train':>7} {'val':>7} {'test':>7}", ""))
     counts = [Counter(split.labels) for split in splits]
-    return rows + [
-        (name, " ".join(f"{n[label]:7}" for n in counts), "")
-        for label, name in enumerate(data.classes)
-    ]
+    for label, name in enumerate(data.classes):
+        rows.append((name, " ".join(f"{count[label]:7}" for count in counts), ""))
+    return rows
+
+
+def _count_cats_and_dogs(folder: DataFolder) -> Row:
+    from ..data.pets import SPLITS, read_listing
+
+    species = Counter(
+        photo.species for split in SPLITS for photo in read_listing(folder.pets, split)
+    )
+    fact = f"{species['cat']:,} cats, {species['dog']:,} dogs"
+    return ("cats and dogs", fact, "annotations/trainval.txt and test.txt")
+
+
+def _describe_headers(paths: Sequence[Path]) -> list[Row]:
+    """Describe the sizes and formats of photos, of which only the headers are read."""
+    from PIL import Image
+
+    widths: list[int] = []
+    heights: list[int] = []
+    formats: Counter[str | None] = Counter()
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                widths.append(image.width)
+                heights.append(image.height)
+                formats[image.format] += 1
+        except Exception:  # Broken files raise anything; the doctor says what is wrong.
+            formats["unreadable"] += 1
+    source = "the photos' headers"
+    rows = []
+    for name, values in (("width", widths), ("height", heights)):
+        if values:
+            median = statistics.median(values)
+            span = f"{min(values)} to {max(values)} pixels, median {median:.0f}"
+            rows.append((name, span, source))
+    counts = ", ".join(f"{n:,} {name}" for name, n in formats.most_common())
+    return [*rows, ("formats", counts, source)]
