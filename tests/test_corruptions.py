@@ -1,4 +1,4 @@
-"""Broken checkpoints: never a traceback, never a model, always one line that names what is wrong."""
+"""Broken checkpoints never give a traceback or a model, but one line that names the problem."""
 
 from __future__ import annotations
 
@@ -322,7 +322,9 @@ PEAK = """
 import sys, torch
 from minivit import load_pretrained
 from minivit.errors import UserError
-def peak(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+def peak():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 load_pretrained("demo")
 before = peak()
 for folder in sys.argv[1:]:

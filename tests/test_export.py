@@ -1,4 +1,4 @@
-"""What leaves: a tail that finds its base, and the names that timm reads."""
+"""A tail finds its base, and timm reads what is exported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ needs_timm = pytest.mark.skipif(
 
 
 def fine_tune(base, folder, **options):
-    """Leave in a folder what a run leaves: other weights in the last two blocks, norm and head, as a whole and as a tail."""
+    """Write the checkpoint and the tail of a run that trained the last two blocks."""
     model = load_pretrained(base, labels=LABELS, **options).eval()
     freeze_except(model, [model.config.depth - 2, model.config.depth - 1])
     generator = torch.Generator().manual_seed(1)
@@ -48,9 +48,7 @@ def run(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("img_size", [None, (48, 24)], ids=["same-size", "48x24"])
-def test_a_tail_finds_its_base_and_gives_the_same_logits_bit_for_bit(
-    img_size, tiny_folder, tmp_path
-):
+def test_a_tail_finds_its_base_and_gives_identical_logits(img_size, tiny_folder, tmp_path):
     model = fine_tune(tiny_folder, tmp_path / "run", img_size=img_size)
     tail, whole = (
         load_pretrained(tmp_path / "run" / "tail.safetensors").eval(),

@@ -1,4 +1,7 @@
-"""Every family of checkpoints at its true width, of one to three blocks, against its own library, stage by stage in float32."""
+"""Compare every family of checkpoints with its own library, stage by stage in float32.
+
+The models have the true width of their family, random weights and one to three blocks.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,8 @@ from torch.testing import assert_close
 from minivit import load_pretrained, save_pretrained
 from minivit.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings(
-    "default"
-)  # transformers' and timm's own deprecations are not ours to mend
+# transformers and timm have deprecation warnings of their own.
+pytestmark = pytest.mark.filterwarnings("default")
 needs_timm = pytest.mark.skipif(
     importlib.util.find_spec("timm") is None, reason="timm is not installed"
 )
@@ -32,7 +34,7 @@ SQUASH = {
     "image_mean": [0.5] * 3,
     "image_std": [0.5] * 3,
 }
-DEIT = {  # facebook's own, of the days when size was an int
+DEIT = {  # from facebook's repository; it is so old that its size is an int
     "feature_extractor_type": "DeiTFeatureExtractor",
     "crop_size": 224,
     "do_center_crop": True,
@@ -121,12 +123,13 @@ def write_by_transformers(folder: Path, kind: str, sizes: dict, preprocessor: di
 
 
 def agree(ours, images, hidden_states, attentions, logits=None):
-    """Hold every stage of ours against a reference's: hidden states and logits to 1e-4, attentions to 1e-5."""
+    """Compare every stage with a reference: logits to 1e-4, attention to 1e-5."""
     assert len(attentions) == ours.config.depth
     with torch.no_grad():
         for stop, expected in enumerate(hidden_states):
-            found, size = ours.tokens(images, stop=stop), max(1, expected.abs().max().item())
-            # Fused and eager attention round differently: relative to the size of what came before.
+            # Fused and eager attention round differently, in proportion to the size of the values.
+            found = ours.tokens(images, stop=stop)
+            size = max(1, expected.abs().max().item())
             assert_close(
                 found,
                 expected,
@@ -164,7 +167,7 @@ def round_trip(model, folder: Path):
 
 
 @pytest.mark.parametrize("kind, sizes, preprocessor", CHECKPOINTS.values(), ids=CHECKPOINTS)
-def test_transformers_families_agree_stage_by_stage_and_round_trips_are_lossless(
+def test_transformers_families_agree_and_round_trips_are_lossless(
     kind, sizes, preprocessor, tmp_path
 ):
     theirs = write_by_transformers(tmp_path, kind, sizes, preprocessor)
@@ -354,9 +357,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("change, message", REFUSED.values(), ids=REFUSED)
-def test_a_file_of_no_family_is_refused_with_the_nearest_and_what_differs(
-    change, message, tiny, tmp_path
-):
+def test_a_file_of_no_family_is_refused_with_the_nearest_family(change, message, tiny, tmp_path):
     from torchvision.models import VisionTransformer
 
     tensors = VisionTransformer(32, 16, 2, 3, 24, 48, num_classes=5).state_dict()
@@ -378,7 +379,7 @@ def test_what_timms_trainer_saves_is_refused_with_what_to_do(tiny, tmp_path):
     }
     torch.save(saved, tmp_path / "model_best.pth.tar")
     with pytest.raises(
-        UserError, match="holds more than tensors, .*; save the model alone, as safetensors"
+        UserError, match="holds more than tensors, .*; save only the weights, as safetensors"
     ):
         load_pretrained(tmp_path / "model_best.pth.tar")
 
@@ -617,7 +618,7 @@ def test_an_image_size_that_is_no_whole_number_of_patches_is_refused(tiny_folder
 
 def test_maps_leave_registers_out_and_name_them_if_they_do_not_fit():
     from minivit import ViT, ViTConfig, query_maps
-    from minivit.attention import class_relevance, sinks
+    from minivit.attention import class_relevance, class_token_and_top_patch_shares
 
     config = ViTConfig((16, 24), 8, 24, 2, 3, 48, 5, num_registers=4)
     model, images = randomize(ViT(config)), torch.randn(2, 3, 16, 24)
@@ -625,9 +626,8 @@ def test_maps_leave_registers_out_and_name_them_if_they_do_not_fit():
     assert attn[1].shape == (2, 3, config.num_tokens, config.num_tokens) == (2, 3, 11, 11)
     maps = query_maps(attn[1], config.grid, num_registers=4)
     assert torch.equal(maps, attn[1][:, :, 0, 5:].reshape(2, 3, 2, 3))
-    assert torch.equal(
-        sinks(attn[1], num_registers=4)[1], (maps / maps.sum((2, 3), keepdim=True)).amax((2, 3))
-    )
+    _, top_patch = class_token_and_top_patch_shares(attn[1], num_registers=4)
+    assert torch.equal(top_patch, (maps / maps.sum((2, 3), keepdim=True)).amax((2, 3)))
     assert class_relevance(model, images, torch.tensor([0, 1]), [1])[1].shape == (2, 1, 11)
     with pytest.raises(
         UserError, match="11 tokens do not fill a grid of 2 x 3 patches and one class token"

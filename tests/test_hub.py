@@ -1,4 +1,7 @@
-"""The Hub against a server that speaks its protocol: cache, revisions, tokens, cut downloads, and faults in one line."""
+"""Downloads from a local server that speaks the Hub's protocol.
+
+The cache, revisions, tokens, interrupted downloads, and a line for each fault.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ try:
     files = fetch(sys.argv[1], (sys.argv + [None])[2])
 except UserError as error:
     sys.exit(str(error))
-print(files.commit, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in (files.config, *files.weights)))
+hashes = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (files.config, *files.weights)]
+print(files.commit, *hashes)
 assert "torch" not in sys.modules  # what makes these tests fast
 """
 LOAD = """
@@ -62,7 +66,7 @@ def run_python(code, hub, cache, **environment):
 
 
 def get(hub, cache, *args, **environment):
-    """Fetch a checkpoint's files in a process of its own, as huggingface-hub reads its environment once."""
+    """Fetch a checkpoint's files in a new process: huggingface-hub reads its environment once."""
     return run_python(["-c", FETCH, *(args or ("owner/tiny",))], hub, cache, **environment)
 
 
@@ -119,9 +123,8 @@ def test_a_revision_is_pinned_and_its_commit_recorded(hub, tmp_path, tiny_folder
     done = get(hub, tmp_path / "cache", "owner/tiny", "v1")
     assert done.stdout == expected(tiny_folder), done.stderr
     assert all("/v1/" in path or f"/{COMMIT}/" in path for _, path in hub.requests)
-    assert (
-        sum(f"/{COMMIT}/" in path for _, path in hub.requests) > 1
-    )  # all later files from the first one's commit
+    # All later files come from the commit of the first one.
+    assert sum(f"/{COMMIT}/" in path for _, path in hub.requests) > 1
     wrong = get(hub, tmp_path / "cache", "owner/tiny", "v9")
     assert f"no revision 'v9' on {hub.url}" in wrong.stderr
 
@@ -150,9 +153,8 @@ def test_shards_and_pickles_come_from_the_hub_too(hub, tmp_path, tiny_folder):
 
 
 def test_a_download_cut_in_the_middle_goes_on_where_it_ended(tmp_path):
-    model = randomize(
-        ViT(replace(TINY, embed_dim=384, mlp_dim=1536, depth=4))
-    )  # 28 MB: huggingface-hub keeps 10 MB at a time
+    # The file has 28 MB, of which huggingface-hub keeps 10 MB at a time.
+    model = randomize(ViT(replace(TINY, embed_dim=384, mlp_dim=1536, depth=4)))
     model.labels, model.preprocess = tuple("abcde"), Preprocess((32, 32))
     save_pretrained(model, tmp_path)
     with serve(tmp_path) as hub:
@@ -163,9 +165,7 @@ def test_a_download_cut_in_the_middle_goes_on_where_it_ended(tmp_path):
     assert hub.starts[1] >= 10_000_000
 
 
-def test_a_download_that_stays_cut_leaves_nothing_that_loads_and_resumes_the_next_time(
-    hub, tmp_path, tiny_folder
-):
+def test_a_download_that_stays_cut_loads_nothing_and_resumes_later(hub, tmp_path, tiny_folder):
     hub.fault = "cut"
     done = get(hub, tmp_path / "cache")
     assert_one_line(done, "cannot fetch model.safetensors from", "try again")

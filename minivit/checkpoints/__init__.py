@@ -1,1 +1,1 @@
-"""Checkpoints: find or download them, read them into the model, and write them back."""
+"""Find or download checkpoints, load them into the model, and save them."""

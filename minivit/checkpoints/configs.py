@@ -122,7 +122,10 @@ def spec_from_hub(config: dict, preprocessor: dict) -> CheckpointSpec:
 
 
 def spec_from_timm(config: dict) -> CheckpointSpec:
-    """Read timm's config.json: the architecture's name gives the sizes, model_args changes them."""
+    """Read the config.json of timm.
+
+    The architecture's name gives the sizes, and model_args changes them.
+    """
     architecture = config["architecture"]
     args = config.get("model_args") or {}
     pool = args.get("global_pool", config.get("global_pool", "token"))

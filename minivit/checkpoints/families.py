@@ -39,7 +39,7 @@ _EMBEDDINGS: Names = {
     "patch_embed.proj.*": "embeddings.patch_embeddings.projection.*",
     "norm.*": "layernorm.*",
 }
-# DINOv2's attention has these names in a file, and the next ones in the memory of transformers 5.
+# The attention of ViT and DINOv2 in a file, then that of DINOv2 in a model of transformers 5.
 _ATTENTION: Names = {
     "blocks.#.attn.qkv.*": tuple(f"encoder.layer.#.attention.attention.{x}.*" for x in _QKV),
     "blocks.#.attn.proj.*": "encoder.layer.#.attention.output.dense.*",
@@ -112,7 +112,7 @@ _TORCHVISION: Names = {
 
 
 def _flax(ours: str, theirs: str, weight: str = "kernel") -> Names:
-    """Return the two rows of a layer of Flax, which calls its weight a kernel, or a scale."""
+    """Return the rows for a Flax layer, whose weight is called kernel, or scale in a norm."""
     return {f"{ours}.weight": f"{theirs}/{weight}", f"{ours}.bias": f"{theirs}/bias"}
 
 

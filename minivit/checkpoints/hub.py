@@ -132,8 +132,8 @@ class _Hub:
     def _probe(self) -> str:
         """Ask the Hub for a file once, and return why it is out of reach, or "" if it answers.
 
-        hf_hub_download would try an unreachable Hub six times and wait longer each time. Errors
-        other than an outage are left to it.
+        hf_hub_download would try an unreachable Hub six times and wait longer each time. All other
+        errors are left to it.
         """
         from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 

@@ -29,8 +29,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     tensors = _read(path)
     for name, tensor in tensors.items():
         if path.suffix == ".safetensors":
-            # Checking maps the pages of a tensor into memory. A mapping of its own, which ends at
-            # once, keeps the peak low.
+            # Reading a mapped tensor keeps its pages in memory. A second mapping, which is closed
+            # right away, keeps the peak low.
             with safe_open(path, "pt") as file:
                 tensor = file.get_tensor(name)
         if tensor.is_floating_point() and not _is_finite(tensor):
@@ -57,7 +57,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds more than tensors, which could execute code, or is damaged; "
-            "save the model alone, as safetensors"
+            "save only the weights, as safetensors"
         ) from error
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, path.suffix[1:], error) from error
@@ -67,7 +67,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(tensors, dict) or not all(map(_is_entry, tensors.items())):
         raise UserError(
-            f"{path}: expected a state dict, names to tensors; save model.state_dict() alone"
+            f"{path}: expected a state dict of names and tensors; save only model.state_dict()"
         )
     return tensors
 

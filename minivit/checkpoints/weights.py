@@ -43,8 +43,8 @@ def load_pretrained(
     """Load a ViT in float32 on the CPU.
 
     `source` is a Hub id, a folder in the layout of transformers or timm, "demo", a state dict of
-    torchvision's, an npz file of Google's, or the tail.safetensors of a run, whose base is then
-    found or downloaded. families.py lists the layouts.
+    torchvision, an npz file of Google's, or the tail.safetensors of a run, whose base is then found
+    or downloaded. families.py lists the layouts.
 
     The model carries what belongs to its weights: `labels` (class names in index order),
     `preprocess` and `origin`. A checkpoint without a classifier gives a backbone without labels.
@@ -246,16 +246,16 @@ def _load_with_tail(
 
 
 def _align(model: ViT) -> None:
-    """Copy the last block and the head to memory aligned at 64 bytes, where torch allocates.
+    """Move the parameters of the last block and the head to memory that is aligned to 64 bytes.
 
-    There a photo's class token alone is multiplied by matrices. The order in which such a product
-    sums depends on the alignment, and in a file tensors lie anywhere: without this, a loaded model
-    could differ from the saved one in the last bit.
+    Only the class token passes through these layers. For a single image that is a product of a
+    matrix and a vector, whose order of summation depends on the alignment. In a file, tensors may
+    lie anywhere: without this, a loaded model could differ from the saved one in the last bits.
     """
     for module in (*model.blocks[-1:], model.head):
         for parameter in module.parameters():
             if parameter.data_ptr() % 64:
-                parameter.data = parameter.data.clone()
+                parameter.data = parameter.data.clone()  # torch allocates with this alignment
 
 
 def _replace_head(model: ViT, labels: tuple[str, ...]) -> None:
