@@ -27,6 +27,6 @@ def printable(text: object) -> str:
     Control characters and bytes that could not be decoded are replaced by escapes.
     """
     return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
-        for c in str(text)
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode()
+        for char in str(text)
     )

@@ -290,33 +290,33 @@ def keeps_positions(config: ViTConfig) -> bool:
 
 def hub_config(model: ViT, *, use_mask_token: bool) -> dict:
     """Return the config.json of transformers for a model: the inverse of spec_from_hub."""
-    c = model.config
-    kind = hub_family(c).kind
+    sizes = model.config
+    kind = hub_family(sizes).kind
     dinov2 = kind != VIT.kind
-    rows, columns = model.pos_grid if keeps_positions(c) else c.grid
-    height, width = rows * c.patch_size, columns * c.patch_size
+    rows, columns = model.pos_grid if keeps_positions(sizes) else sizes.grid
+    height, width = rows * sizes.patch_size, columns * sizes.patch_size
     config: dict = {
         "architectures": [
-            HUB_CLASSES[kind] + ("ForImageClassification" if c.num_classes else "Model")
+            HUB_CLASSES[kind] + ("ForImageClassification" if sizes.num_classes else "Model")
         ],
         "model_type": kind,
         "image_size": height if height == width else [height, width],
-        "patch_size": c.patch_size,
+        "patch_size": sizes.patch_size,
         "num_channels": 3,
-        "hidden_size": c.embed_dim,
-        "num_hidden_layers": c.depth,
-        "num_attention_heads": c.num_heads,
+        "hidden_size": sizes.embed_dim,
+        "num_hidden_layers": sizes.depth,
+        "num_attention_heads": sizes.num_heads,
     }
     if dinov2:
-        config["mlp_ratio"] = c.mlp_dim // c.embed_dim
+        config["mlp_ratio"] = sizes.mlp_dim // sizes.embed_dim
     else:
-        config["intermediate_size"] = c.mlp_dim
-    if c.num_registers:
-        config["num_register_tokens"] = c.num_registers
+        config["intermediate_size"] = sizes.mlp_dim
+    if sizes.num_registers:
+        config["num_register_tokens"] = sizes.num_registers
     config |= {
         "hidden_act": "gelu",
-        "layer_norm_eps": c.eps,
-        "qkv_bias": c.qkv_bias,
+        "layer_norm_eps": sizes.eps,
+        "qkv_bias": sizes.qkv_bias,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
@@ -334,30 +334,27 @@ def timm_config(model: ViT) -> dict:
 
     Raises UserError if timm has no such model.
     """
-    c = model.config
-    if c.layer_scale and c.num_classes:
+    sizes = model.config
+    if sizes.layer_scale and sizes.num_classes:
         raise UserError(
             "timm's ViT has no such head: it reads the class token only, "
             "but that of a DINOv2 here reads the patches' mean too"
         )
-    if not c.qkv_bias or c.num_registers not in (0, 4):
+    if not sizes.qkv_bias or sizes.num_registers not in (0, 4):
         raise UserError(
-            f"timm has no ViT with qkv_bias {c.qkv_bias} and {c.num_registers} registers"
+            f"timm has no ViT with qkv_bias {sizes.qkv_bias} and {sizes.num_registers} registers"
         )
     # timm builds the model that the architecture's name stands for, with the sizes of model_args.
     size_name = "base"
     for name, size in SIZES.items():
-        if size.embed_dim == c.embed_dim:
+        if size.embed_dim == sizes.embed_dim:
             size_name = name
-    patch_size, side = 16, 224
-    if c.layer_scale:
-        patch_size, side = 14, 518
-    elif size_name == "huge":
-        patch_size = 14
+    patch_size = 14 if sizes.layer_scale or size_name == "huge" else 16
+    side = 518 if sizes.layer_scale else 224
     variant = str(side)
-    if c.num_registers:
+    if sizes.num_registers:
         variant = "reg4_dinov2"
-    elif c.layer_scale:
+    elif sizes.layer_scale:
         variant = "dinov2"
     built = {
         "patch_size": patch_size,
@@ -366,17 +363,17 @@ def timm_config(model: ViT) -> dict:
         "mlp_ratio": 4,
     }
     wanted = {
-        "patch_size": c.patch_size,
-        "img_size": list(c.img_size),
-        "embed_dim": c.embed_dim,
-        "depth": c.depth,
-        "num_heads": c.num_heads,
-        "mlp_ratio": c.mlp_dim / c.embed_dim,
+        "patch_size": sizes.patch_size,
+        "img_size": list(sizes.img_size),
+        "embed_dim": sizes.embed_dim,
+        "depth": sizes.depth,
+        "num_heads": sizes.num_heads,
+        "mlp_ratio": sizes.mlp_dim / sizes.embed_dim,
     }
     config = {
         "architecture": f"vit_{size_name}_patch{patch_size}_{variant}",
-        "num_classes": c.num_classes,
-        "num_features": c.embed_dim,
+        "num_classes": sizes.num_classes,
+        "num_features": sizes.embed_dim,
         "global_pool": "token",
         "model_args": {key: value for key, value in wanted.items() if value != built[key]},
         "pretrained_cfg": _timm_pretrained(model),

@@ -41,11 +41,11 @@ _EMBEDDINGS: Names = {
 }
 # The attention of ViT and DINOv2 in a file, then that of DINOv2 in a model of transformers 5.
 _ATTENTION: Names = {
-    "blocks.#.attn.qkv.*": tuple(f"encoder.layer.#.attention.attention.{x}.*" for x in _QKV),
+    "blocks.#.attn.qkv.*": tuple(f"encoder.layer.#.attention.attention.{part}.*" for part in _QKV),
     "blocks.#.attn.proj.*": "encoder.layer.#.attention.output.dense.*",
 }
 _ATTENTION_IN_MEMORY: Names = {
-    "blocks.#.attn.qkv.*": tuple(f"encoder.layer.#.attention.{x}_proj.*" for x in "qkv"),
+    "blocks.#.attn.qkv.*": tuple(f"encoder.layer.#.attention.{part}_proj.*" for part in "qkv"),
     "blocks.#.attn.proj.*": "encoder.layer.#.attention.o_proj.*",
 }
 _VIT: Names = {
@@ -58,7 +58,7 @@ _VIT: Names = {
 }
 _VIT_IN_MEMORY: Names = {
     **_EMBEDDINGS,
-    "blocks.#.attn.qkv.*": tuple(f"layers.#.attention.{x}_proj.*" for x in "qkv"),
+    "blocks.#.attn.qkv.*": tuple(f"layers.#.attention.{part}_proj.*" for part in "qkv"),
     "blocks.#.attn.proj.*": "layers.#.attention.o_proj.*",
     "blocks.#.norm1.*": "layers.#.layernorm_before.*",
     "blocks.#.norm2.*": "layers.#.layernorm_after.*",
@@ -123,8 +123,8 @@ _GOOGLE: Names = {
     "pos_embed": "Transformer/posembed_input/pos_embedding",
     **_flax("patch_embed.proj", "embedding"),
     **_flax("blocks.#.norm1", f"{_FLAX}/LayerNorm_0", "scale"),
-    "blocks.#.attn.qkv.weight": tuple(f"{_FLAX_ATTENTION}/{x}/kernel" for x in _QKV),
-    "blocks.#.attn.qkv.bias": tuple(f"{_FLAX_ATTENTION}/{x}/bias" for x in _QKV),
+    "blocks.#.attn.qkv.weight": tuple(f"{_FLAX_ATTENTION}/{part}/kernel" for part in _QKV),
+    "blocks.#.attn.qkv.bias": tuple(f"{_FLAX_ATTENTION}/{part}/bias" for part in _QKV),
     **_flax("blocks.#.attn.proj", f"{_FLAX_ATTENTION}/out"),
     **_flax("blocks.#.norm2", f"{_FLAX}/LayerNorm_2", "scale"),
     **_flax("blocks.#.mlp.fc1", f"{_FLAX}/MlpBlock_3/Dense_0"),

@@ -332,7 +332,7 @@ def save_tail(model: ViT, path: Path) -> None:
         "labels": json.dumps(model.labels),
         "preprocess": json.dumps(model.preprocess.to_config()),
     }
-    tail = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
+    tail = {name: tensor.detach().cpu().contiguous() for name, tensor in trainable(model).items()}
     save_tensors(path, tail, metadata)
 
 
@@ -347,4 +347,6 @@ def hash_frozen(model: ViT) -> str:
 
 def _hash_except(model: ViT, names: Container[str]) -> str:
     """Return the hash of all parameters but those named."""
-    return content_hash({name: p for name, p in model.named_parameters() if name not in names})
+    return content_hash(
+        {name: tensor for name, tensor in model.named_parameters() if name not in names}
+    )
