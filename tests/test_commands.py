@@ -364,7 +364,7 @@ def test_training_says_what_the_doctor_sees_at_a_glance(tiny_folder, shapes_data
     shutil.copytree(shapes_data, data)
     (data / "train" / "red" / "notes.txt").touch()
     assert run_train(tiny_folder, data, tmp_path / "run", "--epochs", "1") == 0
-    assert "note     1 unused file or folder (train/red/notes.txt)" in capsys.readouterr().err
+    assert "note     1 file or folder is not used (train/red/notes.txt)" in capsys.readouterr().err
 
 
 BAD_FLAGS = {

@@ -19,7 +19,8 @@ from torch.testing import assert_close
 
 from minivit import Preprocess
 from minivit.data.augment import augment, draw_augmentation
-from minivit.data.datasets import load_data
+from minivit.data.datasets import list_data, load_data, split_data
+from minivit.data.survey import quick_findings
 from minivit.errors import UserError
 
 BREEDS = ["Zorro_cat", "alpha_dog", "Beta_cat"]  # in label order, which is not the alphabet's
@@ -47,6 +48,7 @@ def pets(tmp_path):
 
 def test_pets_are_in_label_order_with_a_stratified_tenth_for_validation(pets):
     data = load_data(pets, seed=0)
+    assert data.is_pets
     assert data.classes == ("Zorro Cat", "Alpha Dog", "Beta Cat")
     assert [len(split) for split in (data.train, data.val, data.test)] == [54, 6, 9]
     assert sorted(data.val.labels) == [0, 0, 1, 1, 2, 2]
@@ -64,14 +66,12 @@ def test_the_split_is_fixed_by_the_seed(pets):
 
 def test_a_listed_photo_that_is_missing_is_named(pets):
     (pets / "oxford-iiit-pet" / "images" / "alpha_dog_3.jpg").unlink()
-    with pytest.raises(
-        UserError, match="1 of the photos listed are missing, alpha_dog_3.jpg the first"
-    ):
+    with pytest.raises(UserError, match=r"1 of 69 listed photos not found \(alpha_dog_3.jpg\)"):
         load_data(pets, seed=0)
 
 
 @pytest.mark.parametrize(
-    "line, message", [("nonsense", "expected lines as"), ("x_1 9 1 1", "expected labels 1 to 4")]
+    "line, message", [("nonsense", "expected lines like"), ("x_1 9 1 1", "expected labels 1 to 4")]
 )
 def test_a_bad_listing_is_refused(pets, line, message):
     listing = pets / "oxford-iiit-pet" / "annotations" / "test.txt"
@@ -83,12 +83,20 @@ def test_a_bad_listing_is_refused(pets, line, message):
 
 def test_class_folders_work_with_and_without_splits(shapes_data, tmp_path, capsys):
     data = load_data(shapes_data, seed=0)
+    assert not data.is_pets
     assert data.classes == ("blue", "green", "red")
     assert [len(split) for split in (data.train, data.val, data.test)] == [33, 3, 12]
     assert capsys.readouterr().err == ""
     data = load_data(shapes_data / "train", seed=0)
     assert [len(split) for split in (data.train, data.val, data.test)] == [30, 3, 3]
     assert "no test/ folder" in capsys.readouterr().err
+
+
+def test_one_listing_serves_both_the_split_and_the_findings(shapes_data, monkeypatch):
+    listing = list_data(shapes_data, download=False)
+    monkeypatch.setattr(os, "listdir", None)
+    assert len(split_data(listing, seed=0).train) == 33
+    assert quick_findings(listing) == []
 
 
 def test_folders_that_cannot_be_trained_on_are_refused(tmp_path):

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from minivit.data import survey
+from minivit.data.datasets import list_data
 from minivit.errors import UserError
 from minivit.tools import doctor
 
@@ -30,7 +32,7 @@ def save_photos(folder, seed, n, suffix=".jpg", size=(96, 72), **kwargs):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Class folders with nothing wrong: cats and dogs, 6 to train with, 2 to validate, 2 to test."""
+    """Class folders with nothing wrong: cats and dogs, each 6 for train, 2 for val, 2 for test."""
     for s, (split, n) in enumerate((("train", 6), ("val", 2), ("test", 2))):
         for c, name in enumerate(("cat", "dog")):
             save_photos(tmp_path / split / name, 1000 * s + 100 * c, n)
@@ -39,7 +41,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def pets(tmp_path):
-    """Three breeds in Oxford-IIIT Pet's layout, 4 photos to train with and 2 to test, with masks."""
+    """Three breeds in Oxford-IIIT Pet's layout, with masks: each 4 photos to train, 2 to test."""
     folder = tmp_path / "oxford-iiit-pet"
     (folder / "images").mkdir(parents=True)
     (folder / "annotations" / "trimaps").mkdir(parents=True)
@@ -61,6 +63,10 @@ def found(root):
     return {finding.kind: finding.files for finding in doctor.check(root, workers=2)[1]}
 
 
+def quick_findings(root):
+    return survey.quick_findings(list_data(root, download=False))
+
+
 def message(root, kind):
     return next(
         finding.message for finding in doctor.check(root, workers=2)[1] if finding.kind == kind
@@ -69,7 +75,7 @@ def message(root, kind):
 
 def test_a_sound_folder_has_no_findings(folder):
     photos, findings = doctor.check(folder, workers=2)
-    assert findings == doctor.quick_check(folder) == []
+    assert findings == quick_findings(folder) == []
     assert len(photos) == 20
 
 
@@ -230,7 +236,7 @@ def test_small_classes_are_found(folder):
     shutil.rmtree(folder / "val")
     (folder / "train" / "cat" / "1.jpg").unlink()
     assert found(folder) == {"too-few": ["cat"], "imbalance": ["cat"]}
-    assert [finding.severity for finding in doctor.quick_check(folder)] == ["error", "warning"]
+    assert [finding.severity for finding in quick_findings(folder)] == ["error", "warning"]
 
 
 def test_a_class_that_only_the_test_has_stops_training(folder):
@@ -380,16 +386,17 @@ def test_a_listing_that_is_not_utf8_is_read_all_the_same(pets):
 def test_part_of_pets_is_noted_and_all_of_it_counted(pets):
     assert (
         message(pets, "part")
-        == "12 + 6 photos of 3 breeds: not the whole of Oxford-IIIT Pet, which has 3,680 + 3,669 of 37 breeds"
+        == "12 + 6 photos of 3 breeds: this is not the whole of Oxford-IIIT Pet, "
+        "which has 3,680 + 3,669 photos of 37 breeds"
     )
     folder = pets / "oxford-iiit-pet"
-    breeds = [*doctor.COUNTS, *(f"breed_{i}" for i in range(27))]
+    breeds = [*survey.BREED_COUNTS, *(f"breed_{i}" for i in range(27))]
     shutil.rmtree(folder / "images")
     (folder / "images").mkdir()
     names = {"trainval": [], "test": []}
     for breed in breeds:
         start = 0
-        for split, n in zip(names, doctor.COUNTS.get(breed, (100, 100))):
+        for split, n in zip(names, survey.BREED_COUNTS.get(breed, (100, 100))):
             names[split] += [f"{breed}_{i}" for i in range(start, start + n)]
             start += n
     assert [len(stems) for stems in names.values()] == [3680, 3669]
@@ -399,9 +406,9 @@ def test_part_of_pets_is_noted_and_all_of_it_counted(pets):
         )
         for stem in stems:
             (folder / "images" / f"{stem}.jpg").write_bytes(b"x")
-    assert [finding.kind for finding in doctor.quick_check(pets)] == ["missing-mask"]
+    assert [finding.kind for finding in quick_findings(pets)] == ["missing-mask"]
     drop_line(pets, "test", "Bombay_100")
-    (finding,) = (finding for finding in doctor.quick_check(pets) if finding.kind == "counts")
+    (finding,) = (finding for finding in quick_findings(pets) if finding.kind == "counts")
     assert finding.files == ["Bombay"]
     assert "Bombay 96 + 87" in finding.message
 
@@ -416,18 +423,18 @@ def test_the_exact_oddities_of_real_photos_are_found(pets3):
         "mode": ["Abyssinian_34.jpg", "Abyssinian_5.jpg"],
         "empty-mask": ["Abyssinian_34.png"],
     }
-    assert [finding.kind for finding in doctor.quick_check(pets3)] == ["part", "unlisted"]
+    assert [finding.kind for finding in quick_findings(pets3)] == ["part", "unlisted"]
 
 
-def test_the_quick_check_opens_nothing(folder, monkeypatch):
+def test_the_quick_findings_open_nothing(folder, monkeypatch):
     (folder / CAT).write_bytes(b"")
     cut(folder / "train" / "cat" / "1.jpg")
     monkeypatch.setattr(Image, "open", None)
-    (finding,) = doctor.quick_check(folder)
+    (finding,) = quick_findings(folder)
     assert (finding.severity, finding.kind, finding.files) == ("error", "unreadable", [CAT])
     assert (
         str(finding)
-        == f"error    1 photo that cannot be read ({CAT} is empty): copy again, or remove"
+        == f"error    1 photo cannot be read ({CAT} is empty): copy it again or remove it"
     )
 
 
@@ -445,12 +452,12 @@ def test_the_command_prints_a_line_a_finding_and_a_verdict(folder, capsys):
     assert doctor.main(["--data", str(folder)]) == 2
     error, note, verdict = capsys.readouterr().out.splitlines()
     assert error.startswith(
-        "error    1 photo that cannot be read (test/dog/0.jpg: cannot be read as a photo (image file is tr"
+        "error    1 photo cannot be read (test/dog/0.jpg: cannot be read as a photo (image file is"
     )
     names = ", ".join(f"train/cat/{i}.jpg is L" for i in range(3))
     assert (
-        note
-        == f"note     5 photos of an unusual mode ({names}, …): read as RGB, transparency over white"
+        note == f"note     5 photos have an unusual colour mode ({names}, ...): "
+        "minivit converts them to RGB, with transparent areas over white"
     )
     assert verdict.endswith(" s: 1 error, 0 warnings, 1 note; training would fail")
 
@@ -463,7 +470,7 @@ def test_json_is_one_object_that_names_every_file(folder, capsys):
     assert report.pop("seconds") > 0
     (finding,) = report.pop("findings")
     assert report == {"data": str(folder), "photos": 20, "classes": 2, "ok": True}
-    assert finding.pop("message").startswith("5 photos of an unusual mode (")
+    assert finding.pop("message").startswith("5 photos have an unusual colour mode (")
     assert finding == {
         "severity": "note",
         "kind": "mode",
@@ -511,7 +518,7 @@ def test_what_is_no_data_folder_ends_in_one_line_and_downloads_nothing(
     assert "--data" in err
     assert root.exists() == (what != "absent")
     with pytest.raises(UserError):
-        doctor.quick_check(root)
+        quick_findings(root)
 
 
 def test_help_comes_without_torch():

@@ -377,7 +377,7 @@ import json, os, random, signal, sys, time
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch, train
 from minivit.data import datasets as data
-from minivit.tools import doctor
+from minivit.data import survey
 from minivit.system import files
 from minivit.training import step as loop
 from minivit.training import optimizer as optim

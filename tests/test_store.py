@@ -1,4 +1,4 @@
-"""The store of decoded photos: what it holds, when it is made anew, and what happens without one."""
+"""The store of decoded photos: what it contains, when it is made anew, and life without it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from minivit import Preprocess, open_photo
 from minivit.data import preprocess, store
 from minivit.data.datasets import load_data
 from minivit.errors import UserError
-from minivit.system import workers as processes
+from minivit.system import workers
 
 PREPROCESS = Preprocess((24, 20))
 
@@ -66,7 +66,7 @@ def assert_aligned(data, decoded):
 @pytest.fixture
 def two_processes(monkeypatch):
     """Decoding in processes, as where photos are many: five at a time."""
-    monkeypatch.setattr(processes, "MUCH", 1)
+    monkeypatch.setattr(workers, "WORTH_STARTING_BYTES", 1)
     monkeypatch.setattr(store, "CHUNK", 5)
 
 
@@ -216,7 +216,7 @@ def test_where_too_little_is_free_photos_are_decoded_anew(pets, monkeypatch, cap
     assert_aligned(*decode_all(load_data(pets, seed=0)))
     assert made(pets) == []
     assert "0.0 are free" in capsys.readouterr().err
-    with pytest.raises(UserError, match="--skip-bad needs them there"):
+    with pytest.raises(UserError, match="--skip-bad needs the store"):
         decode_all(load_data(pets, seed=0), skip_bad=True)
 
 
@@ -305,7 +305,10 @@ def test_too_many_unreadable_photos_cannot_be_left_out(pets, which, message):
 
 
 def test_odd_metadata_gives_no_warning_and_leaves_the_warning_filters_alone(pets, monkeypatch):
-    """Pillow warns of such a palette; many threads at once must neither let that through nor change what others see."""
+    """Pillow warns of such a palette.
+
+    Threads must not let that warning through, nor leave other warning filters behind.
+    """
     data = load_data(pets, seed=0)
     image = draw_photo(40, 30).quantize(200)
     for path in data.train.paths:

@@ -1,32 +1,44 @@
-"""Oxford-IIIT Pet's listings, and its masks and head boxes on a patch grid. Without torch, for processes that read photos.
+"""The layout of Oxford-IIIT Pet and its two listings.
 
-Shapes: P = gh x gw patches of a photo.
+This module does not import torch, so that processes that only read photos start quickly.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import UserError
 
-SPLITS = ("trainval", "test")  # as Oxford-IIIT Pet lists them
+PETS_FOLDER = "oxford-iiit-pet"  # as torchvision names it
+SPLITS = ("trainval", "test")  # as Oxford-IIIT Pet names them
 
 
-def read_listing(pets: Path, split: str) -> list[tuple[str, int, str]]:
-    """Return the photos of "trainval" or "test": stem, label from 1 on, and whether it is a "cat" or a "dog".
+class ListedPet(NamedTuple):
+    """One line of a listing."""
 
-    Raises UserError if the listing is not there, or holds anything else.
+    stem: str  # the photo's file name without its suffix
+    number: int  # of the breed, from 1 on
+    species: str  # "cat" or "dog"
+
+
+def read_listing(pets: Path, split: str) -> list[ListedPet]:
+    """Read the listing of a split, "trainval" or "test".
+
+    Raises UserError if the file is missing or contains a line that cannot be parsed.
     """
-    listing, found = pets / "annotations" / f"{split}.txt", []
+    listing = pets / "annotations" / f"{split}.txt"
     if not listing.is_file():
         raise UserError(f"{listing}: no such file; remove {pets} to have it downloaded again")
+    photos = []
     for line in listing.read_text("utf-8", "backslashreplace").splitlines():
-        if line.strip() and not line.startswith("#"):
-            try:
-                stem, label, species, _ = line.split()
-                found.append((stem, int(label), "cat" if species == "1" else "dog"))
-            except ValueError:
-                raise UserError(
-                    f"{listing}: expected lines as `Abyssinian_1 1 1 1`, found {line!r}"
-                ) from None
-    return found
+        if not line.strip() or line.startswith("#"):
+            continue
+        try:
+            stem, number, species, _ = line.split()
+            photos.append(ListedPet(stem, int(number), "cat" if species == "1" else "dog"))
+        except ValueError:
+            raise UserError(
+                f"{listing}: expected lines like `Abyssinian_1 1 1 1`, found {line!r}"
+            ) from None
+    return photos

@@ -1,6 +1,9 @@
-"""The photos of a data set as a model's pixels: decoded once into a file beside them, or anew whenever they are asked for.
+"""The store: a file of all photos of a data set, decoded to a model's pixels.
 
-Shapes: n photos of a split, B of a batch, h, w pixels of the model's input.
+It is written once and found again by later runs. Without a store, photos are decoded whenever they
+are needed.
+
+Shapes: n photos, B of a batch, h, w pixels of the model's input.
 """
 
 from __future__ import annotations
@@ -13,28 +16,30 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import UserError, printable
-from ..system import workers as processes
+from ..errors import UserError, first_few, printable
 from ..system.files import locked, read_json, whole_file, write_json
-from ..system.prefetch import read_ahead
+from ..system.workers import map_ahead, processes_worth_starting, read_ahead, worker_pool
 from .datasets import Data
 from .photos import open_photo
 from .preprocess import Preprocess, decode_into
 
-VERSION = 1  # of what decoding gives; another one makes stores anew
-CHUNK = 16  # photos that a process decodes in one go
+VERSION = 1  # of the decoded pixels: older stores are not used
+CHUNK = 16  # photos that a worker decodes in one job
 
 
 class Pixels:
-    """A split's pixels, those that infer.py gives to the model: pixels[index], a slice or int64 (B,), is uint8 (B, 3, h, w).
+    """The pixels of some photos: pixels[index] is uint8 (B, 3, h, w), for a slice or int64 (B,).
 
-    Without a store each photo is decoded when it is asked for; that raises PhotoError if it cannot be read.
+    Photos come from the rows of `stored`, uint8 (all photos, 3, h, w), if it is given. Otherwise
+    they are decoded by `workers` threads when they are asked for, which raises PhotoError for a
+    photo that cannot be read.
     """
 
     def __init__(
@@ -45,8 +50,11 @@ class Pixels:
         stored: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> None:
-        self.paths, self.preprocess, self.workers, self.stored = paths, preprocess, workers, stored
-        self.rows = torch.arange(len(paths)) if rows is None else rows  # of `stored`
+        self.paths = paths
+        self.preprocess = preprocess
+        self.workers = workers
+        self.stored = stored
+        self.rows = torch.arange(len(paths)) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -55,158 +63,104 @@ class Pixels:
         index = torch.arange(len(self))[index]
         if self.stored is not None:
             return self.stored[self.rows[index]]
-        read = lambda i: self.preprocess.pixels(open_photo(self.paths[i]))  # noqa: E731
-        return torch.stack(list(read_ahead(read, index.tolist(), self.workers)))
+        paths = [self.paths[i] for i in index.tolist()]
+        return torch.stack(list(read_ahead(self._decode, paths, self.workers)))
+
+    def _decode(self, path: Path) -> Tensor:
+        return self.preprocess.pixels(open_photo(path))
 
 
 def prepare(
     data: Data, preprocess: Preprocess, *, workers: int, cap_gib: float, skip_bad: bool = False
 ) -> tuple[Data, Path | None]:
-    """Decode every photo once, in parallel, into a file that the next run finds; return the data, and the file.
+    """Find or write the store of a data set; return the data, and the store's file.
 
-    The file lies in .minivit beside the photos (in the user's cache folder if nothing can be written there), and is made
-    anew when a photo's name, size or time of change is another. There is none, and photos are decoded whenever they are
-    needed, if it would take more than `cap_gib` or than is free. Photos that cannot be read are left out of the data that is
-    returned, and named on stderr, if `skip_bad`. Raises UserError, naming them, if not, or if too few are left.
+    The store lies in .minivit beside the photos, or in the user's cache folder if nothing can be
+    written there. It is written anew when the name, size or modification time of a photo changes.
+    If it would take more than `cap_gib`, or more than is free on the disk, there is none (the file
+    is None).
+
+    With `skip_bad`, photos that cannot be read are left out of the returned data and named on
+    stderr. Otherwise they raise UserError, as does a class or split that has no photos left.
     """
-    paths, (h, w) = data.paths(), preprocess.size
-    kind = f"{h}x{w}-{_digest([preprocess.resize, preprocess.crop, preprocess.resample, preprocess.round_margins])[:8]}"
-    found = [
-        (os.path.relpath(path, data.root), stat.st_size, stat.st_mtime_ns)
-        for path in paths
-        for stat in [path.stat()]
-    ]
-    name = f"{kind}-{_digest(found)[:16]}.npy"
-    file = next(
-        (
-            path
-            for folder in _folders(data.root)
-            if (path := folder / name).with_suffix(".json").exists()
-        ),
-        None,
-    )
+    paths = data.paths()
+    kind = _kind(preprocess)
+    name = f"{kind}-{_digest_files(paths, data.root)[:16]}.npy"
+    file = _find_store(data.root, name)
     if file is None:
-        gib, folder = len(paths) * 3 * h * w / 2**30, _writable(data.root)
-        free = shutil.disk_usage(folder).free / 2**30
-        if gib > min(cap_gib, free):
-            why = (
-                f"more than --store-gib {cap_gib:g}"
-                if gib > cap_gib
-                else f"but {free:.1f} are free in {folder}"
-            )
-            if skip_bad:
-                raise UserError(
-                    f"{data.root}: decoded photos take {gib:.1f} GiB, {why}, and --skip-bad needs them there"
-                )
-            print(
-                f"{data.root}: decoded photos take {gib:.1f} GiB, {why}: each epoch decodes them anew",
-                file=sys.stderr,
-            )
+        folder = _writable_folder(data.root)
+        shortage = _shortage(len(paths), preprocess, folder, cap_gib)
+        if shortage and skip_bad:
+            raise UserError(f"{data.root}: {shortage}, and --skip-bad needs the store")
+        if shortage:
+            print(f"{data.root}: {shortage}: each epoch decodes them anew", file=sys.stderr)
             return data, None
+        file = folder / name
         with locked(folder, wait=True):
-            file = folder / name
-            if not file.with_suffix(".json").exists():  # as another run may just have made it
+            if not _is_complete(file):  # Another run may just have written it.
                 for old in folder.glob(f"{kind}-*"):
                     old.unlink()
-                _write(file, paths, preprocess, workers)
-    bad = {paths[int(i)]: reason for i, reason in read_json(file.with_suffix(".json")).items()}
-    return _without(data, bad, skip_bad), file
+                _write_store(file, paths, preprocess, workers)
+    errors = {paths[int(i)]: error for i, error in read_json(_errors_file(file)).items()}
+    return _without(data, errors, skip_bad), file
 
 
 def open_splits(
     data: Data, file: Path | None, preprocess: Preprocess, workers: int
 ) -> list[tuple[Pixels, Tensor]]:
-    """Return for train, val and test the pixels, in what `prepare` has made of the data, and labels (n,)."""
-    whole, splits = open_pixels(data, file, preprocess, workers), (data.train, data.val, data.test)
-    row_of = {path: i for i, path in enumerate(whole.paths)}
-    rows = [torch.tensor([row_of[path] for path in split.paths]) for split in splits]
-    return [
-        (Pixels(split.paths, preprocess, workers, whole.stored, own), torch.tensor(split.labels))
-        for split, own in zip(splits, rows)
-    ]
+    """Return the pixels and the labels (n,) of train, val and test.
+
+    `data` and `file` are what prepare() returned.
+    """
+    everything = open_pixels(data, file, preprocess, workers)
+    row_of = {path: i for i, path in enumerate(everything.paths)}
+    opened = []
+    for split in (data.train, data.val, data.test):
+        rows = torch.tensor([row_of[path] for path in split.paths])
+        pixels = Pixels(split.paths, preprocess, workers, everything.stored, rows)
+        opened.append((pixels, torch.tensor(split.labels)))
+    return opened
 
 
 def open_pixels(data: Data, file: Path | None, preprocess: Preprocess, workers: int) -> Pixels:
-    """Return the pixels of all photos of the data that `prepare` returned, in the file that it made."""
-    paths = data.paths()
-    stored = None if file is None else torch.from_numpy(np.load(file, mmap_mode="c"))
-    return Pixels(paths, preprocess, workers, stored)
+    """Return the pixels of all photos. `data` and `file` are what prepare() returned."""
+    stored = None
+    if file is not None:
+        # Copy on write: torch wants memory that it may write to.
+        stored = torch.from_numpy(np.load(file, mmap_mode="c"))
+    return Pixels(data.paths(), preprocess, workers, stored)
 
 
 def checksum(*splits: tuple[Sequence[Path], Sequence[int]]) -> str:
-    """Return a short name for splits, each its photos and their labels: by the photos' names and sizes."""
-    return _digest(
-        [
-            [(p.parent.name, p.name, p.stat().st_size) for p in paths] + list(labels)
-            for paths, labels in splits
-        ]
-    )[:8]
+    """Return a short digest of splits, each given as its photos and their labels.
+
+    Of a photo, its folder's name, its own name and its size count.
+    """
+    described = []
+    for paths, labels in splits:
+        photos = [(path.parent.name, path.name, path.stat().st_size) for path in paths]
+        described.append(photos + list(labels))
+    return _digest(described)[:8]
 
 
-def _write(file: Path, paths: Sequence[Path], preprocess: Preprocess, workers: int) -> None:
-    """Write the pixels of all photos that can be read, uint8 (n, 3, h, w), and beside them the reasons for the rest."""
-    n, size, reasons = len(paths), 3 * math.prod(preprocess.size), []
-    header = {"descr": "|u1", "fortran_order": False}
-    with whole_file(file) as partial, partial.open("wb+") as out:
-        np.lib.format.write_array_header_1_0(out, header | {"shape": (n, 3, *preprocess.size)})
-        place = out.tell()
-        out.flush()
-        jobs = (
-            (decode_into, partial, place + i * size, paths[i : i + CHUNK], preprocess)
-            for i in range(0, n, CHUNK)
-        )
-        with (
-            processes.working(
-                processes.worth_starting(paths, workers), "minivit.data.preprocess"
-            ) as begin,
-            tqdm(total=n, desc="decoding", unit="photo", leave=False) as bar,
-        ):
-            for found in processes.in_turn(begin, jobs, ahead=2 * workers):
-                reasons += found
-                bar.update(len(found))
-        good = [i for i, reason in enumerate(reasons) if not reason]
-        for row, i in enumerate(good):
-            if row != i:  # those that can be read close ranks
-                out.seek(place + i * size)
-                pixels = out.read(size)
-                out.seek(place + row * size)
-                out.write(pixels)
-        out.truncate(place + len(good) * size)
-        out.seek(0)  # as many as there are, in a header of the same length
-        np.lib.format.write_array_header_1_0(
-            out, header | {"shape": (len(good), 3, *preprocess.size)}
-        )
-    # Last: a store without it is not whole.
-    write_json(
-        file.with_suffix(".json"), {str(i): reason for i, reason in enumerate(reasons) if reason}
-    )
-
-
-def _without(data: Data, bad: dict[Path, str], skip_bad: bool) -> Data:
-    """Return the data without photos that cannot be read; raises UserError where that must not be, or too few are left."""
-    splits = (data.train, data.val, data.test)
-    if bad and not skip_bad:
-        shown = "; ".join([*list(bad.values())[:3], "..."][: len(bad)])
-        raise UserError(
-            f"{len(bad)} of {sum(map(len, splits))} photos cannot be read: {shown}; to go on without them, add --skip-bad; "
-            "python -m minivit doctor --data DIR lists everything that is wrong"
-        )
-    for reason in bad.values():
-        print(f"left out: {printable(reason)}", file=sys.stderr)
-    train, val, test = (
-        split.take([i for i, path in enumerate(split.paths) if path not in bad]) for split in splits
-    )
-    lost = [
-        f"of {data.classes[i]}" for i in sorted(set(range(len(data.classes))) - set(train.labels))
+def _kind(preprocess: Preprocess) -> str:
+    """Name a way of decoding. For each there is at most one store beside the photos."""
+    h, w = preprocess.size
+    steps = [
+        preprocess.resize,
+        preprocess.crop,
+        preprocess.resample,
+        preprocess.round_margins,
     ]
-    lost += [
-        f"for {name}" for name, split in (("validation", val), ("the test", test)) if not split
-    ]
-    if lost:
-        raise UserError(
-            f"no photos are left {', '.join(lost)}: mend or replace those that cannot be read"
-        )
-    return replace(data, train=train, val=val, test=test)
+    return f"{h}x{w}-{_digest(steps)[:8]}"
+
+
+def _digest_files(paths: Sequence[Path], root: Path) -> str:
+    files = []
+    for path in paths:
+        status = path.stat()
+        files.append((os.path.relpath(path, root), status.st_size, status.st_mtime_ns))
+    return _digest(files)
 
 
 def _digest(value: object) -> str:
@@ -214,14 +168,29 @@ def _digest(value: object) -> str:
 
 
 def _folders(root: Path) -> tuple[Path, Path]:
-    """Where a store can lie: beside the photos, or in the user's cache folder."""
+    """Return the folders where a store may lie: beside the photos, and in the user's cache."""
     cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
-    return root / ".minivit", cache / "minivit" / hashlib.sha256(
-        os.fsencode(root.resolve())
-    ).hexdigest()[:16]
+    digest = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
+    return root / ".minivit", cache / "minivit" / digest[:16]
 
 
-def _writable(root: Path) -> Path:
+def _find_store(root: Path, name: str) -> Path | None:
+    for folder in _folders(root):
+        if _is_complete(folder / name):
+            return folder / name
+    return None
+
+
+def _is_complete(file: Path) -> bool:
+    return _errors_file(file).exists()  # It is written last.
+
+
+def _errors_file(file: Path) -> Path:
+    """Return the JSON file beside a store, which says why photos are not in it."""
+    return file.with_suffix(".json")
+
+
+def _writable_folder(root: Path) -> Path:
     beside, cache = _folders(root)
     try:
         beside.mkdir(exist_ok=True)
@@ -232,3 +201,96 @@ def _writable(root: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     print(f"{root}: cannot be written to; the decoded photos go into {cache}", file=sys.stderr)
     return cache
+
+
+def _shortage(n: int, preprocess: Preprocess, folder: Path, cap_gib: float) -> str:
+    """Return why there is no room for n photos in a folder, or "" if there is."""
+    gib = n * _bytes_per_photo(preprocess) / 2**30
+    free_gib = shutil.disk_usage(folder).free / 2**30
+    if gib > cap_gib:
+        return f"decoded photos take {gib:.1f} GiB, more than --store-gib {cap_gib:g}"
+    if gib > free_gib:
+        return f"decoded photos take {gib:.1f} GiB, but {free_gib:.1f} are free in {folder}"
+    return ""
+
+
+def _bytes_per_photo(preprocess: Preprocess) -> int:
+    return 3 * math.prod(preprocess.size)
+
+
+def _write_store(file: Path, paths: Sequence[Path], preprocess: Preprocess, workers: int) -> None:
+    """Write the pixels of all readable photos, uint8 (n, 3, h, w), and the errors of the rest."""
+    size = _bytes_per_photo(preprocess)
+    with whole_file(file) as partial, partial.open("wb+") as store:
+        _write_header(store, len(paths), preprocess)
+        offset = store.tell()
+        store.flush()
+        errors = _decode_all(partial, offset, paths, preprocess, workers)
+        readable = [i for i, error in enumerate(errors) if not error]
+        # Move photos up into the gaps that unreadable ones have left.
+        for row, i in enumerate(readable):
+            if row != i:
+                store.seek(offset + i * size)
+                pixels = store.read(size)
+                store.seek(offset + row * size)
+                store.write(pixels)
+        store.truncate(offset + len(readable) * size)
+        # The header is padded, so that another number of photos does not change its length.
+        store.seek(0)
+        _write_header(store, len(readable), preprocess)
+    unreadable = {str(i): error for i, error in enumerate(errors) if error}
+    write_json(_errors_file(file), unreadable)
+
+
+def _write_header(store: BinaryIO, n: int, preprocess: Preprocess) -> None:
+    header = {"descr": "|u1", "fortran_order": False, "shape": (n, 3, *preprocess.size)}
+    np.lib.format.write_array_header_1_0(store, header)
+
+
+def _decode_all(
+    file: Path, offset: int, paths: Sequence[Path], preprocess: Preprocess, workers: int
+) -> list[str]:
+    """Decode photos into a file from a byte offset on; return each one's error, or ""."""
+    size = _bytes_per_photo(preprocess)
+    jobs = (
+        (file, offset + i * size, paths[i : i + CHUNK], preprocess)
+        for i in range(0, len(paths), CHUNK)
+    )
+    processes = processes_worth_starting(paths, workers)
+    errors: list[str] = []
+    with (
+        worker_pool(processes, "minivit.data.preprocess") as pool,
+        tqdm(total=len(paths), desc="decoding", unit="photo", leave=False) as bar,
+    ):
+        for chunk in map_ahead(pool, decode_into, jobs, ahead=2 * workers):
+            errors += chunk
+            bar.update(len(chunk))
+    return errors
+
+
+def _without(data: Data, errors: dict[Path, str], skip_bad: bool) -> Data:
+    """Return the data without the photos in `errors`, which cannot be read."""
+    splits = (data.train, data.val, data.test)
+    if errors and not skip_bad:
+        raise UserError(
+            f"{len(errors)} of {sum(map(len, splits))} photos cannot be read: "
+            f"{first_few(errors.values(), separator='; ')}; to go on without them, "
+            "add --skip-bad; python -m minivit doctor --data DIR lists everything that is wrong"
+        )
+    for error in errors.values():
+        print(f"left out: {printable(error)}", file=sys.stderr)
+    train, val, test = (
+        split.take([i for i, path in enumerate(split.paths) if path not in errors])
+        for split in splits
+    )
+    trained = set(train.labels)
+    lost = [f"of {name}" for i, name in enumerate(data.classes) if i not in trained]
+    if not val:
+        lost.append("for validation")
+    if not test:
+        lost.append("for the test")
+    if lost:
+        raise UserError(
+            f"no photos are left {', '.join(lost)}: repair or replace those that cannot be read"
+        )
+    return replace(data, train=train, val=val, test=test)

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .. import cli
-from ..errors import UserError, first_few, printable
+from ..errors import first_few, printable
 from ..settings import BASE_MODEL
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..data.datasets import DataFolder
     from ..data.preprocess import Preprocess
     from ..model import ViT
 
@@ -140,20 +139,19 @@ def _count_parameters(model: ViT) -> list[Row]:
 
 def describe_data(root: str) -> list[Row]:
     """Describe a data set on this machine. Raises UserError if there is none."""
-    from ..data.datasets import find_data_folder, is_absent_or_empty, list_data, split_data
+    from ..data.datasets import list_data, split_data
+    from ..data.pets import SPLITS, read_listing
     from ..training.overview import count_photos
 
-    if is_absent_or_empty(find_data_folder(root).root):
-        raise UserError(
-            f"{root}: no data here to describe; "
-            "train.py downloads Oxford-IIIT Pet into such a folder"
-        )
     listing = list_data(root, download=False)
     data = split_data(listing, seed=0)
     splits = (data.train, data.val, data.test)
     rows = [("data", root, ""), ("photos", count_photos(data), "seed 0")]
     if data.is_pets:
-        rows.append(_count_cats_and_dogs(listing.folder))
+        listed = [photo for split in SPLITS for photo in read_listing(listing.folder.pets, split)]
+        species = Counter(photo.species for photo in listed)
+        fact = f"{species['cat']:,} cats, {species['dog']:,} dogs"
+        rows.append(("cats and dogs", fact, "annotations/trainval.txt and test.txt"))
         licence = ("licence", "CC BY-SA 4.0", "www.robots.ox.ac.uk/~vgg/data/pets")
     else:
         licence = ("licence", "not stated in class folders", "")
@@ -166,37 +164,24 @@ def describe_data(root: str) -> list[Row]:
     return rows
 
 
-def _count_cats_and_dogs(folder: DataFolder) -> Row:
-    from ..data.pets import SPLITS, read_listing
-
-    species = Counter(
-        photo.species for split in SPLITS for photo in read_listing(folder.pets, split)
-    )
-    fact = f"{species['cat']:,} cats, {species['dog']:,} dogs"
-    return ("cats and dogs", fact, "annotations/trainval.txt and test.txt")
-
-
 def _describe_headers(paths: Sequence[Path]) -> list[Row]:
     """Describe the sizes and formats of photos, of which only the headers are read."""
     from PIL import Image
 
-    widths: list[int] = []
-    heights: list[int] = []
+    sizes: list[tuple[int, int]] = []
     formats: Counter[str | None] = Counter()
     for path in paths:
         try:
             with Image.open(path) as image:
-                widths.append(image.width)
-                heights.append(image.height)
+                sizes.append(image.size)
                 formats[image.format] += 1
         except Exception:  # Broken files raise anything; the doctor says what is wrong.
             formats["unreadable"] += 1
     source = "the photos' headers"
     rows = []
-    for name, values in (("width", widths), ("height", heights)):
-        if values:
-            median = statistics.median(values)
-            span = f"{min(values)} to {max(values)} pixels, median {median:.0f}"
-            rows.append((name, span, source))
+    for name, values in zip(("width", "height"), zip(*sizes)):
+        median = statistics.median(values)
+        span = f"{min(values)} to {max(values)} pixels, median {median:.0f}"
+        rows.append((name, span, source))
     counts = ", ".join(f"{n:,} {name}" for name, n in formats.most_common())
     return [*rows, ("formats", counts, source)]

@@ -1,4 +1,7 @@
-"""The doctor: what is wrong or odd in a folder of photos, found before hours are spent on training. It changes nothing."""
+"""The doctor: find what is wrong or odd in a folder of photos, before hours go into training.
+
+It reads every photo and mask, and changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,84 +12,55 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from .. import cli
-from ..errors import UserError
+from ..data.datasets import ListedPhoto, list_data, split_data
+from ..data.photos import FORMATS, PhotoError, open_photo
+from ..data.survey import Finding, Problems, describe_problems, survey
+from ..errors import UserError, first_few
+from ..system.workers import read_ahead
+from .score.masks import PET, mask_path, read_mask
 
-# All that can be found, in the order shown. An error stops training, a warning may spoil it, a note is good to know.
-KINDS = {
-    "layout": "error    {names}",
-    "missing": "error    {n} file{s} missing ({names}), perhaps of an archive unpacked in part: unpack it again",
-    "unreadable": "error    {n} photo{s} that cannot be read ({names}): copy again, or remove",
-    "too-few": "error    {n} of the classes too small to set photos apart ({names}): add photos, or remove the class",
-    "archive": "warning  {n} archive{s} not as published ({names}): what it held may be damaged; download it again",
-    "counts": "warning  {n} of 37 breeds not of the published size, 3,680 + 3,669 in all ({names}): compare with care",
-    "imbalance": "warning  {n} of the classes below a third of the largest ({names}): look at macro F1, or add photos",
-    "copies-labels": "warning  {n} photos the same (=) or nearly (~) under two labels ({names}): keep the right one",
-    "copies-splits": "warning  {n} photos the same (=) or nearly (~) in two splits ({names}): no fair test; keep one",
-    "leak": "warning  {n} of the classes given away by more than content ({names}): save the photos of all classes alike",
-    "wrong-extension": "warning  {n} photo{s} of another format than named ({names}): read all the same; other tools may fail",
-    "tiny": "warning  {n} photo{s} below 64 pixels on the short side ({names}): hard to learn from; find larger ones",
-    "missing-mask": "warning  {n} mask{s} missing ({names}): no attention scores there; unpack annotations.tar.gz again",
-    "bad-mask": "warning  {n} mask{s} unreadable or not of the photo's size ({names}): unpack annotations.tar.gz again",
-    "part": "note     {names}: not the whole of Oxford-IIIT Pet, which has 3,680 + 3,669 of 37 breeds",
-    "unlisted": "note     {n} unused file{s} or folder{s} ({names}): training reads what is listed, or right in class folders",
-    "copies": "note     {n} photos the same (=) or nearly (~) in a class ({names}): validation may repeat training; keep one",
-    "mode": "note     {n} photo{s} of an unusual mode ({names}): read as RGB, transparency over white",
-    "exif-rotation": "note     {n} photo{s} turned by EXIF ({names}): read upright; other tools may not",
-    "huge": "note     {n} photo{s} of more than 25 million pixels ({names}): slow to read; smaller ones train as well",
-    "empty-mask": "note     {n} mask{s} without any pet ({names}): no attention scores there",
-}
-ARCHIVES = {
+MD5_OF_ARCHIVES = {
     "images.tar.gz": "5c4f3ee8e5d25df40f4fd59a7f44e54c",
     "annotations.tar.gz": "95a8c909bbe2e81eed6a22bccdf3f68f",
 }
-# Oxford-IIIT Pet has 100 photos of a breed in trainval and 100 in test, but for these; 3,680 + 3,669 in all.
-COUNTS = {
-    "Abyssinian": (100, 98),
-    "Bombay": (96, 88),
-    "boxer": (100, 99),
-    "Egyptian_Mau": (93, 97),
-    "keeshond": (100, 99),
-}
-COUNTS |= {
-    "english_cocker_spaniel": (96, 100),
-    "newfoundland": (96, 100),
-    "scottish_terrier": (100, 99),
-}
-COUNTS |= {"Siamese": (99, 100), "staffordshire_bull_terrier": (100, 89)}
+HUGE_PIXELS = 25_000_000
+TINY_SIDE = 64  # pixels
+THUMBNAIL_SIZE = (12, 12)
+# Of real pets, copies that were recompressed, resized or cropped by a hundredth correlate by 0.97
+# or more, and no other pair by more than 0.6.
+COPY_CORRELATION = 0.93
+COMPARED_AT_ONCE = 512  # photos, each with all photos before it
+LEAST_FOR_A_LEAK = 20  # photos, both of the class and of all others
+
+
+class Problem(NamedTuple):
+    """What is wrong with one photo or its mask."""
+
+    kind: str
+    name: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)
-class Finding:
-    """All that was found of one kind; the message names the first few of the `files` (or classes)."""
+class ReadPhoto:
+    """What reading one photo shows. A photo that cannot be read has only problems."""
 
-    severity: str
-    kind: str
-    count: int
-    files: list[str]
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.severity:8} {self.message}"
-
-
-class Photo(NamedTuple):
-    name: str
-    path: Path
-    label: str = ""
-    split: str = ""  # empty: training does not use it
+    photo: ListedPhoto
+    problems: list[Problem]
     md5: str = ""
-    thumb: Image.Image | None = None  # 12 x 12
-    clues: Mapping[str, str] = {}  # that may give the class away
+    thumbnail: Image.Image | None = None
+    # Properties that should not depend on the class, such as the camera.
+    clues: Mapping[str, str] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--data",
         default="data",
         metavar="DIR",
-        help="holds oxford-iiit-pet or class folders, as for train.py",
+        help="contains oxford-iiit-pet or class folders, as for train.py",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object, which names every file"
+        "--json", action="store_true", help="print one JSON object that names every file"
     )
     parser.add_workers("threads that read photos")
     return cli.run(report, parser, argv)
@@ -108,227 +82,79 @@ def report(args: argparse.Namespace) -> int:
     """Print the findings and the verdict; return 0 if training could start, else 2."""
     started = time.perf_counter()
     photos, findings = check(args.data, workers=args.workers)
-    seconds, num_classes = time.perf_counter() - started, len({photo.label for photo in photos})
-    tally = Counter(finding.severity for finding in findings)
+    seconds = time.perf_counter() - started
+    num_classes = len({photo.class_name for photo in photos})
+    counts = Counter(finding.severity for finding in findings)
+    can_train = counts["error"] == 0
     if args.json:
-        about = {
+        result = {
             "data": args.data,
             "photos": len(photos),
             "classes": num_classes,
             "seconds": seconds,
-            "ok": not tally["error"],
+            "ok": can_train,
+            "findings": [asdict(finding) for finding in findings],
         }
-        print(json.dumps(about | {"findings": [asdict(finding) for finding in findings]}))
+        print(json.dumps(result))
     else:
-        counts = ", ".join(
-            f"{tally[kind]} {kind}{'s' * (tally[kind] != 1)}"
-            for kind in ("error", "warning", "note")
+        for finding in findings:
+            print(finding)
+        severities = ("error", "warning", "note")
+        tally = ", ".join(
+            f"{counts[name]} {name}{'' if counts[name] == 1 else 's'}" for name in severities
         )
-        end = "training would fail" if tally["error"] else "training can start"
-        verdict = f"{len(photos):,} photos of {num_classes} classes checked in {seconds:.1f} s: {counts}; {end}"
-        print(*findings, verdict, sep="\n")
-    return 2 if tally["error"] else 0
+        verdict = "training can start" if can_train else "training would fail"
+        print(
+            f"{len(photos):,} photos of {num_classes} classes checked in {seconds:.1f} s: "
+            f"{tally}; {verdict}"
+        )
+    return 0 if can_train else 2
 
 
-def quick_check(root: str | os.PathLike[str]) -> list[Finding]:
-    """Find what a listing and each file's status show, decoding nothing. Raises UserError if root is no data folder."""
-    return _findings(_survey(root)[-1])
+def check(root: str | os.PathLike[str], *, workers: int) -> tuple[list[ListedPhoto], list[Finding]]:
+    """Read every photo and mask of a data folder: (the listed photos, the findings).
 
-
-def check(root: str | os.PathLike[str], *, workers: int) -> tuple[list[Photo], list[Finding]]:
-    """Read every photo and mask: (the listed photos, what is found). Raises UserError if root is no data folder."""
-    from ..data.datasets import load_data
-    from ..system.prefetch import read_ahead
-
-    folder, photos, found = _survey(root)
-    if not any(finding.severity == "error" for finding in _findings(found)):
-        try:
-            load_data(root, seed=0)
-        except UserError as error:
-            found["layout"][str(error)] = ""
-    for archive in (folder / name for name in ARCHIVES):
-        if archive.is_file() and (md5 := _md5(archive)) != ARCHIVES[archive.name]:
-            found["archive"][archive.name] = f" has MD5 {md5}"
-    sound = [
-        photo for photo in photos if photo.path.is_file() and photo.name not in found["unreadable"]
-    ]
-    reading = read_ahead(lambda photo: _examine(photo, found), sound, workers)
-    read = list(tqdm(reading, total=len(sound), unit="photo", leave=False, disable=None))
-    if used := [photo for photo in read if photo.split and photo.md5]:
-        _find_copies(used, found)
-        _find_leaks(used, found)
-    return [photo for photo in photos if photo.split], _findings(found)
-
-
-def _findings(found: dict) -> list[Finding]:
-    findings = []
-    for kind, line in KINDS.items():
-        if items := sorted(found[kind].items()):
-            shown = [cli.printable(name + text) for name, text in items if text is not None]
-            names = ", ".join(shown[:3] + ["…"] * (len(shown) > 3))
-            message = line[9:].format(n=f"{len(items):,}", s="s" * (len(items) != 1), names=names)
-            findings.append(
-                Finding(
-                    line.split()[0],
-                    kind,
-                    len(items),
-                    [name for name, _ in items if "{n}" in line],
-                    message,
-                )
-            )
-    return findings
-
-
-def _survey(root: str | os.PathLike[str]) -> tuple[Path, list[Photo], dict]:
-    """List what data.py would load, going on where that refuses: where Pets would be, the photos, and what is found.
-
-    That is, by kind, the name of each file or class, and what to add to it; None hides the name.
+    Raises UserError if `root` is not a data folder.
     """
-    root = Path(os.path.expanduser(root))
-    found: dict[str, dict[str, str | None]] = {kind: {} for kind in KINDS}
-    if (root / "annotations" / "trainval.txt").is_file():
-        root = root.resolve().parent
-    pets = root / "oxford-iiit-pet"
-    photos = _list_pets(pets, found) if pets.is_dir() else _list_class_folders(root, found)
-    listed = [photo for photo in photos if photo.split]
-    for name, path, *_ in listed:
-        if not path.is_file():
-            kind, text = ("unreadable", " is no file") if os.path.lexists(path) else ("missing", "")
-            found[kind][name] = text
-        elif not path.stat().st_size:
-            found["unreadable"][name] = " is empty"
-    needed = 3 - len({"val", "test"} & {photo.split for photo in listed})
-    sizes = Counter(photo.label for photo in listed if photo.split.startswith("train"))
-    most = max(sizes.values(), default=0)
-    found["too-few"] = {label: f" has {n} of {needed}" for label, n in sizes.items() if n < needed}
-    found["imbalance"] = {label: f" {n} to {most}" for label, n in sizes.items() if 3 * n < most}
-    return pets, photos, found
-
-
-def _list_pets(folder: Path, found: dict) -> list[Photo]:
-    from ..data.pets import SPLITS, read_listing
-
-    images, trimaps, photos = folder / "images", folder / "annotations" / "trimaps", []
-    for split in SPLITS:
-        if not (folder / "annotations" / f"{split}.txt").is_file():
-            found["missing"][f"{split}.txt"] = ""
-            continue
+    listing = list_data(root, download=False)
+    problems = survey(listing)
+    if not any(finding.severity == "error" for finding in describe_problems(problems)):
         try:
-            stems = [stem for stem, *_ in read_listing(folder, split)]
+            split_data(listing, seed=0)
         except UserError as error:
-            found["layout"][str(error)] = ""
+            problems["layout"][str(error)] = ""
+    candidates = listing.photos()
+    if listing.folder.is_pets:
+        _check_archives(listing.folder.pets, problems)
+        # A photo that no listing names does not stop training, but other tools may read it.
+        unlisted = (path for path in listing.unused if path.suffix == ".jpg")
+        candidates += [ListedPhoto(path.name, path) for path in unlisted]
+    pending = [
+        photo
+        for photo in candidates
+        if photo.path.is_file() and photo.name not in problems["unreadable"]
+    ]
+    readable: list[ReadPhoto] = []
+    reading = read_ahead(_read_photo, pending, workers)
+    for read in tqdm(reading, total=len(pending), unit="photo", leave=False, disable=None):
+        for kind, name, detail in read.problems:
+            problems[kind][name] = detail
+        if read.photo.split and read.thumbnail is not None:
+            readable.append(read)
+    if readable:
+        _find_copies(readable, problems)
+        _find_leaks(readable, problems)
+    return listing.photos(), describe_problems(problems)
+
+
+def _check_archives(pets: Path, problems: Problems) -> None:
+    for name, expected in MD5_OF_ARCHIVES.items():
+        archive = pets / name
+        if not archive.is_file():
             continue
-        photos += [
-            Photo(f"{stem}.jpg", images / f"{stem}.jpg", stem.rsplit("_", 1)[0], split)
-            for stem in stems
-        ]
-    numbers = Counter((photo.label, photo.split) for photo in photos)
-    breeds = {label: (numbers[label, "trainval"], numbers[label, "test"]) for label, _ in numbers}
-    if len(breeds) < 37:
-        total = " + ".join(f"{sum(pair[i] for pair in breeds.values()):,}" for i in (0, 1))
-        found["part"][f"{total} photos of {len(breeds)} breeds"] = ""
-    else:
-        odd = {
-            label: pair for label, pair in breeds.items() if pair != COUNTS.get(label, (100, 100))
-        }
-        found["counts"] = {label: f" {a} + {b}" for label, (a, b) in odd.items()}
-    masks = (
-        {path.stem for path in trimaps.iterdir() if path.is_file()} if trimaps.is_dir() else set()
-    )
-    found["missing-mask"] = {
-        f"{photo.path.stem}.png": "" for photo in photos if photo.path.stem not in masks
-    }
-    listed = {photo.name for photo in photos}
-    others = (
-        [path for path in images.iterdir() if path.name not in listed and path.name[0] != "."]
-        if images.is_dir()
-        else []
-    )
-    found["unlisted"] = {path.name: "" for path in others}
-    return photos + [Photo(path.name, path) for path in others if path.suffix == ".jpg"]
-
-
-def _list_class_folders(root: Path, found: dict) -> list[Photo]:
-    from ..data.photos import list_photos
-
-    splits = (
-        [root / name for name in ("train", "val", "test")] if (root / "train").is_dir() else [root]
-    )
-    photos, others = [], set(root.iterdir()) - set(splits) if len(splits) > 1 else set()
-    for folder in filter(Path.is_dir, splits):
-        for entry in folder.iterdir():
-            paths = list_photos(entry) if entry.is_dir() and entry.name[0] != "." else []
-            names = {path.name for path in paths}  # whose hashes cost less than paths'
-            others |= (
-                {entry / name for name in os.listdir(entry) if name not in names}
-                if paths
-                else {entry}
-            )
-            split, place = (
-                "train" if folder == root else folder.name,
-                entry.relative_to(root).as_posix(),
-            )
-            photos += [Photo(f"{place}/{path.name}", path, entry.name, split) for path in paths]
-    if not any(photo.split == "train" for photo in photos):
-        what = (
-            "oxford-iiit-pet/ or a folder of photos for each class" if root.is_dir() else "a folder"
-        )
-        raise UserError(f"{root}: expected {what}, found none; name another with --data")
-    found["unlisted"] = {
-        path.relative_to(root).as_posix(): "" for path in others if path.name[0] != "."
-    }
-    return photos
-
-
-def _examine(photo: Photo, found: dict) -> Photo:
-    from ..data.photos import FORMATS, PhotoError, open_photo
-    from .score.masks import annotation, read_mask
-
-    name, path, _, split = photo[:4]
-    try:
-        pixels = open_photo(path)
-    except PhotoError as error:
-        if split:
-            found["unreadable"][name] = str(error).removeprefix(str(path))
-        return photo
-    camera, turn = "not named", None
-    with (
-        Image.open(path, formats=FORMATS) as image,
-        contextlib.suppress(Exception),
-    ):  # EXIF may be broken
-        form, mode, size = (
-            "JPEG" if image.format == "MPO" else str(image.format),
-            image.mode,
-            f"{image.width} x {image.height}",
-        )
-        if (
-            form != "PNG" or "exif" in image.info
-        ):  # else Pillow decodes a PNG again to look behind its pixels
-            camera, turn = (
-                image.getexif().get(tag, absent)
-                for tag, absent in ((0x0110, camera), (0x0112, None))
-            )
-    odd = {
-        "wrong-extension": form != Image.registered_extensions().get(path.suffix.lower())
-        and f" is {form}",
-        "mode": mode != "RGB" and f" is {mode}",
-        "exif-rotation": turn in range(2, 9) and " is turned",
-        "tiny": min(pixels.size) < 64 and f" is {size}",
-        "huge": pixels.width * pixels.height > 25_000_000 and f" is {size}",
-    }
-    for kind in filter(odd.get, odd):
-        found[kind][name] = odd[kind]
-    mask = annotation(path, "trimaps", ".png")
-    if mask.is_file():
-        try:
-            if not (read_mask(path, pixels.size) == 1).any():
-                found["empty-mask"][mask.name] = ""
-        except UserError:
-            found["bad-mask"][mask.name] = ""
-    clues = {"file format": form, "size": size, "colour mode": mode, "camera": str(camera).strip()}
-    return photo._replace(
-        md5=_md5(path), thumb=pixels.resize((12, 12), Image.Resampling.BOX), clues=clues
-    )
+        md5 = _md5(archive)
+        if md5 != expected:
+            problems["archive"][name] = f" has MD5 {md5}"
 
 
 def _md5(path: Path) -> str:
@@ -339,49 +165,126 @@ def _md5(path: Path) -> str:
     return md5.hexdigest()
 
 
-def _find_copies(photos: list[Photo], found: dict) -> None:
-    """Group photos of equal bytes, or whose thumbnails' second differences correlate by more than 0.93.
+def _read_photo(photo: ListedPhoto) -> ReadPhoto:
+    path = photo.path
+    try:
+        pixels = open_photo(path)
+    except PhotoError as error:
+        reason = str(error).removeprefix(str(path))
+        problems = [Problem("unreadable", photo.name, reason)] if photo.split else []
+        return ReadPhoto(photo, problems)
+    with Image.open(path, formats=FORMATS) as image:
+        file_format = "JPEG" if image.format == "MPO" else str(image.format)
+        mode = image.mode
+        size = f"{image.width} x {image.height}"
+        camera, orientation = _read_exif(image)
+    problems = []
+    if file_format != Image.registered_extensions().get(path.suffix.lower()):
+        problems.append(Problem("wrong-extension", photo.name, f" is {file_format}"))
+    if mode != "RGB":
+        problems.append(Problem("mode", photo.name, f" is {mode}"))
+    if orientation in range(2, 9):
+        problems.append(Problem("exif-rotation", photo.name, " is rotated"))
+    if min(pixels.size) < TINY_SIDE:
+        problems.append(Problem("tiny", photo.name, f" is {size}"))
+    if pixels.width * pixels.height > HUGE_PIXELS:
+        problems.append(Problem("huge", photo.name, f" is {size}"))
+    problems += _check_mask(path, pixels.size)
+    clues = {"file format": file_format, "size": size, "colour mode": mode, "camera": camera}
+    thumbnail = pixels.resize(THUMBNAIL_SIZE, Image.Resampling.BOX)
+    return ReadPhoto(photo, problems, _md5(path), thumbnail, clues)
 
-    Differences, because skies over dark ground correlate. Of real pets, copies (recompressed, resized, cropped by a
-    hundredth) reach 0.97, no other pair 0.6. A flat thumbnail is like no other.
+
+def _read_exif(image: Image.Image) -> tuple[str, object]:
+    """Return a photo's camera and orientation."""
+    camera = "not named"
+    orientation = None
+    # To look for EXIF behind a PNG's pixels, Pillow would decode it once more.
+    if image.format != "PNG" or "exif" in image.info:
+        with contextlib.suppress(Exception):  # EXIF may be broken.
+            exif = image.getexif()
+            camera = str(exif.get(ExifTags.Base.Model, camera)).strip()
+            orientation = exif.get(ExifTags.Base.Orientation)
+    return camera, orientation
+
+
+def _check_mask(path: Path, size: tuple[int, int]) -> list[Problem]:
+    """Check the mask of a photo of `size`, if there is one: the survey reports missing masks."""
+    mask = mask_path(path)
+    if not mask.is_file():
+        return []
+    try:
+        shows_a_pet = (read_mask(path, size) == PET).any()
+    except UserError:
+        return [Problem("bad-mask", mask.name)]
+    return [] if shows_a_pet else [Problem("empty-mask", mask.name)]
+
+
+def _find_copies(photos: Sequence[ReadPhoto], problems: Problems) -> None:
+    for group in _group_copies(photos):
+        if len({read.photo.class_name for read in group}) > 1:
+            kind = "copies-labels"
+        elif len({read.photo.split for read in group}) > 1:
+            kind = "copies-splits"
+        else:
+            kind = "copies"
+        are_same_bytes = len({read.md5 for read in group}) == 1
+        sign = " = " if are_same_bytes else " ~ "
+        names = sorted(read.photo.name for read in group)
+        # The message shows the whole group behind its first name.
+        problems[kind].update(dict.fromkeys(names))
+        problems[kind][names[0]] = sign + first_few(names[1:], limit=2, separator=sign)
+
+
+def _group_copies(photos: Sequence[ReadPhoto]) -> Iterator[list[ReadPhoto]]:
+    """Yield the groups of photos with equal bytes or similar thumbnails."""
+    edges = _edges(photos)
+    groups: defaultdict[int, list[ReadPhoto]] = defaultdict(list)  # by the first photo's index
+    group_of: list[int] = []  # the group of each photo
+    index_of_md5: dict[str, int] = {}
+    for start in range(0, len(photos), COMPARED_AT_ONCE):
+        stop = start + COMPARED_AT_ONCE
+        # Row i of these compares photo start + i with all photos before it.
+        is_copy = np.tril(edges[start:stop] @ edges[:stop].T > COPY_CORRELATION, start - 1)
+        for i, row in enumerate(is_copy, start):
+            earlier = index_of_md5.setdefault(photos[i].md5, i)
+            if row.any():
+                earlier = int(row.argmax())
+            group = i if earlier == i else group_of[earlier]
+            group_of.append(group)
+            groups[group].append(photos[i])
+    for members in groups.values():
+        if len(members) > 1:
+            yield members
+
+
+def _edges(photos: Sequence[ReadPhoto]) -> np.ndarray:
+    """Return the second differences of each thumbnail as a vector of length 1: (n, values).
+
+    The pixels themselves correlate for any two photos with a sky over dark ground. A flat thumbnail
+    becomes zeros, which resemble nothing.
     """
-    thumbs = np.stack([np.asarray(photo.thumb, np.float32) for photo in photos])
-    edges = (np.diff(thumbs, 2, 1)[:, :, 1:-1] + np.diff(thumbs, 2, 2)[:, 1:-1]).reshape(
-        len(photos), -1
-    )
-    edges[edges.std(1) < 5] = 0
+    thumbnails = np.stack([np.asarray(read.thumbnail, np.float32) for read in photos])
+    down = np.diff(thumbnails, 2, axis=1)[:, :, 1:-1]
+    across = np.diff(thumbnails, 2, axis=2)[:, 1:-1]
+    edges = (down + across).reshape(len(photos), -1)
+    edges[edges.std(axis=1) < 5] = 0
     edges /= np.linalg.norm(edges, axis=1, keepdims=True) + 1e-6
-    groups = defaultdict(list)  # by their first photo's index
-    first: dict[str | int, int] = {}  # that of each MD5 sum, and of each photo
-    for start in range(0, len(photos), 512):
-        alike = np.tril(edges[start : start + 512] @ edges[: start + 512].T > 0.93, start - 1)
-        for i, row in enumerate(alike, start):
-            other = int(row.argmax()) if row.any() else first.setdefault(photos[i].md5, i)
-            first[i] = first.get(other, i)
-            groups[first[i]].append(photos[i])
-    for group in (group for group in groups.values() if len(group) > 1):
-        labels, splits, sums = (
-            {getattr(p, field) for p in group} for field in ("label", "split", "md5")
-        )
-        kind = (
-            "copies-labels" if len(labels) > 1 else "copies-splits" if len(splits) > 1 else "copies"
-        )
-        sign = " = " if len(sums) == 1 else " ~ "
-        names = sorted(photo.name for photo in group)
-        others = names[1:3] + ["…"] * (len(names) > 3)
-        found[kind] |= dict.fromkeys(names) | {names[0]: "".join(sign + name for name in others)}
+    return edges
 
 
-def _find_leaks(photos: list[Photo], found: dict) -> None:
-    """Find classes of which half the photos share what not one in fifty of the others has; both must be 20 or more."""
-    sizes = Counter(photo.label for photo in photos)
+def _find_leaks(photos: Sequence[ReadPhoto], problems: Problems) -> None:
+    """Find classes of which half the photos share a clue that at most 2% of the others have."""
+    sizes = Counter(read.photo.class_name for read in photos)
     for clue in photos[0].clues:
-        total = Counter(photo.clues[clue] for photo in photos)
-        for (label, value), n in Counter(
-            (photo.label, photo.clues[clue]) for photo in photos
-        ).items():
-            size, others, other = sizes[label], len(photos) - sizes[label], total[value] - n
-            if min(size, others) >= 20 and n >= size / 2 and other <= others / 50:
-                found["leak"][label] = (
-                    f": {clue} {value} in {n} of {size}, elsewhere in {other} of {others}"
+        total = Counter(read.clues[clue] for read in photos)
+        in_class = Counter((read.photo.class_name, read.clues[clue]) for read in photos)
+        for (name, value), n in in_class.items():
+            size = sizes[name]
+            num_others = len(photos) - size
+            elsewhere = total[value] - n
+            is_enough = min(size, num_others) >= LEAST_FOR_A_LEAK
+            if is_enough and n >= size / 2 and elsewhere <= num_others / 50:
+                problems["leak"][name] = (
+                    f": {clue} {value} in {n} of {size}, elsewhere in {elsewhere} of {num_others}"
                 )
