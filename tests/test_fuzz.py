@@ -1,6 +1,7 @@
 """open_photo against thousands of broken files; `make fuzz` runs more of the same for ten minutes.
 
-Whatever the bytes: an upright RGB photo or one PhotoError, nothing on stderr, within MAX_SECONDS.
+Whatever the bytes are, opening them gives an upright RGB photo or one PhotoError, within
+MAX_SECONDS and without a word on stderr.
 """
 
 from __future__ import annotations
@@ -116,14 +117,14 @@ DICTIONARY = [
 ]
 
 
-def save(image: Image.Image, **how: object) -> bytes:
+def save(image: Image.Image, **options: object) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, **how)
+    image.save(buffer, **options)
     return buffer.getvalue()
 
 
-def sound_photos() -> dict[str, bytes]:
-    """Small photos in the forms that each format has."""
+def valid_photos() -> dict[str, bytes]:
+    """Return small photos in several variants of each format."""
     photo, exif = draw_photo(40, 30), Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "a camera"
     grey, alpha, palette = photo.convert("L"), photo.convert("RGBA"), photo.quantize(50)
@@ -191,9 +192,9 @@ def mutate(data: bytes, others: list[bytes], rng: np.random.Generator) -> bytes:
 
 
 def open_case(path: Path, data: bytes) -> tuple[str, float]:
-    """Open a file of these bytes: what came of it, and the seconds it took."""
+    """Open a file of these bytes; return the outcome and the seconds it took."""
     path.write_bytes(data)
-    started = time.process_time()  # which other processes do not make longer
+    started = time.process_time()  # not affected by other processes
     try:
         photo = open_photo(path)
         outcome = "photo"
@@ -211,21 +212,24 @@ def open_case(path: Path, data: bytes) -> tuple[str, float]:
 
 
 def fuzz(folder: Path, *, cases: int, seed: int, minutes: float = 60) -> tuple[Counter, float]:
-    """Open `cases` mutations, and every photo cut short at each per cent: (counts by format and outcome, slowest)."""
-    sound, counts, slowest = sound_photos(), Counter(), (0.0, "")
+    """Open `cases` mutations, and every photo cut short at each per cent.
+
+    Returns the counts by format and outcome, and the slowest case with its seconds.
+    """
+    valid, counts, slowest = valid_photos(), Counter(), (0.0, "")
     rng, deadline = np.random.default_rng(seed), time.monotonic() + 60 * minutes
 
     def broken_files():
-        for form, data in sound.items():
+        for form, data in valid.items():
             yield form, f"cut at {0} %", b""
             yield from (
                 (form, f"cut at {percent} %", data[: len(data) * percent // 100])
                 for percent in range(1, 100)
             )
-        forms, others = list(sound), list(sound.values())
+        forms, others = list(valid), list(valid.values())
         for case in range(cases):
             form = forms[case % len(forms)]
-            yield form, f"mutation {case}", mutate(sound[form], others, rng)
+            yield form, f"mutation {case}", mutate(valid[form], others, rng)
 
     for form, name, data in broken_files():
         path = folder / "case.jpg"
@@ -245,16 +249,15 @@ def test_any_bytes_give_a_photo_or_one_line_that_names_the_file(tmp_path, capfd)
     counts, (seconds, case) = fuzz(tmp_path, cases=1_000, seed=0)
     assert sum(counts.values()) >= 3_000
     for form in ("JPEG", "PNG", "GIF", "WebP", "TIFF", "BMP", "PPM"):
-        assert counts[form, "photo"] >= 5, (
-            counts
-        )  # else the mutations would test nothing but the first check
+        # With fewer, the mutations would hardly get past the first check.
+        assert counts[form, "photo"] >= 5, counts
         assert counts[form, "refused"] >= 50, counts
     assert seconds < MAX_SECONDS, case
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_photos_that_are_broken_were_sound(tmp_path):
-    for form, data in sound_photos().items():
+def test_the_photos_were_valid_before_they_were_broken(tmp_path):
+    for form, data in valid_photos().items():
         assert open_case(tmp_path / "photo", data)[0] == "photo", form
         turned = form in ("JPEG", "PNG", "WebP", "TIFF")
         assert open_photo(tmp_path / "photo").size == ((30, 40) if turned else (40, 30)), form
@@ -267,23 +270,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     args = parser.parse_args()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as messages:
         stderr, folder = os.dup(2), Path(tempfile.mkdtemp())
-        os.dup2(said.fileno(), 2)  # what C libraries say too
+        os.dup2(messages.fileno(), 2)  # with the messages of C libraries
         try:
             counts, (seconds, case) = fuzz(
                 folder, cases=args.cases, seed=args.seed, minutes=args.minutes
             )
         finally:
             os.dup2(stderr, 2)
-            said.seek(0)
-            print(f"seed {args.seed}; on stderr: {said.read()[-2000:]!r}")
-        shutil.rmtree(folder)  # not reached if a case broke us: it is kept there
+            messages.seek(0)
+            print(f"seed {args.seed}; on stderr: {messages.read()[-2000:]!r}")
+        shutil.rmtree(folder)  # not reached after a crash, which keeps the case's file
     for (form, outcome), count in sorted(counts.items()):
         print(f"{form:5} {outcome:8} {count:6,}")
     growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(
-        f"{sum(counts.values()):,} cases; slowest {seconds:.3f} s ({case}); peak memory {growth:.0f} MiB above the start's"
+        f"{sum(counts.values()):,} cases; slowest {seconds:.3f} s ({case}); "
+        f"peak memory {growth:.0f} MiB more than at the start"
     )
 
 

@@ -1,7 +1,9 @@
-"""Photos as a model's pixels, as its checkpoint's preprocessor_config.json asks, and maps of it back on photos.
+"""Turn photos into a model's input, and bring maps back onto photos.
 
-torch comes in where it is needed: processes that decode photos do without.
-Shapes: h, w pixels of the model's input; gh, gw patches of a map; W, H a photo's width and height in pixels.
+A checkpoint's preprocessor_config.json says how. torch is imported only where it is needed, so
+that worker processes can decode photos without it.
+Shapes: h, w pixels of the model's input; gh, gw patches of a map; W, H a photo's width and height
+in pixels.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What a checkpoint's preprocessor_config.json asks: resize, perhaps crop, and normalise.
+    """The steps from a photo to a model's input: resize, perhaps crop, and normalize.
 
-    `resize` is (h, w), the whole photo squashed to it, or the length of the shortest edge; the central `crop` (h, w) is
-    then taken, if any (of a squashed photo: DeiT). Both antialias, with Pillow's filter `resample` (2 bilinear, 3 bicubic).
-    Half a pixel of the crop's margin is left out by transformers, and rounded by torchvision and timm.
+    `resize` is either (h, w), to which the whole photo is squashed, or the length of the shortest
+    edge. If `crop` (h, w) is given, the centre of the resized photo is taken (after squashing, in
+    the case of DeiT). Resizing is antialiased with Pillow's filter `resample` (2 bilinear,
+    3 bicubic). If the crop's margins are not whole numbers of pixels, transformers rounds them
+    down; torchvision and timm round them to the nearest, which is `round_margins`.
     """
 
     resize: tuple[int, int] | int = (224, 224)
@@ -43,10 +47,11 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.crop is None and not isinstance(self.resize, tuple):
             raise UserError("a shortest edge without a centre crop gives no fixed input size")
-        if not (
-            len(self.mean) == len(self.std) == 3
-            and all(map(math.isfinite, self.mean + self.std))
-            and min(self.std) > 0
+        three_each = len(self.mean) == len(self.std) == 3
+        if (
+            not three_each
+            or not all(map(math.isfinite, self.mean + self.std))
+            or min(self.std) <= 0
         ):
             raise UserError(
                 f"mean {self.mean} and std {self.std} of the pixels: expected three numbers each"
@@ -57,7 +62,7 @@ class Preprocess:
         """The model's input (h, w) in pixels."""
         if self.crop is not None:
             return self.crop
-        assert isinstance(self.resize, tuple)  # a shortest edge comes with a crop
+        assert isinstance(self.resize, tuple)  # __post_init__ requires a crop with a shortest edge.
         return self.resize
 
     def __call__(self, photo: Image.Image) -> Tensor:
@@ -71,172 +76,173 @@ class Preprocess:
         return torch.from_numpy(self.array(photo))
 
     def array(self, photo: Image.Image) -> np.ndarray:
-        """Return the same as NumPy holds it, for processes without torch."""
-        (w, h), filter = self.size[::-1], Image.Resampling(self.resample)
+        """Return the same pixels as a NumPy array, for processes without torch."""
+        h, w = self.size
+        resample = Image.Resampling(self.resample)
         if self.crop is None or max(photo.size) > 20 * min(photo.size):
-            resized = photo.resize(
-                (w, h), filter, box=self.box(photo.size)
-            )  # a strip's long edge would take gigabytes
-        else:  # in the reference's two steps, so that its rounding in between is ours too
-            left, top, *resized_size = self._crop_of_resized(photo.size)
-            resized = photo.resize(resized_size, filter).crop((left, top, left + w, top + h))
+            # Resize only what the model sees: the long edge of a resized strip takes gigabytes.
+            resized = photo.resize((w, h), resample, box=self.box(photo.size))
+        else:
+            # Resize and crop in two steps, as transformers does, to round in the same places.
+            left, top, resized_w, resized_h = self._crop_of_resized(photo.size)
+            resized = photo.resize((resized_w, resized_h), resample)
+            resized = resized.crop((left, top, left + w, top + h))
         return np.array(resized).transpose(2, 0, 1).copy()
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Turn pixels (..., 3, h, w) of 0 to 255 into float32 of the checkpoint's mean and std."""
-        mean, std = (_channels(values, pixels.device) for values in (self.mean, self.std))
+        """Scale pixels (..., 3, h, w) from 0..255 to float32 with the checkpoint's mean and std."""
+        mean = _channels(self.mean, pixels.device)
+        std = _channels(self.std, pixels.device)
         return (pixels.float() / 255 - mean) / std
 
     def box(self, photo_size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Return the part of a photo (W, H) that the model sees: left, top, right, bottom, in the photo's pixels."""
+        """Return the part of a photo (W, H) that the model sees.
+
+        It is given as left, top, right and bottom, in the photo's pixels.
+        """
         W, H = photo_size
         if self.crop is None:
             return 0, 0, W, H
+        h, w = self.crop
         left, top, resized_w, resized_h = self._crop_of_resized(photo_size)
-        x, y = W / resized_w, H / resized_h
-        return (
-            left * x,
-            top * y,
-            min((left + self.crop[1]) * x, W),
-            min((top + self.crop[0]) * y, H),
-        )
+        x = W / resized_w
+        y = H / resized_h
+        return left * x, top * y, min((left + w) * x, W), min((top + h) * y, H)
 
     def patch_at(
         self, x: float, y: float, photo_size: tuple[int, int], grid: tuple[int, int]
     ) -> int:
-        """Return which of gh x gw patches, counted row by row, sees the pixel (x, y) of a photo (W, H).
+        """Return which of gh x gw patches, counted row by row, covers a photo's pixel (x, y).
 
-        Raises UserError where the model sees nothing: outside of the photo, or of the crop.
+        Raises UserError for a pixel that the model does not see because it lies outside the photo
+        (W, H) or was cropped away.
         """
         left, top, right, bottom = self.box(photo_size)
         if not (left <= x < right and top <= y < bottom):
+            W, H = photo_size
             raise UserError(
-                f"no patch at {x:g},{y:g}: of {photo_size[0]} x {photo_size[1]} pixels, the model sees "
+                f"no patch at {x:g},{y:g}: of {W} x {H} pixels, the model sees "
                 f"x from {left:.0f} to {right:.0f} and y from {top:.0f} to {bottom:.0f}"
             )
-        row, column = (
-            int((y - top) / (bottom - top) * grid[0]),
-            int((x - left) / (right - left) * grid[1]),
-        )
-        return min(row, grid[0] - 1) * grid[1] + min(column, grid[1] - 1)
+        gh, gw = grid
+        row = int((y - top) / (bottom - top) * gh)
+        column = int((x - left) / (right - left) * gw)
+        return min(row, gh - 1) * gw + min(column, gw - 1)
 
     def _crop_of_resized(self, photo_size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """Return the crop's left and top in the resized photo, and that photo's width and height."""
-        short = min(photo_size)
+        """Return the crop's left and top in the resized photo, and that photo's size (w, h)."""
         if isinstance(self.resize, tuple):
-            h, w = self.resize
+            resized_h, resized_w = self.resize
         else:
-            w, h = (
-                int(self.resize * side / short) for side in photo_size
-            )  # truncated, as transformers does
-        whole = round if self.round_margins else math.floor
-        return whole((w - self.size[1]) / 2), whole((h - self.size[0]) / 2), w, h
+            # Like transformers, round down.
+            W, H = photo_size
+            resized_w = int(self.resize * W / min(W, H))
+            resized_h = int(self.resize * H / min(W, H))
+        h, w = self.size
+        round_margin = round if self.round_margins else math.floor
+        left = round_margin((resized_w - w) / 2)
+        top = round_margin((resized_h - h) / 2)
+        return left, top, resized_w, resized_h
 
     def to_photo(
         self, values: Tensor, photo_size: tuple[int, int], shape: tuple[int, int] | None = None
     ) -> np.ndarray:
-        """Bring a map (gh, gw) back onto a photo of (W, H) pixels: float32 (H, W), smoothly upsampled.
+        """Bring a map (gh, gw) back onto a photo of (W, H) pixels: float32 (H, W), upsampled.
 
-        What a crop cut away, the model has not seen: NaN there. `shape` (rows, columns) gives the whole photo at
-        another resolution, for drawing.
+        The result is NaN where the photo was cropped away. To draw the whole photo at another
+        resolution, give its `shape` (rows, columns).
         """
         import torch
         import torch.nn.functional as F
 
-        rows, columns = shape or photo_size[::-1]
         W, H = photo_size
+        rows, columns = (H, W) if shape is None else shape
         left, top, right, bottom = self.box(photo_size)
-        x = ((np.arange(columns) + 0.5) * W / columns - left) / (
-            right - left
-        ) * 2 - 1  # grid_sample's -1 to 1
+        # The centres of the pixels, where -1 and 1 are the edges of what the model sees.
+        x = ((np.arange(columns) + 0.5) * W / columns - left) / (right - left) * 2 - 1
         y = ((np.arange(rows) + 0.5) * H / rows - top) / (bottom - top) * 2 - 1
         ys, xs = torch.meshgrid(
             torch.from_numpy(y).float(), torch.from_numpy(x).float(), indexing="ij"
         )
-        seen = (xs.abs() <= 1) & (ys.abs() <= 1)
         sampled = F.grid_sample(
             values.detach().float().cpu()[None, None],
             torch.stack([xs, ys], -1)[None],
-            "bicubic",
-            "border",
+            mode="bicubic",
+            padding_mode="border",
             align_corners=False,
         )[0, 0]
-        sampled = sampled.clamp(values.min().item(), values.max().item())  # bicubic may overshoot
+        sampled = sampled.clamp(values.min().item(), values.max().item())  # Bicubic may overshoot.
+        seen = (xs.abs() <= 1) & (ys.abs() <= 1)
         return torch.where(seen, sampled, torch.nan).numpy()
 
     def at(self, size: tuple[int, int]) -> Preprocess:
-        """Return the same for another input size (h, w): as much is cropped away, as a share of the larger side."""
+        """Return the same steps for another input size (h, w).
+
+        The same fraction of the photo is cropped away; for a shortest edge, this holds for the side
+        that grows most.
+        """
         if self.crop is None:
             return replace(self, resize=size)
-        scale = max(size[0] / self.crop[0], size[1] / self.crop[1])
-        if not isinstance(self.resize, tuple):
-            return replace(self, resize=int(self.resize * scale), crop=size)
-        h, w = (int(r * side / c) for r, side, c in zip(self.resize, size, self.crop))
-        return replace(self, resize=(h, w), crop=size)
+        h, w = size
+        crop_h, crop_w = self.crop
+        if isinstance(self.resize, tuple):
+            resize_h, resize_w = self.resize
+            resize = int(resize_h * h / crop_h), int(resize_w * w / crop_w)
+            return replace(self, resize=resize, crop=size)
+        scale = max(h / crop_h, w / crop_w)
+        return replace(self, resize=int(self.resize * scale), crop=size)
 
     @classmethod
     def from_config(cls, config: dict) -> Preprocess:
         """Read a preprocessor_config.json in any of the forms that transformers has written.
 
-        Raises UserError for what minivit would not do, or cannot make sense of.
+        Raises UserError for steps that minivit does not support and for values that make no sense.
         """
-        deit = str(
-            config.get("image_processor_type") or config.get("feature_extractor_type")
-        ).startswith("DeiT")
         for step in ("do_resize", "do_rescale", "do_normalize"):
             if not config.get(step, True):
                 raise UserError(
-                    f"preprocessor_config.json: {step} is off; minivit always resizes, rescales and normalises"
+                    f"preprocessor_config.json: {step} is off; "
+                    "minivit always resizes, rescales and normalizes"
                 )
         if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
             raise UserError(
-                f"preprocessor_config.json: rescale_factor is {config['rescale_factor']}; expected 1/255"
+                "preprocessor_config.json: "
+                f"rescale_factor is {config['rescale_factor']}; expected 1/255"
             )
-        size, crop = config.get("size", 256 if deit else 224), None
-        if config.get(
-            "do_center_crop", deit or (isinstance(size, dict) and "shortest_edge" in size)
-        ):
-            crop = _pair(config.get("crop_size", 224))
-        edge = isinstance(size, dict) and "shortest_edge" in size
-        resize: tuple[int, int] | int = int(size["shortest_edge"]) if edge else _pair(size)
-        if crop and any(
-            c > r for c, r in zip(crop, resize if isinstance(resize, tuple) else (resize, resize))
-        ):
-            kind = "size" if isinstance(resize, tuple) else "shortest edge"
-            raise UserError(
-                f"preprocessor_config.json: a crop of {crop} does not fit a {kind} of {resize}"
-            )
-        half = (0.5, 0.5, 0.5)  # Google's, where nothing is said
-        mean, std = (
-            tuple(map(float, config.get(f"image_{name}", half))) for name in ("mean", "std")
-        )
-        resample = config.get("resample", 3 if deit else 2)
+        processor = config.get("image_processor_type") or config.get("feature_extractor_type")
+        is_deit = str(processor).startswith("DeiT")
+        resize, crop = _read_sizes(config, is_deit)
+        # Google's checkpoints, which do not give them, use a mean and std of 0.5.
+        mean = tuple(map(float, config.get("image_mean", (0.5, 0.5, 0.5))))
+        std = tuple(map(float, config.get("image_std", (0.5, 0.5, 0.5))))
+        resample = config.get("resample", 3 if is_deit else 2)
         if resample not in list(Image.Resampling):
             raise UserError(
-                f"preprocessor_config.json: resample is {resample!r}; expected one of Pillow's filters, 0 to 5"
+                f"preprocessor_config.json: resample is {resample!r}; "
+                "expected one of Pillow's filters, 0 to 5"
             )
         return cls(resize, crop, int(resample), mean, std)
 
     def to_config(self) -> dict:
-        """Return what transformers reads back as the same preprocessing, but for round_margins, which it does not have."""
-        squashed = self.resize if isinstance(self.resize, tuple) else None
-        kind = (
-            "BitImageProcessor"
-            if not squashed
-            else "DeiTImageProcessor"
-            if self.crop
-            else "ViTImageProcessor"
-        )
+        """Return a preprocessor_config.json that transformers reads as the same steps.
+
+        `round_margins` is left out because transformers has no such setting.
+        """
+        if not isinstance(self.resize, tuple):
+            processor = "BitImageProcessor"
+            size = {"shortest_edge": self.resize}
+        else:
+            processor = "DeiTImageProcessor" if self.crop else "ViTImageProcessor"
+            size = _size_to_config(self.resize)
+        crop_size = {"crop_size": _size_to_config(self.crop)} if self.crop else {}
         return {
-            "image_processor_type": kind,
+            "image_processor_type": processor,
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": dict(zip(("height", "width"), squashed))
-            if squashed
-            else {"shortest_edge": self.resize},
+            "size": size,
             "resample": self.resample,
             "do_center_crop": self.crop is not None,
-            **({"crop_size": dict(zip(("height", "width"), self.crop))} if self.crop else {}),
+            **crop_size,
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
@@ -245,34 +251,69 @@ class Preprocess:
         }
 
 
-def decode_into(file: Path, place: int, paths: Sequence[Path], preprocess: Preprocess) -> list[str]:
-    """Write photos' pixels, uint8 (3, h, w) each, into a file from byte `place` on; return why not, for each, or ""."""
-    reasons = []
-    with file.open("rb+") as out:
+def decode_into(
+    file: Path, offset: int, paths: Sequence[Path], preprocess: Preprocess
+) -> list[str]:
+    """Decode photos into a file, uint8 (3, h, w) each, from a byte offset on.
+
+    Returns for each photo why it could not be read, or "" if it was. The bytes of a photo that
+    could not be read are left as they are. Runs in worker processes.
+    """
+    errors = []
+    with file.open("rb+") as store:
         for i, path in enumerate(paths):
             try:
                 pixels = preprocess.array(open_photo(path))
             except PhotoError as error:
-                reasons.append(str(error))
-            else:
-                reasons.append("")
-                out.seek(place + i * pixels.nbytes)
-                out.write(pixels.data)
-    return reasons
+                errors.append(str(error))
+                continue
+            errors.append("")
+            store.seek(offset + i * pixels.nbytes)
+            store.write(pixels.data)
+    return errors
 
 
 @functools.cache
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Put a number for each channel on the device, (3, 1, 1), once: each copy would make the host wait for it."""
+    """Return one number for each channel on the device, (3, 1, 1).
+
+    The tensor is cached because every copy to the device makes the host wait.
+    """
     import torch
 
     with torch.inference_mode(False):
         return torch.tensor(values, device=device).view(3, 1, 1)
 
 
-def _pair(size: int | dict) -> tuple[int, int]:
-    return (
-        (int(size["height"]), int(size["width"]))
-        if isinstance(size, dict)
-        else (int(size), int(size))
-    )
+def _read_sizes(
+    config: dict, is_deit: bool
+) -> tuple[tuple[int, int] | int, tuple[int, int] | None]:
+    """Read `resize` and `crop` from a preprocessor_config.json."""
+    size = config.get("size", 256 if is_deit else 224)
+    has_edge = isinstance(size, dict) and "shortest_edge" in size
+    crop = None
+    if config.get("do_center_crop", is_deit or has_edge):
+        crop = _size_from_config(config.get("crop_size", 224))
+    if has_edge:
+        edge = int(size["shortest_edge"])
+        if crop and max(crop) > edge:
+            raise UserError(
+                f"preprocessor_config.json: a crop of {crop} does not fit a shortest edge of {edge}"
+            )
+        return edge, crop
+    h, w = _size_from_config(size)
+    if crop and (crop[0] > h or crop[1] > w):
+        raise UserError(
+            f"preprocessor_config.json: a crop of {crop} does not fit a size of {(h, w)}"
+        )
+    return (h, w), crop
+
+
+def _size_from_config(size: int | dict) -> tuple[int, int]:
+    if isinstance(size, dict):
+        return int(size["height"]), int(size["width"])
+    return int(size), int(size)
+
+
+def _size_to_config(size: tuple[int, int]) -> dict[str, int]:
+    return {"height": size[0], "width": size[1]}
