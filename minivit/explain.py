@@ -1,12 +1,14 @@
-"""What a model makes of a photo, and the figure, page and arrays that show it: infer.py's work, without its flags.
+"""What models make of a photo, and the figure, page and arrays that show it.
 
-Shapes: H heads, Q rows, one for each token that asks, N tokens; gh, gw patches; h, w pixels of a figure's panel.
+This is the work of infer.py, without its flags.
+Shapes: B photos, C classes, H heads, Q queries (the tokens whose rows are kept), N tokens (the
+class token, then the patches); gh, gw patches of a map; h, w pixels of a figure's panel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,11 @@ from torch import Tensor
 from .attention import (
     CLASS_TOKEN,
     DOMINANT_SHARE,
+    class_token_and_top_patch_shares,
     difference,
     method_rows,
     query_maps,
     shares,
-    sinks,
 )
 from .data.photos import open_photo
 from .figures.explorer import Pane
@@ -30,279 +32,359 @@ from .figures.plots import Panel, Row, panel_shape
 from .model import ViT
 from .system.files import whole_file
 
-PAGE_SIDE = 1000  # pixels; as large as the page shows a photo
-KEEPS_MOST = 0.5  # a class token that gives itself more than it gives to all patches
+PAGE_SIDE = 1000  # pixels; the explorer shows a photo no larger
+KEEPS_MOST = 0.5  # above this, the class token keeps more attention than all patches get
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo (W, H), as small as a figure and the page show it, and as each model's input (3, h, w)."""
+    """A photo, prepared for the figure, the page and the models."""
 
-    size: tuple[int, int]
-    panel: np.ndarray  # uint8 (h, w, 3)
-    picture: Image.Image
-    inputs: list[Tensor]
-    query: int  # the token that asks
+    size: tuple[int, int]  # of the whole photo, (W, H)
+    panel: np.ndarray  # for the figure, uint8 (h, w, 3)
+    page_image: Image.Image
+    inputs: list[Tensor]  # for each model, (3, height, width)
+    query: int  # the token whose attention is shown
 
 
 @dataclass(frozen=True)
-class Look:
-    """One model's answer to one photo: probabilities (C,), and by method and block the rows (H, Q, N) of `tokens`."""
+class Explanation:
+    """One model's answer to one photo: its predictions, and where it looks by each method.
+
+    `rows` holds, by method and block, the attention (H, Q, N) that the tokens `tokens[method]`
+    pay; H is 1 for rollout and relevance. `probabilities` (C,) are empty without a classifier.
+    """
 
     model: ViT
     probabilities: Tensor
     rows: Mapping[str, Mapping[int, Tensor]]
     tokens: Mapping[str, Sequence[int]]
-    query: int
-    target: str  # the class that relevance speaks for
+    query: int  # the token whose attention is shown
+    target: str  # the class that relevance explains
+    _sink_shares: dict[tuple[str, int], list[tuple[float, float]]] = field(default_factory=dict)
 
-    def names(self, k: int) -> list[tuple[str, int, float]]:
-        """Return the k likeliest classes: label, index, probability; none without a classifier."""
+    def predictions(self, k: int) -> list[tuple[str, int, float]]:
+        """Return the k likeliest classes as (label, index, probability)."""
         labels = self.model.labels
         top = self.probabilities.topk(min(k, len(labels)))
-        return [(labels[i], i, p) for p, i in zip(top.values.tolist(), top.indices.tolist())]
+        indices = top.indices.tolist()
+        return [(labels[i], i, p) for i, p in zip(indices, top.values.tolist())]
 
-    def row(self, method: str, block: int) -> Tensor:
-        """Return how the token that asks spreads over all tokens: (H, N)."""
-        return self.rows[method][block][:, list(self.tokens[method]).index(self.query)]
+    def mean_and_heads(self, method: str, block: int) -> Tensor:
+        """Return how the query spreads over all tokens, (1 + H, N).
 
-    def says(self, method: str) -> str:
-        """Return what the model calls the photo, and the class that a map is for where it is for one."""
+        The first row is the mean of the heads; the heads follow.
+        """
+        heads = self.rows[method][block][:, self.tokens[method].index(self.query)]
+        return torch.cat([heads.mean(0, keepdim=True), heads])
+
+    def sink_shares(self, method: str, block: int) -> list[tuple[float, float]]:
+        """Return two shares for each row of `mean_and_heads`, which the figure and JSON show.
+
+        They are the class token's share of the attention and the largest patch's share of the map.
+        They are computed once and remembered.
+        """
+        key = method, block
+        if key not in self._sink_shares:
+            rows = self.mean_and_heads(method, block)[None, :, None]
+            class_token, top_patch = class_token_and_top_patch_shares(rows)
+            self._sink_shares[key] = list(zip(class_token[0].tolist(), top_patch[0].tolist()))
+        return self._sink_shares[key]
+
+    def headline(self, method: str) -> str:
+        """Return the first prediction, and the class that relevance explains if it is another."""
         if not self.model.labels:
             return "no classifier"
-        ((label, _, probability),) = self.names(1)
-        spoke = (
-            f", relevance for {self.target}"
-            if method == "relevance" and self.target != label
-            else ""
-        )
-        return f"{label} {probability:.3f}{spoke}"
+        [(label, _, probability)] = self.predictions(1)
+        headline = f"{label} {probability:.3f}"
+        if method == "relevance" and self.target != label:
+            headline += f", relevance for {self.target}"
+        return headline
 
 
 def read_photo(
     path: Path, models: Sequence[ViT], query: tuple[float, float] | None, *, small: bool
 ) -> Photo:
-    """Open a photo for these models, the last of which says which patch sees the pixel `query`; `small` as panel_shape's.
+    """Open a photo and prepare it for these models.
 
-    Raises PhotoError, or UserError where the model does not see that pixel.
+    `query` is the pixel (x, y) whose patch, in the last model, is the query; without it, the query
+    is the class token. `small` is passed to panel_shape. Raises PhotoError, or UserError if the
+    model does not see that pixel.
     """
-    photo, model = open_photo(path), models[-1]
-    token = (
-        CLASS_TOKEN
-        if query is None
-        else 1 + model.preprocess.patch_at(*query, photo.size, model.config.grid)
-    )
-    inputs = [m.preprocess(photo) for m in models]
-    size, (h, w) = photo.size, panel_shape(photo.size, small=small)
+    photo = open_photo(path)
+    size = photo.size
+    token = CLASS_TOKEN
+    if query is not None:
+        token = 1 + models[-1].preprocess.patch_at(*query, size, models[-1].config.grid)
+    inputs = [model.preprocess(photo) for model in models]
+    h, w = panel_shape(size, small=small)
     panel = np.asarray(photo.resize((w, h), Image.Resampling.LANCZOS, reducing_gap=2))
     photo.thumbnail((PAGE_SIDE, PAGE_SIDE))
     return Photo(size, panel, photo, inputs, token)
 
 
-def look_at(
+def explain_photos(
     model: ViT,
     photos: Sequence[Photo],
-    which: int,
+    model_index: int,
     blocks: Sequence[int],
     *,
     methods: Sequence[str] = ("attention",),
     all_rows: bool = False,
     target: int | None = None,
-) -> list[Look]:
-    """Return what a model, the one of inputs `which`, makes of each photo.
+) -> list[Explanation]:
+    """Run a batch of photos through a model and return its explanation of each.
 
-    Relevance is for the class `target`, None for each photo's first prediction. With `all_rows`, each token asks. Registers
-    are left out: tokens are the class token, 0, and the patches.
+    `model_index` says which of each photo's inputs belongs to this model. Relevance explains the
+    class `target` or, without it, each photo's first prediction. With `all_rows`, every token is
+    a query. Registers are left out of the rows and do not count as tokens.
     """
-    images = torch.stack([photo.inputs[which] for photo in photos]).to(model.cls_token.device)
-    num_registers = model.config.num_registers
-
-    def drop(rows: Tensor) -> Tensor:  # (B, H, Q, N) without what registers get
-        return (
-            torch.cat([rows[..., :1], rows[..., 1 + num_registers :]], -1)
-            if num_registers
-            else rows
-        )
-
-    asked = (
-        range(model.config.num_tokens - num_registers)
-        if all_rows
-        else sorted({photo.query for photo in photos})
-    )
-    targets = None if target is None else torch.full((len(photos),), target, device=images.device)
-    rows, tokens = (
-        {},
-        {method: [CLASS_TOKEN] if method == "relevance" else asked for method in methods},
-    )
+    images = torch.stack([photo.inputs[model_index] for photo in photos])
+    images = images.to(model.cls_token.device)
+    config = model.config
+    # The model's own index of each token, where registers follow the class token.
+    kept = [CLASS_TOKEN, *range(1 + config.num_registers, config.num_tokens)]
+    queries = range(len(kept)) if all_rows else sorted({photo.query for photo in photos})
+    tokens = {}
+    rows = {}  # by method and block, (B, H, Q, N)
+    targets = None
+    if target is not None:
+        targets = torch.full((len(photos),), target, device=images.device)
     with torch.inference_mode():
         for method in methods:
-            queries = [token + num_registers if token else CLASS_TOKEN for token in tokens[method]]
-            logits, found = method_rows(
-                model, images, blocks, method=method, queries=queries, targets=targets
+            tokens[method] = [CLASS_TOKEN] if method == "relevance" else queries
+            indices = [kept[token] for token in tokens[method]]
+            logits, with_registers = method_rows(
+                model, images, blocks, method=method, queries=indices, targets=targets
             )
             rows[method] = {
-                block: drop(of_block.float().cpu()) for block, of_block in found.items()
+                block: _without_registers(attn.float().cpu(), config.num_registers)
+                for block, attn in with_registers.items()
             }
-    probabilities = (
-        logits[:, : len(model.labels)].float().softmax(1).cpu()
-    )  # of a backbone, none: those are its features
-    looks = []
+    # A model without a classifier has no labels, and its logits are features.
+    probabilities = logits[:, : len(model.labels)].float().softmax(1).cpu()
+
+    explanations = []
     for i, photo in enumerate(photos):
-        own = {
-            method: {block: r[i] for block, r in of_method.items()}
-            for method, of_method in rows.items()
-        }
-        spoke = (
-            model.labels[probabilities[i].argmax() if target is None else target]
-            if model.labels
-            else ""
+        photo_rows: dict[str, dict[int, Tensor]] = {}
+        for method, batch_rows in rows.items():
+            photo_rows[method] = {block: attn[i] for block, attn in batch_rows.items()}
+        label = ""
+        if model.labels:
+            label = model.labels[probabilities[i].argmax() if target is None else target]
+        explanations.append(
+            Explanation(model, probabilities[i], photo_rows, tokens, photo.query, label)
         )
-        looks.append(Look(model, probabilities[i], own, tokens, photo.query, spoke))
-    return looks
+    return explanations
+
+
+def _without_registers(rows: Tensor, num_registers: int) -> Tensor:
+    """Leave out of rows (B, H, Q, N) what the registers get."""
+    if num_registers == 0:
+        return rows
+    return torch.cat([rows[..., :1], rows[..., 1 + num_registers :]], -1)
 
 
 def figure_rows(
-    photo: Photo, looks: Sequence[Look], method: str, blocks: Sequence[int], *, heads: bool
+    photo: Photo,
+    explanations: Sequence[Explanation],
+    method: str,
+    blocks: Sequence[int],
+    *,
+    heads: bool,
 ) -> list[Row]:
-    """Lay a figure out: a row a model, with two the difference below; with `heads`, so for each block."""
+    """Return the rows of a figure: one for each model and, between two models, their difference.
+
+    A row shows all blocks. With `heads`, each block has rows of its own, which show the mean of the
+    heads and each head.
+    """
     rows = []
     for group in [[block] for block in blocks] if heads else [blocks]:
-        shown = [
-            [cell for block in group for cell in _cells(a, method, block, heads)] for a in looks
-        ]
-        for a, cells in zip(looks, shown):
-            label = "photo" if len(looks) == 1 else f"{a.model.origin.source}\n{a.says(method)}"
-            rows.append(Row(label, [_panel(photo, a, method, title, row) for title, row in cells]))
-        if len(looks) == 2:
-            panels = []
-            for (title, before), (_, after) in zip(*shown):
-                change = difference(_map(looks[1], method, after), _map(looks[0], method, before))
-                panels.append(Panel(title, _percent(photo, looks[1], change)))
+        for explanation in explanations:
+            label = "photo"
+            if len(explanations) > 1:
+                label = f"{explanation.model.origin.source}\n{explanation.headline(method)}"
+            rows.append(Row(label, _panels(photo, explanation, method, group, heads)))
+        if len(explanations) == 2:
+            panels = _difference_panels(photo, explanations, method, group, heads)
             rows.append(Row("difference", panels, signed=True))
     return rows
 
 
-def _cells(a: Look, method: str, block: int, heads: bool) -> list[tuple[str, Tensor]]:
-    """Return what is drawn of a block: a title and a row (N,) each."""
-    row = a.row(method, block)
-    if not heads:
-        return [(f"block {block}", row.mean(0))]
-    return [
-        (f"block {block}, mean", row.mean(0)),
-        *((f"block {block}, head {i}", head) for i, head in enumerate(row)),
-    ]
+def _panels(
+    photo: Photo, explanation: Explanation, method: str, blocks: Sequence[int], heads: bool
+) -> list[Panel]:
+    """Return panels of a model's maps, each with a note on its sink shares."""
+    panels = []
+    for title, values, (kept, largest) in _maps(explanation, method, blocks, heads):
+        note = f"top patch {100 * largest:.0f}%"
+        warn = largest > DOMINANT_SHARE
+        if method == "attention":
+            receiver = "keeps" if explanation.query == CLASS_TOKEN else "to class token"
+            note = f"{receiver} {100 * kept:.0f}% · {note}"
+            warn = warn or kept > KEEPS_MOST
+        panels.append(Panel(title, _on_panel(photo, explanation, values), note, warn))
+    return panels
 
 
-def _map(a: Look, method: str, row: Tensor) -> Tensor:
-    values = query_maps(row[None], a.model.config.grid, 0)
-    return shares(values) if method == "relevance" else values  # relevance has no sum of its own
+def _difference_panels(
+    photo: Photo,
+    explanations: Sequence[Explanation],
+    method: str,
+    blocks: Sequence[int],
+    heads: bool,
+) -> list[Panel]:
+    """Return panels of the second model's maps minus the first model's."""
+    first, second = (_maps(each, method, blocks, heads) for each in explanations)
+    panels = []
+    for (title, before, _), (_, after, _) in zip(first, second):
+        change = difference(after, before)
+        panels.append(Panel(title, _on_panel(photo, explanations[1], change)))
+    return panels
 
 
-def _percent(photo: Photo, a: Look, values: Tensor) -> np.ndarray:
-    return a.model.preprocess.to_photo(100 * values, photo.size, photo.panel.shape[:2])
+def _maps(
+    explanation: Explanation, method: str, blocks: Sequence[int], heads: bool
+) -> list[tuple[str, Tensor, tuple[float, float]]]:
+    """Return each panel's title, map (gh, gw) and sink shares.
+
+    Each block has a panel for the mean of the heads and, with `heads`, one for each head.
+    """
+    maps: list[tuple[str, Tensor, tuple[float, float]]] = []
+    for block in blocks:
+        rows = explanation.mean_and_heads(method, block)
+        titles = [f"block {block}"]
+        if heads:
+            titles = [f"block {block}, mean"]
+            titles += [f"block {block}, head {head}" for head in range(len(rows) - 1)]
+        values = query_maps(rows[:, None], explanation.model.config.grid)
+        if method == "relevance":
+            values = shares(values)  # A row of relevance has no fixed sum.
+        maps += zip(titles, values, explanation.sink_shares(method, block))
+    return maps
 
 
-def _panel(photo: Photo, a: Look, method: str, title: str, row: Tensor) -> Panel:
-    keeps, largest = (share.item() for share in sinks(row[None, None, None]))
-    note = f"top patch {100 * largest:.0f}%"
+def _on_panel(photo: Photo, explanation: Explanation, values: Tensor) -> np.ndarray:
+    """Bring a map onto the figure's panel, in per cent."""
+    preprocess = explanation.model.preprocess
+    return preprocess.to_photo(100 * values, photo.size, photo.panel.shape[:2])
+
+
+def figure_caption(
+    photo: Photo,
+    explanations: Sequence[Explanation],
+    method: str,
+    *,
+    heads: bool,
+    shared_scale: bool,
+) -> str:
+    """Return what a figure's colours and notes mean."""
+    of_class_token = photo.query == CLASS_TOKEN
+    query = "the class token" if of_class_token else "the marked patch"
     if method == "attention":
-        note = (
-            f"{'keeps' if a.query == CLASS_TOKEN else 'to class token'} {100 * keeps:.0f}% · {note}"
+        averaged = "for each head" if heads else "averaged over the heads"
+        quantity = f"the attention that {query} pays to it, {averaged}"
+    elif method == "rollout":
+        quantity = f"the attention of {query}, followed through all blocks up to this one"
+    else:
+        quantity = "its positive contribution to the class, up to this block"
+    scale = "all maps in a row share one scale" if shared_scale else "each map has its own scale"
+    sentences = [f"The colours show, for each patch, {quantity}, in %; {scale}."]
+    if method == "attention" and of_class_token:
+        sentences.append("Keeps: the attention of the class token to itself.")
+    sentences.append("Top patch: the largest patch's share of the map.")
+    sentences.append("Red: a share over 30%, or a class token that keeps over half.")
+    if len(explanations) == 2:
+        sentences.append(
+            "Difference: the second model's share of the map minus the first's, in percentage "
+            "points on one scale; lighter means more."
         )
-    warn = largest > DOMINANT_SHARE or (method == "attention" and keeps > KEEPS_MOST)
-    return Panel(title, _percent(photo, a, _map(a, method, row)), note, warn)
+    if explanations[-1].model.preprocess.crop:
+        sentences.append("Pale: cropped away and not seen by the model.")
+    return " ".join(sentences)
 
 
-def caption(photo: Photo, looks: Sequence[Look], method: str, *, heads: bool, common: bool) -> str:
-    """Say what a figure's colours and notes mean."""
-    who = "the class token" if photo.query == CLASS_TOKEN else "the marked patch"
-    what = {
-        "attention": f"of the attention that {who} pays, {'by head' if heads else 'mean of the heads'}",
-        "rollout": f"of the attention of {who}, followed through the blocks up to this one",
-        "relevance": "of what speaks for the class up to this block, positive part",
-    }[method]
-    said = f"Colours: % per patch {what}; {'one scale along each row' if common else 'each map has its own scale'}."
-    if method == "attention" and photo.query == CLASS_TOKEN:
-        said += " Keeps: what the class token gives itself."
-    said += " Top patch: the largest share of the map. Red: over 30%, or the class token keeps over half."
-    if len(looks) == 2:
-        said += " Difference: second less first, of shares of the map, in percentage points, on one scale; light: more."
-    return said + (" Pale: cropped away, not seen." if looks[-1].model.preprocess.crop else "")
+def query_box(photo: Photo, model: ViT) -> tuple[float, float, float, float] | None:
+    """Return where the query's patch lies on the photo, or None if the query is the class token.
 
-
-def mark(photo: Photo, model: ViT) -> tuple[float, float, float, float] | None:
-    """Return the patch that asks, in shares of the photo: left, top, right, bottom; None for the class token."""
+    The box is left, top, right and bottom, as fractions of the photo's width and height.
+    """
     if photo.query == CLASS_TOKEN:
         return None
-    left, top, right, bottom = (
-        edge / side for edge, side in zip(model.preprocess.box(photo.size), photo.size * 2)
-    )
-    (gh, gw), (row, column) = model.config.grid, divmod(photo.query - 1, model.config.grid[1])
-    x, y = (right - left) / gw, (bottom - top) / gh
+    W, H = photo.size
+    left, top, right, bottom = model.preprocess.box(photo.size)
+    left, top, right, bottom = left / W, top / H, right / W, bottom / H
+    gh, gw = model.config.grid
+    row, column = divmod(photo.query - 1, gw)
+    x = (right - left) / gw
+    y = (bottom - top) / gh
     return left + column * x, top + row * y, left + (column + 1) * x, top + (row + 1) * y
 
 
-def summary(a: Look, top_k: int, method: str) -> dict:
-    """Return for JSON what a model calls a photo, and of each block what the asking token gives the class token, and the
-    largest patch's share of the map."""
-    names = [{"label": label, "index": i, "probability": p} for label, i, p in a.names(top_k)]
-    sunk = {
-        block: sinks(a.row(method, block).mean(0)[None, None, None]) for block in a.rows[method]
+def summary(explanation: Explanation, top_k: int, method: str) -> dict:
+    """Return a model's answer for JSON: its predictions, and the sink shares of each block.
+
+    The shares are those of the mean of the heads.
+    """
+    maps = {}
+    for block in explanation.rows[method]:
+        class_token, top_patch = explanation.sink_shares(method, block)[0]
+        maps[block] = {"class_token": class_token, "top_patch": top_patch}
+    return {
+        "model": explanation.model.origin.source,
+        "predictions": [
+            {"label": label, "index": index, "probability": probability}
+            for label, index, probability in explanation.predictions(top_k)
+        ],
+        "maps": maps,
     }
-    maps = {
-        block: {"class_token": keeps.item(), "top_patch": largest.item()}
-        for block, (keeps, largest) in sunk.items()
-    }
-    return {"model": a.model.origin.source, "predictions": names, "maps": maps}
 
 
-def pane(photo: Photo, a: Look, top_k: int) -> Pane:
-    """Return one model's side of the page."""
-    scale = [small / side for small, side in zip(photo.picture.size, photo.size)] * 2
-    left, top, right, bottom = (
-        edge * factor for edge, factor in zip(a.model.preprocess.box(photo.size), scale)
-    )
-    box = left, top, right, bottom
-    methods = {
-        method: {block: rows[0] for block, rows in a.rows[method].items()}
-        for method in a.rows
-        if method != "attention"
-    }
-    if "relevance" in methods:
-        methods["relevance"] = {
-            block: _map(a, "relevance", rows[0]) for block, rows in methods["relevance"].items()
-        }
-    name = f"{a.model.origin.source}: {a.says('relevance')}"
+def explorer_pane(photo: Photo, explanation: Explanation, top_k: int) -> Pane:
+    """Return one model's side of the explorer."""
+    methods = {}
+    for method, rows in explanation.rows.items():
+        if method == "relevance":
+            grid = explanation.model.config.grid
+            methods[method] = {
+                block: shares(query_maps(attn[0], grid)) for block, attn in rows.items()
+            }
+        elif method != "attention":
+            methods[method] = {block: attn[0] for block, attn in rows.items()}
+    x_scale = photo.page_image.width / photo.size[0]
+    y_scale = photo.page_image.height / photo.size[1]
+    left, top, right, bottom = explanation.model.preprocess.box(photo.size)
     return Pane(
-        name,
-        [(label, p) for label, _, p in a.names(top_k)],
-        a.rows["attention"],
-        a.model.config.grid,
-        box,
+        f"{explanation.model.origin.source}: {explanation.headline('relevance')}",
+        [(label, probability) for label, _, probability in explanation.predictions(top_k)],
+        explanation.rows["attention"],
+        explanation.model.config.grid,
+        (left * x_scale, top * y_scale, right * x_scale, bottom * y_scale),
         methods,
     )
 
 
-def write_arrays(path: Path, photo: Photo, looks: Sequence[Look], method: str) -> None:
-    """Write an .npz: `rows` (blocks, H, Q, N) of `blocks` and the tokens `queries`: 0 is the class token, then the patches.
+def write_arrays(
+    path: Path, photo: Photo, explanations: Sequence[Explanation], method: str
+) -> None:
+    """Write an .npz of `rows` (blocks, H, Q, N), for `blocks` and the query tokens `queries`.
 
-    Also `grid` (gh, gw), `photo_size` (W, H), `box`, what the model sees of it (left, top, right, bottom in pixels), and
-    `probabilities` (C,). With two models, those of the other are `base_rows` and `base_probabilities`.
+    Token 0 is the class token, and the patches follow. The file also holds `grid` (gh, gw),
+    `photo_size` (W, H), `box` (what the model sees of the photo: left, top, right, bottom in
+    pixels) and `probabilities` (C,). With two models, `base_rows` and `base_probabilities` are the
+    first model's.
     """
-    model, last = looks[-1].model, looks[-1]
+    last = explanations[-1]
     arrays: dict[str, Any] = {
         "blocks": list(last.rows[method]),
         "queries": list(last.tokens[method]),
-    }
-    arrays |= {
-        "grid": model.config.grid,
-        "box": model.preprocess.box(photo.size),
+        "grid": last.model.config.grid,
+        "box": last.model.preprocess.box(photo.size),
         "photo_size": photo.size,
     }
-    for prefix, a in zip(("base_", "")[-len(looks) :], looks):
-        arrays |= {
-            f"{prefix}rows": torch.stack(list(a.rows[method].values())),
-            f"{prefix}probabilities": a.probabilities,
-        }
+    prefixes = ["base_", ""] if len(explanations) == 2 else [""]
+    for prefix, explanation in zip(prefixes, explanations):
+        arrays[f"{prefix}rows"] = torch.stack(list(explanation.rows[method].values()))
+        arrays[f"{prefix}probabilities"] = explanation.probabilities
     with whole_file(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)

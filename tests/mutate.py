@@ -23,7 +23,7 @@ from queue import SimpleQueue
 ROOT = Path(__file__).parents[1]
 TESTS = {
     "model": ["model", "attention", "parity", "families"],
-    "attention": ["attention", "score", "look"],
+    "attention": ["attention", "score", "explain"],
     "checkpoints/weights": ["weights", "families", "export", "corruptions"],
     "training/metrics": ["metrics", "loop"],
     "training/step": ["loop", "frozen"],

@@ -56,8 +56,6 @@ def test_a_class_that_was_predicted_but_never_is_counts_in_macro_f1():
 
 
 def drawn(path) -> torch.Tensor:
-    import numpy as np
-
     return torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).float()
 
 
@@ -67,30 +65,27 @@ HOSTILE = "$x^2 <b>\x1b[31m" + "long " * 50
 def test_figures_show_their_contents_and_take_any_name(tmp_path):
     from minivit.figures import plots
 
+    name = HOSTILE.replace("\x1b", "")
     Image.new("RGB", (300, 200), "green").save(tmp_path / "green.png")
     plots.draw_predictions(
         tmp_path / "p.png",
         [tmp_path / "green.png"] * 7,
-        [(HOSTILE.replace("\x1b", ""), "a", 0.5)] * 7,
+        [(name, "a", 0.5)] * 7,
         "title",
     )
     picture = drawn(tmp_path / "p.png")
-    assert (picture == torch.tensor([0.0, 128.0, 0.0])).all(
-        -1
-    ).float().mean() > 0.2  # the photos themselves
-    plots.draw_confusion(
-        tmp_path / "c.png", np.eye(40, dtype=int), [HOSTILE.replace("\x1b", "")] * 40, "title"
-    )
-    pairs = [(HOSTILE.replace("\x1b", ""), "b", 3)] * 8
+    photos = (picture == torch.tensor([0.0, 128.0, 0.0])).all(-1)
+    assert photos.float().mean() > 0.2
+    plots.draw_confusion(tmp_path / "c.png", np.eye(40, dtype=int), [name] * 40, "title")
+    pairs = [(name, "b", 3)] * 8
     plots.draw_confusion(tmp_path / "d.png", np.eye(40, dtype=int), ["a"] * 40, "title", pairs)
     row = {"train_loss": 1, "val_loss": 2, "train_accuracy": 0.5, "val_accuracy": 0.4}
     plots.draw_curves(tmp_path / "l.png", [row | {"epoch": i} for i in (1, 2)], 2)
     plots.draw_curves(tmp_path / "m.png", [row | {"epoch": i} for i in (1, 2)], 2, 2, "a verdict")
     plain, shaded = drawn(tmp_path / "l.png"), drawn(tmp_path / "m.png")
-    assert (shaded[..., :3] - torch.tensor([254.0, 234.0, 208.0])).abs().amax(-1).le(
-        2
-    ).sum() > 10_000  # #fdb863 at 0.3
-    assert (plain[..., :3] - torch.tensor([254.0, 234.0, 208.0])).abs().amax(-1).le(2).sum() == 0
+    shade = torch.tensor([254.0, 234.0, 208.0])  # #fdb863 at an opacity of 0.3
+    assert (shaded - shade).abs().amax(-1).le(2).sum() > 10_000
+    assert (plain - shade).abs().amax(-1).le(2).sum() == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "c.png",
         "d.png",
@@ -157,16 +152,15 @@ def test_the_table_of_classes_is_scikit_learns(tmp_path):
     ]
 
 
-def test_curves_leave_room_above_for_losses_that_hardly_fall_and_for_an_accuracy_of_1(monkeypatch):
+def test_curves_leave_room_above_for_their_markers(monkeypatch):
     from minivit.figures import plots
 
-    figures, row = (
-        [],
-        {"train_loss": 1.78, "val_loss": 1.79, "train_accuracy": 1.0, "val_accuracy": 0.0},
-    )
+    figures = []
+    row = {"train_loss": 1.78, "val_loss": 1.79, "train_accuracy": 1.0, "val_accuracy": 0.0}
     monkeypatch.setattr(plots, "save", lambda figure, _: figures.append(figure))
     plots.draw_curves(None, [row | {"epoch": i} for i in (1, 2)], 2)
-    (loss, accuracy), marker = figures[0].axes, 0.01  # of an axis, half a marker
+    loss, accuracy = figures[0].axes
+    marker = 0.01  # half of one, as a fraction of the axis
     assert loss.get_ylim()[0] == 0
     for ax, most in ((loss, 1.79), (accuracy, 1.0)):
         low, high = ax.get_ylim()

@@ -1,1 +1,1 @@
-"""Figures: plots and the HTML explorer."""
+"""Figures: the plots of runs and of attention, and the HTML explorer."""

@@ -1,6 +1,8 @@
-"""The explorer: one HTML file, laid out in report.html beside this one, in which a photo's patches show where they look.
+"""The explorer: one HTML file in which each patch of a photo shows where it looks.
 
-Shapes: L blocks, H heads, N tokens (1 class token, then the patches), P = gh x gw patches, Q query rows: N, or 1.
+The page is laid out in explorer.html beside this file.
+Shapes: L blocks, H heads, N tokens (1 class token, then the patches), P = gh x gw patches, Q query
+rows (N or 1).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import html
 import io
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,34 +27,20 @@ from ..system.files import whole_file
 from .plots import shorten
 
 MAX_BYTES = 3_000_000  # of a page: small enough to mail, and to keep one for every photo
-MAX_NAME = 200  # characters of what is called something
-MAX_PHOTO_BYTES = (
-    300_000  # leaves 1.9 MB to the attention: blocks 8-11 of ViT-B/16, however little they compress
-)
-# Tried in turn until the page fits: steps that each row is stored in, and what is kept of maps (L, H, Q, P).
-_PLANS = (
-    *((levels, "every head and patch", lambda a: a) for levels in (255, 100, 40, 15)),
-    (
-        255,
-        "the mean of the heads; fewer blocks would leave room for each",
-        lambda a: a.mean(1, keepdims=True),
-    ),
-    (
-        255,
-        "the class token's rows; fewer blocks would leave room for the patches'",
-        lambda a: a[:, :, :1],
-    ),
-)
+MAX_NAME = 200  # characters of any name
+# This leaves room for blocks 8-11 of ViT-B/16, which take 1.9 MB if they do not compress at all.
+MAX_PHOTO_BYTES = 300_000
 
 
 @dataclass(frozen=True)
 class Pane:
     """What one model makes of the photo.
 
-    `predictions` are (label, probability), the likeliest first; none for a model without a head. `attn` is
-    {block: (H, Q, N)}; `methods` has further maps by name, of the same blocks: (gh, gw) for the class token only, (N, N),
-    or (H, Q, N). All are shares of at least 0, arrays or tensors; relevance has no fixed sum, so take attention.shares of
-    it. `box` is what the model sees of the photo, as Preprocess.box gives it: left, top, right, bottom in its pixels.
+    `predictions` are (label, probability), the likeliest first, and empty for a model without a
+    classifier. `attn` is {block: (H, Q, N)}. `methods` holds further maps by name, of the same
+    blocks: (gh, gw) for the class token only, (N, N), or (H, Q, N). All are arrays or tensors of
+    shares, 0 or more; relevance has no fixed sum, so take attention.shares of it. `box` is the part
+    of the photo that the model sees, as Preprocess.box gives it.
     """
 
     name: str
@@ -64,125 +52,162 @@ class Pane:
 
 
 class Page(str):
-    """A page of HTML, which notebooks show in a frame that reaches neither them nor the network."""
+    """An HTML page, which notebooks show in a frame without access to them or to the network."""
 
-    def __repr__(self) -> str:  # notebooks keep this too
+    def __repr__(self) -> str:
+        # Notebooks save this beside the frame.
         return f"<Page of {len(self):,} bytes>"
 
     def _repr_html_(self) -> str:
-        frame = 'title="attention explorer" sandbox="allow-scripts" style="width: 100%; height: 60rem; border: 0"'
-        return f'<iframe {frame} srcdoc="{html.escape(self)}"></iframe>'
+        return (
+            '<iframe title="attention explorer" sandbox="allow-scripts" '
+            'style="width: 100%; height: 60rem; border: 0" '
+            f'srcdoc="{html.escape(self)}"></iframe>'
+        )
 
 
-def explorer(panes: Sequence[Pane], photo: Image.Image, title: str) -> Page:
-    """Return the page that shows a photo as one model, or several side by side, see it.
+def explorer_page(panes: Sequence[Pane], photo: Image.Image, title: str) -> Page:
+    """Return the page that shows a photo as one model sees it, or several models side by side.
 
-    Each row is stored in 255 steps of its largest value. Where that would take the page over MAX_BYTES, in fewer steps,
-    or fewer rows, and the page says so. Raises UserError for maps that do not fit their grid or are not finite shares,
-    and for panes of unlike blocks or methods.
+    Each row is stored in 255 steps of its largest value. If that would make the page larger than
+    MAX_BYTES, fewer steps or fewer rows are stored, and the page says so. Raises UserError for maps
+    that do not fit their grid or are not finite shares, and for panes whose blocks or methods
+    differ.
     """
-    whole = [_stack(pane) for pane in panes]
-    if len({(*sorted(pane.attn), *maps) for pane, maps in zip(panes, whole)}) != 1:
+    all_maps = [_read_maps(pane) for pane in panes]
+    if len({(*sorted(pane.attn), *maps) for pane, maps in zip(panes, all_maps)}) != 1:
         raise UserError("expected one pane or more, all of the same blocks and methods")
-    picture = "data:image/jpeg;base64," + base64.b64encode(_jpeg(photo)).decode()
     data = {
         "title": shorten(title, MAX_NAME),
         "size": photo.size,
-        "photo": picture,
+        "photo": "data:image/jpeg;base64," + base64.b64encode(_jpeg(photo)).decode(),
         "blocks": sorted(panes[0].attn),
     }
-    for levels, stored, part in _PLANS:
-        maps = [{method: part(a) for method, a in maps.items()} for maps in whole]
-        if sum(a.size for pane in maps for a in pane.values()) > 5 * MAX_BYTES:
-            continue  # in 15 steps they compress to a third, so this could not fit
-        data["stored"] = f"Stored: {stored}, in {levels} steps of each row's largest value."
-        data["panes"] = [_pane(pane, kept, levels, photo.size) for pane, kept in zip(panes, maps)]
+    for levels, description, kept in _plans(all_maps):
+        # Even in 15 steps, maps compress to a third at best, so larger ones could not fit.
+        if sum(stack.size for maps in kept for stack in maps.values()) > 5 * MAX_BYTES:
+            continue
+        data["stored"] = (
+            f"{description}; rows are rounded to {levels} steps of their largest value."
+        )
+        data["panes"] = [_pane(pane, maps, levels, photo.size) for pane, maps in zip(panes, kept)]
         page = _fill(data)
         if len(page) <= MAX_BYTES:
             break
     return Page(page)
 
 
-def write_report(path: Path, panes: Sequence[Pane], photo: Image.Image, title: str) -> None:
-    """Write explorer's page, whole or not at all."""
+def write_page(path: Path, panes: Sequence[Pane], photo: Image.Image, title: str) -> None:
+    """Write the page of explorer_page, whole or not at all."""
     with whole_file(path) as partial:
-        partial.write_bytes(explorer(panes, photo, title).encode())
+        partial.write_bytes(explorer_page(panes, photo, title).encode())
 
 
-def _stack(pane: Pane) -> dict[str, np.ndarray]:
-    """Return each method's maps as float32 (L, H, Q, P), without what the queries give to the class token."""
-    stacks, (gh, gw), N = {}, pane.grid, 1 + pane.grid[0] * pane.grid[1]
+def _read_maps(pane: Pane) -> dict[str, np.ndarray]:
+    """Return each method's maps as float32 (L, H, Q, P), without the share of the class token."""
+    stacks = {}
     for method, blocks in {"attention": pane.attn, **pane.methods}.items():
         if not blocks or blocks.keys() != pane.attn.keys():
             raise UserError(
-                f"{method}: expected maps of the blocks of attn, {sorted(pane.attn)}, found {sorted(blocks)}"
+                f"{method}: expected maps of the blocks of attn, {sorted(pane.attn)}, "
+                f"found {sorted(blocks)}"
             )
-        maps = [
-            torch.as_tensor(blocks[block]).detach().float().cpu().numpy()
-            for block in sorted(blocks)
-        ]
-        shapes = {a.shape if a.ndim == 3 else (1, *a.shape) for a in maps}
-        shape = shapes.pop()
-        if shapes or not (
-            shape == (1, gh, gw) or (len(shape) == 3 and shape[1] in (1, N) and shape[2] == N)
-        ):
-            found = f"{method}: found maps of {', '.join(map(str, sorted({*shapes, shape})))}"
-            raise UserError(
-                f"{found}, expected one shape for all blocks, of {gh} x {gw} patches and a class token"
-            )
-        a = np.stack(maps)
-        if not (np.isfinite(a).all() and a.min() >= 0):
-            raise UserError(f"{method}: expected finite shares of at least 0")
-        stacks[method] = (
-            a.reshape(len(a), 1, 1, -1)
-            if shape == (1, gh, gw)
-            else a.reshape(len(a), *shape)[..., 1:]
-        )
+        tensors = [torch.as_tensor(blocks[block]) for block in sorted(blocks)]
+        maps = [tensor.detach().float().cpu().numpy() for tensor in tensors]
+        stacks[method] = _stack(method, maps, pane.grid)
     return stacks
 
 
+def _stack(method: str, maps: list[np.ndarray], grid: tuple[int, int]) -> np.ndarray:
+    gh, gw = grid
+    N = 1 + gh * gw
+    shapes = {array.shape if array.ndim == 3 else (1, *array.shape) for array in maps}
+    shape = next(iter(shapes))
+    patches_only = shape == (1, gh, gw)
+    whole_rows = len(shape) == 3 and shape[1] in (1, N) and shape[2] == N
+    if len(shapes) > 1 or not (patches_only or whole_rows):
+        raise UserError(
+            f"{method}: found maps of {', '.join(map(str, sorted(shapes)))}, "
+            f"expected one shape for all blocks, of {gh} x {gw} patches and a class token"
+        )
+    stack = np.stack(maps)
+    if not np.isfinite(stack).all() or stack.min() < 0:
+        raise UserError(f"{method}: expected finite shares of at least 0")
+    if patches_only:
+        return stack.reshape(len(maps), 1, 1, gh * gw)
+    return stack.reshape(len(maps), *shape)[..., 1:]
+
+
+def _plans(
+    all_maps: list[dict[str, np.ndarray]],
+) -> Iterator[tuple[int, str, list[dict[str, np.ndarray]]]]:
+    """Yield what to store, in the order to try: steps, a description and each pane's maps."""
+    for levels in (255, 100, 40, 15):
+        yield levels, "All heads and patches are stored", all_maps
+    yield (
+        255,
+        "Only the mean of the heads is stored (choose fewer blocks to store each head)",
+        [{name: a.mean(1, keepdims=True) for name, a in maps.items()} for maps in all_maps],
+    )
+    yield (
+        255,
+        "Only the class token's rows are stored (choose fewer blocks to store the patches' rows)",
+        [{name: a[:, :, :1] for name, a in maps.items()} for maps in all_maps],
+    )
+
+
 def _pane(pane: Pane, maps: dict[str, np.ndarray], levels: int, size: tuple[int, int]) -> dict:
-    """Return a pane for JSON; `maps` is base64 of deflated bytes: the step of every row (float32), then all codes (uint8)."""
-    steps = [a.max(3, keepdims=True) / np.float32(levels) for a in maps.values()]
-    codes = [
-        np.rint(a / np.maximum(step, 1e-30)).astype(np.uint8)
-        for a, step in zip(maps.values(), steps)
-    ]
-    packed = b"".join([*(a.astype("<f4").tobytes() for a in steps), *(a.tobytes() for a in codes)])
+    """Return a pane for JSON.
+
+    Its `maps` are base64 of deflated bytes: first the step of every row (float32), then all codes
+    (uint8).
+    """
+    steps = []
+    codes = []
+    for stack in maps.values():
+        step = stack.max(3, keepdims=True) / np.float32(levels)
+        steps.append(step.astype("<f4").tobytes())
+        codes.append(np.rint(stack / np.maximum(step, 1e-30)).astype(np.uint8).tobytes())
+    packed = zlib.compress(b"".join(steps + codes), 3)
     return {
         "name": shorten(pane.name, MAX_NAME),
         "predictions": [
             (shorten(label, MAX_NAME), round(float(p), 6)) for label, p in pane.predictions
         ],
         "grid": pane.grid,
-        "box": [edge / side for edge, side in zip(pane.box, size * 2)],  # in shares of the photo
+        # As fractions of the photo's width and height.
+        "box": [edge / side for edge, side in zip(pane.box, size * 2)],
         "methods": [
-            {"name": shorten(method, MAX_NAME), "heads": a.shape[1], "queries": a.shape[2]}
-            for method, a in maps.items()
+            {"name": shorten(method, MAX_NAME), "heads": stack.shape[1], "queries": stack.shape[2]}
+            for method, stack in maps.items()
         ],
-        "maps": base64.b64encode(zlib.compress(packed, 3)).decode(),
+        "maps": base64.b64encode(packed).decode(),
     }
 
 
 def _jpeg(photo: Image.Image) -> bytes:
-    for side, quality in ((1000, 88), (1000, 70), (640, 50)):  # the last is for pure noise
+    """Return a photo as a JPEG of at most MAX_PHOTO_BYTES."""
+    for side, quality in ((1000, 88), (1000, 70), (640, 50)):  # Only noise needs the last.
         shrink = min(1, side / max(photo.size))
-        small = photo.convert("RGB").resize(
-            [max(1, round(length * shrink)) for length in photo.size], Image.Resampling.LANCZOS
-        )
-        small.save(file := io.BytesIO(), "JPEG", quality=quality)
+        size = [max(1, round(length * shrink)) for length in photo.size]
+        file = io.BytesIO()
+        small = photo.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        small.save(file, "JPEG", quality=quality)
         if file.tell() <= MAX_PHOTO_BYTES:
             break
     return file.getvalue()
 
 
 def _fill(data: dict) -> str:
+    """Return explorer.html with the data and the hashes of its script and style filled in.
+
+    The page's policy lets only the script and the style with these hashes run.
+    """
     page = Path(__file__).with_name("explorer.html").read_text(encoding="utf-8")
-    for tag in ("script", "style"):  # by these hashes, the page's policy lets only its own run
-        own = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        page = page.replace(
-            f"{tag.upper()}_HASH", base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()
-        )
+    for tag in ("script", "style"):
+        content = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        digest = hashlib.sha256(content.encode()).digest()
+        page = page.replace(f"{tag.upper()}_HASH", base64.b64encode(digest).decode())
     return page.replace(
         "PAGE_DATA", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     )

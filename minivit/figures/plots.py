@@ -1,6 +1,7 @@
-"""Every figure, drawn without pyplot. Class names are data: none is read as markup.
+"""Draw every figure with matplotlib, without pyplot.
 
-Colours go from dark to light, and lines differ in more than colour, so that all of it survives a greyscale printer.
+Class and file names are data, so none is read as mathematical markup. Colours run from dark to
+light, and lines differ in more than their colour, so that figures survive a greyscale printer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -26,13 +28,22 @@ from ..system.files import whole_file
 
 HEAT = colormaps["inferno"]
 SIGNED = colormaps["cividis"]  # from dark for less, over grey, to light for more
-RIGHT, WRONG = "#1b7837", "#b2182b"
+RIGHT = "#1b7837"
+WRONG = "#b2182b"
+GREY = "0.25"
 DPI = 120
+# Measures of draw_attention, in pixels.
+MARGIN = 14
+CAPTION_LINE = 16
+CHARACTER = 7  # the width of an average one
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A map over the photo, in per cent: values (h, w), NaN where the model has not seen; in bold if `warn`."""
+    """A map over the photo, in per cent, with its title and a note, which `warn` makes red.
+
+    `values` (h, w) are NaN where the model has not seen the photo.
+    """
 
     title: str
     values: np.ndarray
@@ -42,18 +53,65 @@ class Panel:
 
 @dataclass(frozen=True)
 class Row:
-    """Panels that belong together, with what to say of them beside the photo; `signed` ones are differences."""
+    """Panels that belong together, and the label of the photo beside them.
+
+    The maps of a `signed` row are differences.
+    """
 
     label: str
     panels: Sequence[Panel]
     signed: bool = False
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where draw_attention puts things, in pixels from the figure's left and top.
+
+    Each row starts with a cell for the photo, and a cell for each panel follows. The rows of a
+    panorama run from top to bottom instead of from left to right.
+    """
+
+    size: tuple[int, int]  # of the figure, width and height
+    cell: tuple[int, int]  # width and height
+    first: tuple[int, int]  # the left and top of the photo in the first cell
+    stacked: bool
+    caption: list[str]
+
+    def position(self, row: int, column: int) -> tuple[int, int]:
+        """Return the left and top of the photo in a cell."""
+        if self.stacked:
+            row, column = column, row
+        return self.first[0] + column * self.cell[0], self.first[1] + row * self.cell[1]
+
+
+def _layout(photo: np.ndarray, rows: Sequence[Row], caption: str) -> _Layout:
+    """Return a layout with room for all labels, and the caption in lines as wide as the figure."""
+    h, w = photo.shape[:2]
+    labels_h = 20 * (1 + max(row.label.count("\n") for row in rows))
+    cell_w = max(w, 160) + MARGIN
+    cell_h = labels_h + h + 52  # with room for the colour bar, its range and the note
+    across = 1 + max(len(row.panels) for row in rows)
+    down = len(rows)
+    stacked = w > 2.5 * h
+    if stacked:
+        across, down = down, across
+    width = max(across * cell_w + MARGIN, 560)
+    lines = textwrap.wrap(caption, width // CHARACTER)
+    size = width, down * cell_h + 40 + CAPTION_LINE * len(lines)
+    first = MARGIN + (cell_w - MARGIN - w) // 2, 36 + labels_h
+    return _Layout(size, (cell_w, cell_h), first, stacked, lines)
+
+
 def panel_shape(photo_size: tuple[int, int], *, small: bool = False) -> tuple[int, int]:
-    """Return the pixels (h, w) in which draw_attention shows a photo of (W, H): of its aspect ratio, up to 40:1."""
-    ratio = min(max(photo_size[0] / photo_size[1], 1 / 40), 40)
-    area, longest = (1.8, 3.0) if small else (8.0, 6.0)  # in square inches, inches
-    width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+    """Return the size (h, w) in pixels at which draw_attention shows a photo of (W, H).
+
+    The aspect ratio is the photo's, up to 40:1.
+    """
+    W, H = photo_size
+    ratio = min(max(W / H, 1 / 40), 40)
+    area, longest = (1.8, 3.0) if small else (8.0, 6.0)  # in square inches, in inches
+    width = math.sqrt(area * ratio)
+    height = math.sqrt(area / ratio)
     scale = DPI * min(1, longest / max(width, height))
     return round(height * scale), round(width * scale)
 
@@ -65,128 +123,119 @@ def draw_attention(
     title: str,
     caption: str,
     *,
-    common: bool = False,
-    mark: tuple[float, float, float, float] | None = None,
+    shared_scale: bool = False,
+    query_box: tuple[float, float, float, float] | None = None,
 ) -> None:
-    """Draw rows of maps over a photo, uint8 (h, w, 3), beside the photo itself, each with its colours' range in per cent.
+    """Draw rows of maps over a photo, uint8 (h, w, 3), beside the photo itself.
 
-    Each map has a scale of its own or, if `common`, that of its row; differences always their row's. `mark` (left, top,
-    right, bottom, in shares of the photo) is the patch that asks.
+    Each map has a colour scale of its own or, with `shared_scale`, that of its row. Differences
+    always share their row's. `query_box` is the patch to mark: left, top, right and bottom, as
+    fractions of the photo.
     """
-    h, w = photo.shape[:2]
-    lines = 1 + max(row.label.count("\n") for row in rows)
-    cell_w, cell_h = max(w, 160) + 14, h + 20 * lines + 52
-    stacked = w > 2.5 * h  # panoramas go below each other
-    shape = (
-        (1 + max(len(row.panels) for row in rows), len(rows))
-        if stacked
-        else (len(rows), 1 + len(rows[0].panels))
-    )
-    width = max(shape[1] * cell_w + 14, 560)
-    said = textwrap.wrap(caption, width // 7)
-    height = shape[0] * cell_h + 40 + 16 * len(said)
+    layout = _layout(photo, rows, caption)
+    width, height = layout.size
     figure = Figure((width / DPI, height / DPI), dpi=DPI, facecolor="white")
-
-    text(figure, width / 2, 8, title, 11, ha="center")
-    for i, line in enumerate(said):
-        text(figure, 14, height - 16 * (len(said) - i), line, 8, color="0.25")
+    _text(figure, width / 2, 8, title, 11, ha="center")
+    for i, line in enumerate(reversed(layout.caption), start=1):
+        _text(figure, MARGIN, height - CAPTION_LINE * i, line, 8, color=GREY)
+    characters = layout.cell[0] // CHARACTER
+    h, w = photo.shape[:2]
     for r, row in enumerate(rows):
-        shared = (
-            value_range([panel.values for panel in row.panels], row.signed)
-            if common or row.signed
-            else None
-        )
-        for c, panel in enumerate([None, *row.panels]):
-            down, across = (c, r) if stacked else (r, c)
-            x, y = 14 + across * cell_w + (cell_w - 14 - w) // 2, 36 + down * cell_h
-            top = y + 20 * lines
-            if panel is None:
-                text(
-                    figure,
-                    x,
-                    top - 4,
-                    "\n".join(shorten(line, cell_w // 7) for line in row.label.split("\n")),
-                    9,
-                    va="bottom",
-                )
-                if not row.signed:
-                    figure.figimage(photo, x, height - top - h, origin="upper")
-                    if mark:
-                        _mark(figure, x, height - top, (w, h), mark)
-                continue
-            text(figure, x, top - 4, shorten(panel.title, cell_w // 7), 9, va="bottom")
-            low, high = shared or value_range([panel.values], row.signed)
-            colours = SIGNED if row.signed else HEAT
-            figure.figimage(
-                overlay(photo, panel.values, low, high, colours),
-                x,
-                height - top - h,
-                origin="upper",
-            )
-            ramp = (255 * colours(np.linspace(0, 1, w))[None, :, :3].repeat(9, 0)).astype(np.uint8)
-            figure.figimage(ramp, x, height - top - h - 14, origin="upper")
-            digits = min(max(1 - math.floor(math.log10(max(high, 1e-9))), 0), 9)
-            left, right = (
-                f"{value:{'+' if row.signed else ''}.{digits}f}" for value in (low, high)
-            )
-            text(figure, x, top + h + 15, left, 7.5)
-            text(
-                figure,
-                x + w,
-                top + h + 15,
-                f"{right} {'points' if row.signed else '%'}",
-                7.5,
-                ha="right",
-            )
-            style = {"weight": "bold", "color": WRONG} if panel.warn else {"color": "0.25"}
-            text(figure, x, top + h + 28, panel.note, 7.5, **style)
+        x, y = layout.position(r, 0)
+        label = "\n".join(shorten(line, characters) for line in row.label.split("\n"))
+        _text(figure, x, y - 4, label, 9, va="bottom")
+        if not row.signed:
+            _image(figure, x, y, photo)
+            if query_box:
+                left, top, right, bottom = query_box
+                edges = x + left * w, y + top * h, x + right * w, y + bottom * h
+                _frame(figure, edges, "black", 4)
+                _frame(figure, edges, "white", 2)
+        row_limits = None
+        if shared_scale or row.signed:
+            row_limits = value_range([panel.values for panel in row.panels], row.signed)
+        for column, panel in enumerate(row.panels, start=1):
+            x, y = layout.position(r, column)
+            _text(figure, x, y - 4, shorten(panel.title, characters), 9, va="bottom")
+            limits = row_limits
+            if limits is None:
+                limits = value_range([panel.values])
+            _draw_panel(figure, x, y, photo, panel, limits, row.signed)
     save(figure, path)
 
 
-def text(figure: Figure, x: float, y: float, words: str, size: float, **how) -> None:
-    """Write on a figure, in pixels from its left and its top; names are no markup."""
-    width, height = figure.bbox.size
-    figure.text(
-        x / width,
-        1 - y / height,
-        words,
-        fontsize=size,
-        parse_math=False,
-        **{"va": "top", "ha": "left", **how},
+def _draw_panel(
+    figure: Figure,
+    x: int,
+    y: int,
+    photo: np.ndarray,
+    panel: Panel,
+    limits: tuple[float, float],
+    signed: bool,
+) -> None:
+    """Draw a map over the photo and, below it, the colour bar, its range and the panel's note."""
+    low, high = limits
+    colours = SIGNED if signed else HEAT
+    _image(figure, x, y, overlay(photo, panel.values, low, high, colours))
+    h, w = photo.shape[:2]
+    y += h
+    bar = np.tile(np.linspace(0, 1, w), (9, 1))
+    _image(figure, x, y + 5, colours(bar, bytes=True))
+    decimals = min(max(1 - math.floor(math.log10(max(high, 1e-9))), 0), 9)
+    number = f"+.{decimals}f" if signed else f".{decimals}f"
+    unit = "points" if signed else "%"
+    _text(figure, x, y + 15, f"{low:{number}}", 7.5)
+    _text(figure, x + w, y + 15, f"{high:{number}} {unit}", 7.5, ha="right")
+    colour, weight = (WRONG, "bold") if panel.warn else (GREY, "normal")
+    _text(figure, x, y + 28, panel.note, 7.5, color=colour, weight=weight)
+
+
+def _text(figure: Figure, x: float, y: float, text: str, size: float, **style: Any) -> None:
+    """Write on a figure, x and y pixels from its left and top."""
+    style = {"va": "top", "ha": "left", **style}
+    y = figure.bbox.height - y  # Without a transform, matplotlib counts pixels from below.
+    figure.text(x, y, text, fontsize=size, parse_math=False, transform=None, **style)
+
+
+def _image(figure: Figure, left: int, top: int, image: np.ndarray) -> None:
+    """Put an image on a figure, pixel by pixel."""
+    bottom = round(figure.bbox.height) - top - len(image)
+    figure.figimage(image, left, bottom, origin="upper")
+
+
+def _frame(
+    figure: Figure, edges: tuple[float, float, float, float], colour: str, line: float
+) -> None:
+    """Draw a rectangle; its edges are left, top, right and bottom, in pixels."""
+    left, top, right, bottom = edges
+    corner = left, round(figure.bbox.height) - bottom
+    frame = Rectangle(
+        corner, right - left, bottom - top, fill=False, lw=line, ec=colour, transform=None
     )
+    figure.add_artist(frame)
 
 
 def value_range(values: Sequence[np.ndarray], signed: bool = False) -> tuple[float, float]:
-    """Return the lowest and the highest value to colour: symmetric around 0 if signed."""
-    seen = np.concatenate([v[~np.isnan(v)] for v in values])
-    low, high = (
-        (float(seen.min()), float(seen.max())) if seen.size else (0.0, 0.0)
-    )  # of a thin strip, no pixel may be seen
-    return (-max(-low, high), max(-low, high)) if signed else (low, high)
+    """Return the lowest and highest value, without NaN; symmetric around 0 if signed."""
+    seen = np.concatenate([array[~np.isnan(array)] for array in values])
+    if not seen.size:  # The model sees none of the pixels drawn of a thin strip.
+        return 0.0, 0.0
+    low = float(seen.min())
+    high = float(seen.max())
+    if signed:
+        high = max(-low, high)
+        low = -high
+    return low, high
 
 
-def overlay(photo: np.ndarray, values: np.ndarray, low: float, high: float, colours) -> np.ndarray:
-    """Colour a map over a grey photo; what the model has not seen is pale."""
+def overlay(
+    photo: np.ndarray, values: np.ndarray, low: float, high: float, colours: Colormap
+) -> np.ndarray:
+    """Colour a map over the grey photo; parts that the model has not seen are pale."""
     grey = photo.mean(2, keepdims=True)
     heat = 255 * colours((values - low) / max(high - low, 1e-12))[..., :3]
-    return np.where(np.isnan(values)[..., None], 190 + 0.25 * grey, 0.3 * grey + 0.7 * heat).astype(
-        np.uint8
-    )
-
-
-def _mark(
-    figure: Figure,
-    x: float,
-    y: float,
-    size: tuple[int, int],
-    mark: tuple[float, float, float, float],
-) -> None:
-    left, top, right, bottom = (edge * side for edge, side in zip(mark, size * 2))
-    corner, width, height = (x + left, y - bottom), right - left, bottom - top
-    for line, colour in ((4, "black"), (2, "white")):
-        figure.add_artist(
-            Rectangle(corner, width, height, fill=False, lw=line, ec=colour, transform=None)
-        )
+    unseen = np.isnan(values)[..., None]
+    return np.where(unseen, 190 + 0.25 * grey, 0.3 * grey + 0.7 * heat).astype(np.uint8)
 
 
 def draw_curves(
@@ -196,23 +245,17 @@ def draw_curves(
     overfits_from: int | None = None,
     verdict: str = "",
 ) -> None:
-    """Draw loss and accuracy by epoch, of the training photos without augmentation and of validation.
+    """Draw loss and accuracy by epoch, for training (images without augmentation) and validation.
 
-    The epochs from `overfits_from` on are shaded; `verdict` is said above.
+    The epochs from `overfits_from` on are shaded, and the verdict is written above.
     """
-    figure = Figure((9, 4.1), layout="constrained", dpi=120)
+    figure = Figure((9, 4.1), layout="constrained", dpi=DPI)
     epochs = [row["epoch"] for row in rows]
-    for ax, what in zip(figure.subplots(1, 2), ("loss", "accuracy")):
-        ax.plot(
-            epochs,
-            [row[f"train_{what}"] for row in rows],
-            "o--",
-            color="#5aae61",
-            label="training, not augmented",
-        )
-        ax.plot(
-            epochs, [row[f"val_{what}"] for row in rows], "s-", color="#40004b", label="validation"
-        )
+    for ax, metric in zip(figure.subplots(1, 2), ("loss", "accuracy")):
+        training = [row[f"train_{metric}"] for row in rows]
+        validation = [row[f"val_{metric}"] for row in rows]
+        ax.plot(epochs, training, "o--", color="#5aae61", label="training, not augmented")
+        ax.plot(epochs, validation, "s-", color="#40004b", label="validation")
         ax.axvline(best_epoch, color="0.5", linestyle=":", label=f"best epoch ({best_epoch})")
         if overfits_from:
             ax.axvspan(
@@ -224,16 +267,14 @@ def draw_curves(
                 hatch="//",
                 lw=0,
             )
-        ax.set(
-            xlabel="epoch",
-            ylabel="cross-entropy loss" if what == "loss" else "accuracy",
-            title=what,
-        )
+        ax.set(xlabel="epoch", ylabel=metric, title=metric)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        highest = max(row[f"{split}_loss"] for row in rows for split in ("train", "val"))
-        ax.set_ylim(
-            (0, 1.05 * highest) if what == "loss" else (None, 1.02)
-        )  # with room for markers
+        # Leave room for the markers at the top.
+        if metric == "loss":
+            highest = max(training + validation)
+            ax.set(ylabel="cross-entropy loss", ylim=(0, 1.05 * highest))
+        else:
+            ax.set_ylim(None, 1.02)
         ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     figure.suptitle("\n".join(textwrap.wrap(verdict, 115)), fontsize=10, parse_math=False)
@@ -247,89 +288,75 @@ def draw_confusion(
     title: str,
     pairs: Sequence[tuple[str, str, int]] = (),
 ) -> None:
-    """Draw a confusion matrix (C, C): true class by row, predicted by column, shaded by the share of its row.
+    """Draw a confusion matrix (C, C), with a row for each true class.
 
-    `pairs` are listed below it: (true class, predicted class, photos).
+    A cell is shaded by its share of the row. `pairs` (true class, predicted class, photos) are
+    listed below.
     """
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     C = len(classes)
+    readable = C <= 60  # Smaller numbers in the cells could not be read.
     side = min(0.32 * C, 40) + 3.2
-    figure = Figure((side + 0.6, side - 0.6), layout="constrained", dpi=110 if C <= 60 else 60)
+    dpi = 110 if readable else 60
+    figure = Figure((side + 0.6, side - 0.6), layout="constrained", dpi=dpi)
     ax = figure.subplots()
-    shaded = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    shaded = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     names = [shorten(name, 28) for name in classes]
-    turned: dict[str, Any] = {
-        "rotation": 60 if C > 3 else 20,
-        "ha": "right",
-        "rotation_mode": "anchor",
-    }
-    ax.set_xticks(range(C), names, fontsize=8, parse_math=False, **turned)
-    ax.set_yticks(range(C), names, fontsize=8, parse_math=False)
+    style: dict[str, Any] = {"fontsize": 8, "parse_math": False}
+    rotation = 60 if C > 3 else 20
+    ax.set_xticks(range(C), names, rotation=rotation, ha="right", rotation_mode="anchor", **style)
+    ax.set_yticks(range(C), names, **style)
     ax.set(xlabel="predicted", ylabel="true")
     ax.set_title(title, parse_math=False)
-    if C <= 60:
+    if readable:
         for i, j in np.argwhere(counts > 0):
-            ax.text(
-                j,
-                i,
-                counts[i, j],
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if share[i, j] > 0.55 else "black",
-            )
+            colour = "white" if shares[i, j] > 0.55 else "black"
+            ax.text(j, i, counts[i, j], ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(shaded, ax=ax, fraction=0.04, label="share of the true class")
     if pairs:
-        lines = [
-            f"{n} × {shorten(true, 28)} taken for {shorten(predicted, 28)}"
-            for true, predicted, n in pairs
-        ]
-        figure.supxlabel(
-            "\n".join(["confused most:", *lines]),
-            x=0.02,
-            ha="left",
-            ma="left",
-            fontsize=9,
-            parse_math=False,
-        )
+        lines = ["confused most:"]
+        for true, predicted, n in pairs:
+            lines.append(f"{n} × {shorten(true, 28)} taken for {shorten(predicted, 28)}")
+        text = "\n".join(lines)
+        figure.supxlabel(text, x=0.02, ha="left", ma="left", fontsize=9, parse_math=False)
     save(figure, path)
 
 
 def draw_predictions(
-    out: Path, photos: Sequence[Path], captions: Sequence[tuple[str, str, float]], title: str
+    path: Path, photos: Sequence[Path], captions: Sequence[tuple[str, str, float]], title: str
 ) -> None:
-    """Draw photos in a grid, each with (true class, predicted class, probability): right and wrong ones marked."""
-    side, columns = 240, min(6, len(photos))
-    rows, width = math.ceil(len(photos) / columns), max(columns * (side + 12) + 12, 780)
-    figure = Figure((width / DPI, (rows * (side + 46) + 46) / DPI), dpi=DPI)
-    text(figure, width / 2, 10, title, 11, ha="center")
-    for i, (path, (true, predicted, probability)) in enumerate(zip(photos, captions)):
-        photo = open_photo(path)
+    """Draw photos in a grid, each with its (true class, predicted class, probability).
+
+    Right predictions are framed in green, wrong ones in red.
+    """
+    side = 240
+    cell_h = side + 46
+    columns = min(6, len(photos))
+    rows = math.ceil(len(photos) / columns)
+    width = max(columns * (side + 12) + 12, 780)
+    figure = Figure((width / DPI, (rows * cell_h + 46) / DPI), dpi=DPI)
+    _text(figure, width / 2, 10, title, 11, ha="center")
+    for i, (photo_path, (true, predicted, probability)) in enumerate(zip(photos, captions)):
+        photo = open_photo(photo_path)
         photo.thumbnail((side, side))
-        x, bottom = (
-            (i % columns + 0.5) * (width / columns),
-            46 + (i // columns + 1) * (side + 46) - 12,
-        )
-        left, low = round(x - photo.width / 2), round(figure.bbox.height - bottom)
-        figure.figimage(np.asarray(photo), left, low, origin="upper")
-        right = true == predicted
-        style = {"color": RIGHT} if right else {"color": WRONG, "weight": "bold"}
-        frame = Rectangle(
-            (left, low),
-            *photo.size,
-            fill=False,
-            lw=1 if right else 3,
-            ec=style["color"],
-            transform=None,
-        )
-        figure.add_artist(frame)
-        caption = f"{'✓' if right else '✗'} {shorten(predicted, 20)} {probability:.2f}"
-        caption += "" if right else f"\ntrue: {shorten(true, 20)}"
-        text(figure, x, bottom - photo.height - 4, caption, 8, va="bottom", ha="center", **style)
-    save(figure, out)
+        row, column = divmod(i, columns)
+        x = (column + 0.5) * (width / columns)
+        left = round(x - photo.width / 2)
+        bottom = 46 + (row + 1) * cell_h - 12
+        top = bottom - photo.height
+        _image(figure, left, top, np.asarray(photo))
+        caption = f"✓ {shorten(predicted, 20)} {probability:.2f}"
+        colour, weight, line = RIGHT, "normal", 1
+        if true != predicted:
+            caption = f"✗ {shorten(predicted, 20)} {probability:.2f}\ntrue: {shorten(true, 20)}"
+            colour, weight, line = WRONG, "bold", 3
+        _frame(figure, (left, top, left + photo.width, bottom), colour, line)
+        _text(figure, x, top - 4, caption, 8, va="bottom", ha="center", color=colour, weight=weight)
+    save(figure, path)
 
 
 def show(ax: Axes, image: np.ndarray, title: str, size: int = 10) -> None:
+    """Show an image on axes, without ticks."""
     ax.axis("on")
     ax.set(xticks=[], yticks=[])
     ax.imshow(image, aspect="equal")
@@ -343,10 +370,9 @@ def shorten(name: str, length: int) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     with whole_file(path) as partial, warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph|Matplotlib currently does not support"
-        )  # drawn as boxes
-        figure.savefig(
-            partial, format="png", pil_kwargs={"compress_level": 3}
-        )  # half the time, a tenth more bytes
+        # Characters that the font lacks are drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")
+        # Level 3 halves the time for a tenth more bytes.
+        figure.savefig(partial, format="png", pil_kwargs={"compress_level": 3})

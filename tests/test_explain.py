@@ -1,4 +1,4 @@
-"""infer.py's figures, pages and arrays: where they show what, by which method, for which photos."""
+"""The figures, pages and arrays of infer.py: what they show, where, by which method."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ from conftest import ROOT, TINY, draw_photo, randomize
 from PIL import Image
 
 import infer
-from minivit import Preprocess, ViT, ViTConfig, load_pretrained, open_photo, save_pretrained
-from minivit import explain as look
+from minivit import (
+    Preprocess,
+    ViT,
+    ViTConfig,
+    explain,
+    load_pretrained,
+    open_photo,
+    save_pretrained,
+)
 from minivit.attention import METHODS, class_relevance, query_maps, rollout
 from minivit.checkpoints.hub import Origin
 from minivit.errors import UserError
@@ -47,7 +54,7 @@ def pixels(path) -> np.ndarray:
 
 
 def seeker(preprocess: Preprocess, folder: Path) -> Path:
-    """A ViT of two blocks whose every token looks at the reddest patch and at nothing else."""
+    """Save a ViT of two blocks in which every token looks only at the reddest patch."""
     h, w = preprocess.size
     config = ViTConfig(
         img_size=(h, w), patch_size=16, embed_dim=4, depth=2, num_heads=2, mlp_dim=4, num_classes=2
@@ -82,7 +89,7 @@ def seeker(preprocess: Preprocess, folder: Path) -> Path:
     [(640, 480), (300, 500), (900, 300), (120, 360)],
     ids=["landscape", "portrait", "panorama", "tall"],
 )
-def test_the_map_is_brightest_on_the_object_in_every_exif_orientation(
+def test_the_map_is_brightest_on_the_object_however_exif_turns_it(
     tmp_path, capsys, preprocess, size
 ):
     folder, (W, H) = seeker(preprocess, tmp_path / "seeker"), size
@@ -96,16 +103,8 @@ def test_the_map_is_brightest_on_the_object_in_every_exif_orientation(
         np.random.default_rng(0).integers(90, 150, (H, W, 1)).repeat(3, 2).astype(np.uint8)
     )
     photo.paste((230, 20, 20), (left, top, left + side, top + side))
-    undo = {
-        1: None,
-        2: 0,
-        3: 3,
-        4: 1,
-        5: 5,
-        6: 2,
-        7: 6,
-        8: 4,
-    }  # the transpositions that lay an upright photo down
+    # Pillow's transpositions that undo each EXIF orientation.
+    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
     paths = []
     for orientation, transposition in undo.items():
         exif = Image.Exif()
@@ -116,38 +115,24 @@ def test_the_map_is_brightest_on_the_object_in_every_exif_orientation(
         lying.save(paths[-1], exif=exif, compress_level=1)
     (h, w), model, panels = plots.panel_shape(size), load_pretrained(folder), []
     for path in paths:
-        seen = look.read_photo(path, [model], None, small=False)
+        seen = explain.read_photo(path, [model], None, small=False)
         assert seen.size == size
-        (answer,) = look.look_at(model, [seen], 0, [1])
-        (row,) = look.figure_rows(seen, [answer], "attention", [1], heads=False)
+        (answer,) = explain.explain_photos(model, [seen], 0, [1])
+        (row,) = explain.figure_rows(seen, [answer], "attention", [1], heads=False)
         panels.append((seen.panel, row.panels[0].values))
         y, x = np.unravel_index(np.nanargmax(row.panels[0].values), (h, w))
         box = preprocess.box(size)
-        half = (
-            (box[2] - box[0]) / 28,
-            (box[3] - box[1]) / 28,
-        )  # a patch, of 14 x 14, is brightest in its middle
-        assert left - half[0] <= x * W / w <= left + side + half[0]
-        assert top - half[1] <= y * H / h <= top + side + half[1]
+        # Each of the 14 x 14 patches is brightest in its middle.
+        half_w, half_h = (box[2] - box[0]) / 28, (box[3] - box[1]) / 28
+        assert left - half_w <= x * W / w <= left + side + half_w
+        assert top - half_h <= y * H / h <= top + side + half_h
         assert np.isnan(row.panels[0].values).any() == (preprocess.crop is not None)
-    assert all(
-        np.array_equal(found, first, equal_nan=True)
-        for panel in panels
-        for found, first in zip(panel, panels[0])
-    )
-    found = answers(
-        paths[0],
-        paths[5],
-        "--model",
-        folder,
-        "--layers",
-        "1",
-        "--out",
-        tmp_path / "out",
-        capsys=capsys,
-    )
-    upright, lying = (pixels(answer["figure"]) for answer in found)
-    assert np.array_equal(upright, lying)
+    for panel, values in panels:
+        assert np.array_equal(panel, panels[0][0])
+        assert np.array_equal(values, panels[0][1], equal_nan=True)
+    flags = ("--model", folder, "--layers", "1", "--out", tmp_path / "out")
+    upright, turned = answers(paths[0], paths[5], *flags, capsys=capsys)
+    assert np.array_equal(pixels(upright["figure"]), pixels(turned["figure"]))
 
 
 def test_a_figure_shows_each_value_over_its_pixel_of_the_photo(tmp_path):
@@ -159,7 +144,7 @@ def test_a_figure_shows_each_value_over_its_pixel_of_the_photo(tmp_path):
         plots.Row("photo", [plots.Panel("block 8", values), plots.Panel("block 9", values / 2)])
     ]
     plots.draw_attention(
-        tmp_path / "f.png", photo, rows, "$title", "caption", mark=(0.5, 0.25, 0.6, 0.5)
+        tmp_path / "f.png", photo, rows, "$title", "caption", query_box=(0.5, 0.25, 0.6, 0.5)
     )
     figure = pixels(tmp_path / "f.png")
     green = (figure == (0, 128, 0)).all(-1)
@@ -182,7 +167,7 @@ def test_a_figure_shows_each_value_over_its_pixel_of_the_photo(tmp_path):
         assert (figure[top + 60, x + 30] < 30).all()
 
 
-def test_a_scale_is_of_what_was_seen_and_of_differences_the_same_to_either_side_of_zero():
+def test_a_scale_ignores_unseen_pixels_and_is_symmetric_if_signed():
     maps = [np.array([[-1.0, np.nan], [0.5, 0.0]]), np.array([[3.0, np.nan]])]
     assert plots.value_range(maps) == (-1, 3)
     assert plots.value_range(maps, signed=True) == (-3, 3)
@@ -240,9 +225,9 @@ def test_a_pixels_patch_is_the_one_whose_mark_holds_it(size, preprocess):
     for x, y in np.random.default_rng(0).uniform(0, 1, (200, 2)):
         x, y = left + x * (right - left), top + y * (bottom - top)
         token = 1 + preprocess.patch_at(x, y, size, (8, 12))
-        mark = look.mark(look.Photo(size, None, None, [], token), model)
-        assert mark[0] * size[0] - 1e-9 <= x <= mark[2] * size[0] + 1e-9
-        assert mark[1] * size[1] - 1e-9 <= y <= mark[3] * size[1] + 1e-9
+        box = explain.query_box(explain.Photo(size, None, None, [], token), model)
+        assert box[0] * size[0] - 1e-9 <= x <= box[2] * size[0] + 1e-9
+        assert box[1] * size[1] - 1e-9 <= y <= box[3] * size[1] + 1e-9
 
 
 @pytest.mark.parametrize("x, y", [(95, 100), (305, 100), (200, 10), (200, 190), (-1, 100)])
@@ -357,7 +342,7 @@ def test_amp_is_the_precision_that_the_model_computes_in(tiny_folder, photo, tmp
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_answers_in_json_tell_what_the_text_does_and_how_much_the_class_token_keeps(
+def test_json_holds_what_the_text_says_and_the_sink_shares(
     tiny_folder, other_folder, photo, tmp_path, capsys
 ):
     _, _, logits, attn = attention_of(tiny_folder, photo)
@@ -408,9 +393,11 @@ def test_answers_in_json_tell_what_the_text_does_and_how_much_the_class_token_ke
 
 def test_a_difference_is_the_second_models_share_less_the_firsts(tiny_folder, other_folder, photo):
     models = [load_pretrained(folder).eval() for folder in (other_folder, tiny_folder)]
-    seen = look.read_photo(photo, models, None, small=False)
-    looks = [look.look_at(model, [seen], i, [10, 11])[0] for i, model in enumerate(models)]
-    rows = look.figure_rows(seen, looks, "attention", [10, 11], heads=False)
+    seen = explain.read_photo(photo, models, None, small=False)
+    explanations = [
+        explain.explain_photos(model, [seen], i, [10, 11])[0] for i, model in enumerate(models)
+    ]
+    rows = explain.figure_rows(seen, explanations, "attention", [10, 11], heads=False)
     assert [row.signed for row in rows] == [False, False, True]
     for i, block in enumerate((10, 11)):
         maps = [
@@ -428,9 +415,9 @@ def test_a_difference_is_the_second_models_share_less_the_firsts(tiny_folder, ot
 
 def test_heads_have_a_panel_each_and_their_mean(tiny_folder, photo):
     model = load_pretrained(tiny_folder).eval()
-    seen = look.read_photo(photo, [model], None, small=True)
-    rows = look.figure_rows(
-        seen, look.look_at(model, [seen], 0, [9, 11]), "attention", [9, 11], heads=True
+    seen = explain.read_photo(photo, [model], None, small=True)
+    rows = explain.figure_rows(
+        seen, explain.explain_photos(model, [seen], 0, [9, 11]), "attention", [9, 11], heads=True
     )
     attn = attention_of(tiny_folder, photo)[3]
     assert [[panel.title for panel in row.panels] for row in rows] == [
@@ -444,30 +431,31 @@ def test_heads_have_a_panel_each_and_their_mean(tiny_folder, photo):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_photos_in_one_batch_are_what_they_are_alone_each_with_its_own_query(
-    tiny_folder, tmp_path, method
-):
+def test_a_batch_explains_each_photo_and_its_query_as_if_alone(tiny_folder, tmp_path, method):
     model = load_pretrained(tiny_folder).eval()
     photos = []
     for i, size in enumerate([(80, 60), (50, 90), (300, 40)]):
         draw_photo(*size, seed=i).save(tmp_path / f"{i}.png")
         query = None if method == "relevance" else (35.0, 30.0)
-        photos.append(look.read_photo(tmp_path / f"{i}.png", [model], query, small=False))
-    together = look.look_at(model, photos, 0, [2, 11], methods=[method])
+        photos.append(explain.read_photo(tmp_path / f"{i}.png", [model], query, small=False))
+    together = explain.explain_photos(model, photos, 0, [2, 11], methods=[method])
     for photo, one in zip(photos, together, strict=True):
-        (alone,) = look.look_at(model, [photo], 0, [2, 11], methods=[method])
+        (alone,) = explain.explain_photos(model, [photo], 0, [2, 11], methods=[method])
         assert len(one.rows[method][2][0]) == (
             1 if method == "relevance" else len({p.query for p in photos})
         )
         for block in (2, 11):
             torch.testing.assert_close(
-                one.row(method, block), alone.row(method, block), rtol=1e-4, atol=1e-6
+                one.mean_and_heads(method, block)[1:],
+                alone.mean_and_heads(method, block)[1:],
+                rtol=1e-4,
+                atol=1e-6,
             )
         torch.testing.assert_close(one.probabilities, alone.probabilities, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_backbone_has_no_probabilities_for_its_features_are_none(tmp_path, photo, capsys):
+def test_a_model_without_a_classifier_has_no_probabilities(tmp_path, photo, capsys):
     model = randomize(ViT(ViTConfig(**vars(TINY) | {"num_classes": 0})))
     model.preprocess = Preprocess((32, 32))
     (tmp_path / "bare").mkdir()
@@ -488,7 +476,7 @@ def test_a_backbone_has_no_probabilities_for_its_features_are_none(tmp_path, pho
 
 
 @pytest.mark.parametrize("all_rows", [True, False], ids=["all rows", "one row"])
-def test_registers_ask_nothing_and_have_no_place_in_a_map(photo, all_rows):
+def test_registers_are_no_queries_and_have_no_place_in_a_map(photo, all_rows):
     model = randomize(ViT(ViTConfig(**vars(TINY) | {"num_registers": 2})))
     model.labels, model.preprocess, model.origin = (
         tuple("abcde"),
@@ -499,42 +487,42 @@ def test_registers_ask_nothing_and_have_no_place_in_a_map(photo, all_rows):
     with torch.no_grad():
         attn = model.forward_with_attention(images, range(12))[1]
     kept = [0, *range(3, 19)]
-    seen = look.read_photo(photo, [model], (79, 59), small=False)
-    (one,) = look.look_at(
+    seen = explain.read_photo(photo, [model], (79, 59), small=False)
+    (one,) = explain.explain_photos(
         model, [seen], 0, [11], methods=["attention", "rollout"], all_rows=all_rows
     )
     for method, rows in (("attention", attn[11][0]), ("rollout", rollout(attn)[11])):
         torch.testing.assert_close(
-            one.row(method, 11), rows[:, 18, kept], rtol=1e-4, atol=1e-6
+            one.mean_and_heads(method, 11)[1:], rows[:, 18, kept], rtol=1e-4, atol=1e-6
         )  # the last patch's
     if all_rows:
         torch.testing.assert_close(
             one.rows["attention"][11], attn[11][0][:, kept][..., kept], rtol=1e-4, atol=1e-6
         )
-        assert look.pane(seen, one, 3).attn[11].shape == (3, 17, 17)
+        assert explain.explorer_pane(seen, one, 3).attn[11].shape == (3, 17, 17)
 
 
-def test_relevance_is_for_the_first_prediction_or_the_class_asked_for_and_the_figure_says_which(
-    tiny_folder, photo
-):
+def test_relevance_explains_the_first_prediction_or_the_target(tiny_folder, photo):
     model, images, logits, _ = attention_of(tiny_folder, photo)
-    seen = look.read_photo(photo, [model], None, small=False)
+    seen = explain.read_photo(photo, [model], None, small=False)
     for target in (None, 0, 3):
-        (one,) = look.look_at(model, [seen], 0, [11], methods=["relevance"], target=target)
+        (one,) = explain.explain_photos(
+            model, [seen], 0, [11], methods=["relevance"], target=target
+        )
         index = logits.argmax().item() if target is None else target
         wanted = class_relevance(model, images, torch.tensor([index]), [11])[11][0]
-        torch.testing.assert_close(one.row("relevance", 11), wanted, rtol=1e-4, atol=1e-7)
-        said = one.says("relevance")
+        torch.testing.assert_close(
+            one.mean_and_heads("relevance", 11)[1:], wanted, rtol=1e-4, atol=1e-7
+        )
+        said = one.headline("relevance")
         assert said.endswith(f", relevance for thing {index}") == (index != logits.argmax())
-        (row,) = look.figure_rows(seen, [one], "relevance", [11], heads=False)
+        (row,) = explain.figure_rows(seen, [one], "relevance", [11], heads=False)
         assert np.nansum(row.panels[0].values) * 16 / row.panels[0].values.size == pytest.approx(
             100, rel=0.05
         )
 
 
-def test_a_map_that_one_token_dominates_is_named_on_stderr_and_in_the_figure(
-    tmp_path, photo, capsys
-):
+def test_a_dominated_map_is_named_on_stderr_and_in_the_figure(tmp_path, photo, capsys):
     model = seeker(Preprocess((64, 64)), tmp_path / "seeker")
     scene = Image.new("RGB", (64, 64), "grey")
     scene.paste((255, 0, 0), (16, 16, 32, 32))
@@ -544,14 +532,18 @@ def test_a_map_that_one_token_dominates_is_named_on_stderr_and_in_the_figure(
     )
     assert code == 0
     assert f"{photo}: one token dominates block 1 (keeps 0% · top patch 100%)" in printed.err
-    seen = look.read_photo(photo, [load_pretrained(model)], None, small=False)
-    (row,) = look.figure_rows(
-        seen, look.look_at(load_pretrained(model), [seen], 0, [1]), "attention", [1], heads=False
+    seen = explain.read_photo(photo, [load_pretrained(model)], None, small=False)
+    (row,) = explain.figure_rows(
+        seen,
+        explain.explain_photos(load_pretrained(model), [seen], 0, [1]),
+        "attention",
+        [1],
+        heads=False,
     )
     assert row.panels[0].warn
     plots.draw_attention(tmp_path / "a.png", seen.panel, [row], "", "")
-    reddish = lambda a: ((a[..., 0] > 150) & (a[..., 1] < 60) & (a[..., 2] < 80))[-60:].sum()  # noqa: E731
-    assert reddish(pixels(tmp_path / "a.png")) > 100
+    red, green, blue = np.moveaxis(pixels(tmp_path / "a.png")[-60:], 2, 0)
+    assert ((red > 150) & (green < 60) & (blue < 80)).sum() > 100  # the note below the map
     Image.new("RGB", (64, 64), "grey").save(photo)
     assert (
         "one token"
@@ -582,7 +574,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("flags, message", REFUSED.values(), ids=REFUSED)
-def test_flags_that_would_mean_nothing_are_refused_in_one_line(
+def test_flags_that_would_have_no_effect_are_refused_in_one_line(
     tiny_folder, photo, tmp_path, capsys, flags, message
 ):
     model = randomize(
@@ -659,8 +651,8 @@ def test_a_query_outside_of_a_photo_does_not_stop_the_others(tiny_folder, tmp_pa
     )
     assert code == 2
     assert (
-        f"{paths[0]}: no patch at 100,100: of 20 x 20 pixels, the model sees x from 0 to 20 and y from 0 to 20"
-        in printed.err
+        f"{paths[0]}: no patch at 100,100: of 20 x 20 pixels, "
+        "the model sees x from 0 to 20 and y from 0 to 20" in printed.err
     )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["large.png"]
 
@@ -677,7 +669,7 @@ def many(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_folder_is_drawn_in_processes_in_order_and_one_bad_photo_stops_nothing(
+def test_a_folder_is_drawn_in_order_despite_an_unreadable_photo(
     tiny_folder, many, tmp_path, capsys
 ):
     flags = ("--model", tiny_folder, "--layers", "11")
@@ -731,7 +723,10 @@ def test_an_interrupt_leaves_no_process_and_no_half_figure(tiny_folder, many, tm
 
 
 def test_torchrun_shares_the_photos_out_and_waits_for_all(tiny_folder, many, tmp_path):
-    """The first of two processes has only photos that cannot be read, and ends when the other has drawn none yet."""
+    """The first of two processes ends before the other has drawn anything.
+
+    It has only photos that cannot be read.
+    """
     (tmp_path / "sitecustomize.py").write_text(
         "import os, time\nif os.environ.get('RANK') == '1': time.sleep(3)"
     )

@@ -1,4 +1,8 @@
-"""The explorer, in a real browser where there is one: chromium and chromedriver (Debian's packages), and selenium."""
+"""The explorer, also in a real browser if there is one.
+
+The browser tests need chromium, chromedriver (Debian's packages chromium and chromium-driver) and
+selenium.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,8 @@ from PIL import Image
 
 from minivit import Preprocess
 from minivit.errors import UserError
-from minivit.figures import explorer as report
-from minivit.figures.explorer import Page, Pane, explorer, write_report
+from minivit.figures import explorer
+from minivit.figures.explorer import Page, Pane, explorer_page, write_page
 
 GRID, BLOCKS, HEADS = (3, 5), (2, 3, 7), 3
 HOSTILE = {
@@ -75,7 +79,7 @@ def unpack(pane: dict, num_blocks: int) -> list[np.ndarray]:
 
 
 def half_step(rows: np.ndarray, steps=255) -> float:
-    """Return how far a stored value may be off: half of a step of the rows' largest value, and float32's rounding."""
+    """Return the largest error of a stored value: half a step of the largest, plus rounding."""
     return rows.max() / (2 * steps) * 1.001
 
 
@@ -89,21 +93,21 @@ def test_blocks_8_to_11_of_vit_b16_fit_in_3_mb_at_full_precision():
     one = pane(
         heads=12, grid=(14, 14), blocks=range(8, 12), size=noise.size, spread=0.02
     )  # so do rows near uniform
-    page = explorer([one], noise, "noise.jpg")
+    page = explorer_page([one], noise, "noise.jpg")
     assert 1_000_000 < len(page.encode()) <= 3_000_000
     assert (
         held(page)["stored"]
-        == "Stored: every head and patch, in 255 steps of each row's largest value."
+        == "All heads and patches are stored; rows are rounded to 255 steps of their largest value."
     )
 
 
 def test_two_models_of_that_size_fit_too_in_fewer_steps():
     panes = [pane(heads=12, grid=(14, 14), blocks=range(8, 12), seed=seed) for seed in (0, 1)]
-    page = explorer(panes, draw_photo(300, 200), "x.jpg")
+    page = explorer_page(panes, draw_photo(300, 200), "x.jpg")
     assert len(page.encode()) <= 3_000_000
     assert (
         held(page)["stored"]
-        == "Stored: every head and patch, in 100 steps of each row's largest value."
+        == "All heads and patches are stored; rows are rounded to 100 steps of their largest value."
     )
     for shown, given in zip(held(page)["panes"], panes):
         (maps,) = unpack(shown, 4)
@@ -114,17 +118,15 @@ def test_two_models_of_that_size_fit_too_in_fewer_steps():
 @pytest.mark.parametrize(
     ("limit", "heads", "queries", "says"),
     [
-        (330_000, 1, 197, "the mean of the heads; fewer"),
-        (90_000, 12, 1, "the class token's rows; fewer"),
+        (330_000, 1, 197, "Only the mean of the heads is stored (choose fewer"),
+        (90_000, 12, 1, "Only the class token's rows are stored (choose fewer"),
     ],
     ids=["mean of heads", "class token"],
 )
-def test_of_a_page_that_is_still_too_large_less_is_stored_and_it_says_so(
-    monkeypatch, limit, heads, queries, says
-):
-    monkeypatch.setattr(report, "MAX_BYTES", limit)
+def test_a_page_that_is_too_large_stores_less_and_says_so(monkeypatch, limit, heads, queries, says):
+    monkeypatch.setattr(explorer, "MAX_BYTES", limit)
     one = pane(heads=12, grid=(14, 14), blocks=range(8, 12))
-    page = explorer([one], Image.new("RGB", (300, 200)), "x.jpg")
+    page = explorer_page([one], Image.new("RGB", (300, 200)), "x.jpg")
     data = held(page)
     assert len(page) <= limit
     assert says in data["stored"]
@@ -136,17 +138,20 @@ def test_of_a_page_that_is_still_too_large_less_is_stored_and_it_says_so(
     np.testing.assert_allclose(unpack(data["panes"][0], 4)[0], rows, rtol=0, atol=half_step(rows))
 
 
-def test_what_is_too_large_to_fit_in_any_steps_is_not_even_tried(monkeypatch):
+def test_maps_too_large_for_any_number_of_steps_are_not_tried(monkeypatch):
     tried = []
-    monkeypatch.setattr(report, "MAX_BYTES", 40_000)
-    monkeypatch.setattr(
-        report, "_pane", lambda pane, maps, *_: tried.append(maps["attention"].shape[1:3]) or {}
-    )
-    explorer([pane(heads=12, grid=(14, 14), blocks=(0,))], Image.new("RGB", (30, 20)), "x.jpg")
+    monkeypatch.setattr(explorer, "MAX_BYTES", 40_000)
+
+    def try_pane(pane, maps, *_):
+        tried.append(maps["attention"].shape[1:3])
+        return {}
+
+    monkeypatch.setattr(explorer, "_pane", try_pane)
+    explorer_page([pane(heads=12, grid=(14, 14), blocks=(0,))], Image.new("RGB", (30, 20)), "x.jpg")
     assert tried == [(1, 197)]  # of 460,000 values none, of the heads' mean the first
 
 
-def test_all_that_is_given_comes_back_from_the_page():
+def test_the_page_holds_everything_that_it_was_given():
     rollout = {i: a.mean(0) for i, a in random_attn(seed=1).items()}
     relevance = {i: a[0, 0, 1:].reshape(GRID) for i, a in random_attn(seed=2).items()}
     rows = {i: a[:1, :1] for i, a in random_attn(seed=3).items()}
@@ -155,7 +160,7 @@ def test_all_that_is_given_comes_back_from_the_page():
         box=(50, 0, 250, 200),
         methods={"rollout": rollout, "relevance": relevance, "rows": rows},
     )
-    data = held(explorer([one], draw_photo(300, 200), "cat.jpg"))
+    data = held(explorer_page([one], draw_photo(300, 200), "cat.jpg"))
     assert (data["title"], data["blocks"], data["size"]) == ("cat.jpg", [2, 3, 7], [300, 200])
     (shown,) = data["panes"]
     assert shown["name"] == "a model"
@@ -176,8 +181,8 @@ def test_a_large_photo_is_sent_small_and_a_strip_keeps_its_shape():
         ((2000, 100), (1000, 50)),
         ((40, 30), (40, 30)),
     ):
-        data = report._jpeg(Image.new("RGB", size, "teal"))
-        with Image.open(report.io.BytesIO(data)) as image:
+        data = explorer._jpeg(Image.new("RGB", size, "teal"))
+        with Image.open(explorer.io.BytesIO(data)) as image:
             assert image.size == sent
 
 
@@ -189,14 +194,14 @@ def test_numpy_arrays_and_tensors_of_any_kind_are_the_same():
         {i: a.double().requires_grad_() for i, a in attn.items()},
     ]
     pages = {
-        explorer([Pane("m", [], kind, GRID, (0, 0, 30, 20))], Image.new("RGB", (30, 20)), "x")
+        explorer_page([Pane("m", [], kind, GRID, (0, 0, 30, 20))], Image.new("RGB", (30, 20)), "x")
         for kind in kinds
     }
     assert len(pages) == 1
 
 
 def test_the_page_may_load_nothing_and_run_only_its_own_script():
-    page = explorer([pane()], draw_photo(300, 200), "x.jpg")
+    page = explorer_page([pane()], draw_photo(300, 200), "x.jpg")
     policy = re.search(
         r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', page, re.DOTALL
     )[1]
@@ -226,8 +231,8 @@ def test_the_page_may_load_nothing_and_run_only_its_own_script():
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_names_never_leave_their_json(text):
     one = Pane(text, [(text, 0.5)], random_attn(), GRID, (0, 0, 30, 20), {text: random_attn()})
-    page = explorer([one], Image.new("RGB", (30, 20)), text)
-    plain = explorer([pane(methods={"m": random_attn()})], Image.new("RGB", (30, 20)), "x")
+    page = explorer_page([one], Image.new("RGB", (30, 20)), text)
+    plain = explorer_page([pane(methods={"m": random_attn()})], Image.new("RGB", (30, 20)), "x")
     data = held(page)
     assert data["title"] == data["panes"][0]["name"] == data["panes"][0]["predictions"][0][0]
     assert len(data["title"]) <= 200
@@ -235,10 +240,10 @@ def test_names_never_leave_their_json(text):
     page.encode()
 
 
-def test_maps_that_do_not_fit_are_the_users_to_mend():
+def test_maps_that_do_not_fit_are_refused():
     def fails(match, attn, methods=None, grid=GRID):
         with pytest.raises(UserError, match=match):
-            explorer(
+            explorer_page(
                 [Pane("m", [], attn, grid, (0, 0, 30, 20), methods or {})],
                 Image.new("RGB", (30, 20)),
                 "x",
@@ -265,29 +270,29 @@ def test_maps_that_do_not_fit_are_the_users_to_mend():
     photo = Image.new("RGB", (300, 200))
     for panes in ([], [pane(), pane(blocks=(1, 2, 3))], [pane(), pane(methods={"m": attn})]):
         with pytest.raises(UserError, match="all of the same blocks and methods"):
-            explorer(panes, photo, "x")
+            explorer_page(panes, photo, "x")
 
 
-def test_a_report_is_written_whole(tmp_path):
+def test_a_page_is_written_whole_or_not_at_all(tmp_path):
     photo = draw_photo(300, 200)
-    write_report(tmp_path / "cat.html", [pane()], photo, "cat.jpg")
-    assert (tmp_path / "cat.html").read_text(encoding="utf-8") == explorer(
+    write_page(tmp_path / "cat.html", [pane()], photo, "cat.jpg")
+    assert (tmp_path / "cat.html").read_text(encoding="utf-8") == explorer_page(
         [pane()], photo, "cat.jpg"
     )
     with pytest.raises(UserError):
-        write_report(tmp_path / "dog.html", [], photo, "dog.jpg")
+        write_page(tmp_path / "dog.html", [], photo, "dog.jpg")
     assert [path.name for path in tmp_path.iterdir()] == ["cat.html"]
 
 
-def test_a_notebook_gets_the_page_in_a_frame_and_not_as_a_string_of_megabytes():
-    page = explorer([pane()], draw_photo(30, 20), '"><script>')
+def test_a_notebook_shows_the_page_in_a_frame():
+    page = explorer_page([pane()], draw_photo(30, 20), '"><script>')
     shown = page._repr_html_()
     assert isinstance(page, Page)
     assert len(repr(page)) < 40
     assert re.fullmatch(
         r'<iframe [^<>]*sandbox="allow-scripts"[^<>]* srcdoc="[^"<>]*"></iframe>', shown
     )
-    assert report.html.unescape(re.search('srcdoc="([^"]*)"', shown)[1]) == page
+    assert explorer.html.unescape(re.search('srcdoc="([^"]*)"', shown)[1]) == page
 
 
 # In a browser
@@ -306,13 +311,11 @@ def browser(tmp_path_factory):
     options = webdriver.ChromeOptions()
     options.binary_location = paths[0]
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    flags = "headless=new no-sandbox disable-gpu disable-dev-shm-usage no-first-run disable-background-networking"
-    for flag in [
-        *flags.split(),
-        "disable-component-update",
-        "disable-sync",
-        "window-size=1280,900",
-    ]:
+    flags = (
+        "headless=new no-sandbox disable-gpu disable-dev-shm-usage no-first-run "
+        "disable-background-networking disable-component-update disable-sync window-size=1280,900"
+    )
+    for flag in flags.split():
         options.add_argument(f"--{flag}")
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
     driver = webdriver.Chrome(options=options, service=Service(paths[1]))
@@ -322,7 +325,10 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def look(browser, tmp_path):
-    """Return a function that opens a page; when the test is over, nothing may have gone wrong or been asked for in it."""
+    """Return a function that opens a page in the browser.
+
+    After the test, the page must have logged no error and requested nothing from the network.
+    """
 
     def open_page(page: str, width=1280, height=900):
         browser.execute_cdp_cmd(
@@ -379,7 +385,7 @@ def table(browser, css):
 
 
 def assert_shows(browser, values, i=0):
-    """The map that pane i holds is this one (P), within half a step of its row, or of the heads' rows."""
+    """Check that pane i shows the mean of these rows (H, P), within half a step of each row."""
     shown = np.array(browser.execute_script(f"return Array.from(window.minivit.maps[{i}])"))
     np.testing.assert_allclose(
         shown, values.mean(0), rtol=0, atol=(values.max(1) / 510).mean() * 1.001
@@ -387,18 +393,28 @@ def assert_shows(browser, values, i=0):
 
 
 def rows_of(attn, block, query, head=None):
-    """Return what a query (None: the class token; or a patch's row and column) gives to the patches, by head (H or 1, P)."""
+    """Return how a query spreads over the patches, by head: (H, P), or (1, P) for one head.
+
+    The query is a patch's row and column, or None for the class token.
+    """
     a = attn[block].numpy()[:, 0 if query is None else 1 + query[0] * GRID[1] + query[1], 1:]
     return a if head is None else a[[head]]
 
 
 def point_at(browser, row, column, i=0, *, click=False, kind="mouse", grid=GRID):
-    """Move the mouse, or a finger, to the middle of a patch of pane i, which may lie outside of the photo."""
+    """Move the mouse or a finger to the middle of a patch of pane i.
+
+    The patch may lie outside the photo.
+    """
     from selenium.webdriver.common.actions.action_builder import ActionBuilder
     from selenium.webdriver.common.actions.pointer_input import PointerInput
 
-    script = f"const box = document.querySelectorAll('.box')[{i}]; box.scrollIntoView({{block: 'center'}}); "
-    rect = browser.execute_script(script + "return box.getBoundingClientRect().toJSON()")
+    script = f"""
+        const box = document.querySelectorAll('.box')[{i}];
+        box.scrollIntoView({{block: 'center'}});
+        return box.getBoundingClientRect().toJSON()
+    """
+    rect = browser.execute_script(script)
     x, y = (
         rect["x"] + (column + 0.5) / grid[1] * rect["width"],
         rect["y"] + (row + 0.5) / grid[0] * rect["height"],
@@ -439,14 +455,16 @@ PHOTO = draw_photo(300, 200)
 
 def test_the_class_token_of_the_last_block_is_shown_first(look):
     one = pane()
-    browser = look(explorer([one], PHOTO, "cat.jpg"))
+    browser = look(explorer_page([one], PHOTO, "cat.jpg"))
     values = rows_of(one.attn, 7, None)
     assert_shows(browser, values)
     mean = values.mean(0)
     order = np.argsort(-mean)[:5]
     row, column = divmod(int(order[0]), 5)
-    said = f"block 7, head mean, class token: largest {100 * mean.max():.0f} % at row {row}, column {column}"
-    assert texts(browser, "[role=status]") == [said]
+    assert texts(browser, "[role=status]") == [
+        f"block 7, head mean, class token: largest {100 * mean.max():.0f} % "
+        f"at row {row}, column {column}"
+    ]
     assert find(browser, "#class-token").get_attribute("aria-pressed") == "true"
     assert not find(browser, ".mark").is_displayed()
     assert browser.title == "cat.jpg · minivit"
@@ -461,9 +479,9 @@ def test_the_class_token_of_the_last_block_is_shown_first(look):
     )
 
 
-def test_pointing_at_a_patch_shows_where_it_looks_and_leaving_returns(look):
+def test_pointing_at_a_patch_shows_where_it_looks(look):
     one = pane()
-    browser = look(explorer([one], PHOTO, "cat.jpg"))
+    browser = look(explorer_page([one], PHOTO, "cat.jpg"))
     for row, column in ((0, 0), (2, 4), (1, 3)):
         point_at(browser, row, column)
         assert_shows(browser, rows_of(one.attn, 7, (row, column)))
@@ -478,9 +496,9 @@ def test_pointing_at_a_patch_shows_where_it_looks_and_leaving_returns(look):
 
 
 @pytest.mark.parametrize("kind", ["mouse", "touch"])
-def test_a_click_or_tap_keeps_a_patch_until_a_second_one_or_escape_or_the_button(look, kind):
+def test_a_click_or_tap_keeps_a_patch_until_it_is_undone(look, kind):
     one = pane()
-    browser = look(explorer([one], PHOTO, "cat.jpg"))
+    browser = look(explorer_page([one], PHOTO, "cat.jpg"))
     undo = [lambda: point_at(browser, 1, 2, click=True, kind=kind), lambda: press(browser, ESCAPE)]
     for back in (*undo, lambda: find(browser, "#class-token").click()):
         point_at(browser, 1, 2, click=True, kind=kind)
@@ -492,7 +510,7 @@ def test_a_click_or_tap_keeps_a_patch_until_a_second_one_or_escape_or_the_button
 
 def test_keys_move_the_patch_the_block_and_the_head(look):
     one = pane()
-    browser = look(explorer([one], PHOTO, "cat.jpg"))
+    browser = look(explorer_page([one], PHOTO, "cat.jpg"))
     browser.execute_script("document.querySelector('.stage').focus()")
     steps = [
         (RIGHT, 7, (1, 2), None),  # from the class token to the patch in the middle
@@ -516,9 +534,9 @@ def test_keys_move_the_patch_the_block_and_the_head(look):
     assert_shows(browser, rows_of(one.attn, 3, None))
 
 
-def test_keys_do_nothing_to_the_map_away_from_the_photo_but_follow_the_mouse(look):
+def test_keys_work_only_while_the_mouse_or_focus_is_on_the_photo(look):
     one = pane()
-    browser = look(explorer([one], PHOTO, "cat.jpg"))
+    browser = look(explorer_page([one], PHOTO, "cat.jpg"))
     press(browser, "1" + RIGHT)
     assert_shows(browser, rows_of(one.attn, 7, None))
     point_at(browser, 2, 0)
@@ -526,9 +544,9 @@ def test_keys_do_nothing_to_the_map_away_from_the_photo_but_follow_the_mouse(loo
     assert_shows(browser, rows_of(one.attn, 7, (2, 0), 1))
 
 
-def test_sliders_and_numbers_choose_the_block_the_head_the_opacity_and_the_patch(look):
+def test_sliders_and_numbers_choose_what_is_shown(look):
     one = pane()
-    browser = look(explorer([one], PHOTO, "cat.jpg"))
+    browser = look(explorer_page([one], PHOTO, "cat.jpg"))
     find(browser, "#block").send_keys(LEFT)
     find(browser, "#head").send_keys(RIGHT * 3)
     assert_shows(browser, rows_of(one.attn, 3, None, 2))
@@ -547,8 +565,8 @@ def test_sliders_and_numbers_choose_the_block_the_head_the_opacity_and_the_patch
     assert find(browser, "canvas").value_of_css_property("opacity") == "0.55"
 
 
-def test_each_control_and_photo_has_a_name_and_all_are_reached_by_tab(look):
-    browser = look(explorer([pane(methods={"rollout": random_attn()})], PHOTO, "cat.jpg"))
+def test_each_control_has_a_name_and_is_reached_by_tab(look):
+    browser = look(explorer_page([pane(methods={"rollout": random_attn()})], PHOTO, "cat.jpg"))
     names = []
     for _ in range(10):
         press(browser, TAB)
@@ -567,18 +585,18 @@ def test_each_control_and_photo_has_a_name_and_all_are_reached_by_tab(look):
     assert names == ["method", *controls, "cat.jpg, as a model sees it"]
 
 
-def test_other_methods_are_shown_by_name_and_without_rows_for_the_class_token_only(look):
+def test_other_methods_are_shown_even_for_the_class_token_only(look):
     rollout = {i: a.mean(0) for i, a in random_attn(seed=1).items()}
     relevance = {i: a[0, 0, 1:].reshape(GRID) for i, a in random_attn(seed=2).items()}
     one = pane(methods={"rollout": rollout, "relevance": relevance})
-    browser = look(explorer([one], PHOTO, "cat.jpg"))
+    browser = look(explorer_page([one], PHOTO, "cat.jpg"))
     choose(browser, "rollout")
     point_at(browser, 2, 1)
     assert_shows(browser, rows_of({i: a[None] for i, a in rollout.items()}, 7, (2, 1)))
     assert texts(browser, "[role=status]")[0].startswith(
         "rollout, block 7, patch at row 2, column 1: "
     )
-    assert texts(browser, ".unit") == ["% of rollout per patch (own scale of this map)"]
+    assert texts(browser, ".unit") == ["% of rollout per patch (this map's own scale)"]
     assert not find(browser, "#head").is_enabled()
     choose(browser, "relevance")
     point_at(browser, 2, 2)
@@ -587,12 +605,12 @@ def test_other_methods_are_shown_by_name_and_without_rows_for_the_class_token_on
     assert not find(browser, "#row").is_enabled()
 
 
-def test_two_panes_move_together_each_to_its_own_patch_at_the_same_place(look):
+def test_two_panes_show_their_own_patches_at_the_same_place(look):
     whole, cropped = (
         pane("one"),
         pane("a name of several lines " * 5, seed=1, box=(60, 80, 260, 200)),
     )
-    browser = look(explorer([whole, cropped], PHOTO, "cat.jpg"))
+    browser = look(explorer_page([whole, cropped], PHOTO, "cat.jpg"))
     assert texts(browser, "h2")[0] == "one"
     tops = [find(browser, ".stage", i).rect["y"] for i in (0, 1)]
     assert tops[0] == tops[1]
@@ -608,7 +626,7 @@ def test_two_panes_move_together_each_to_its_own_patch_at_the_same_place(look):
         "return [...document.querySelectorAll('[role=status]')].map(e => e.textContent)"
     )
     assert [text.partition(":")[0] for text in spoken] == ["one", cropped.name]
-    look(explorer([whole, cropped], PHOTO, "cat.jpg"), 390, 844)
+    look(explorer_page([whole, cropped], PHOTO, "cat.jpg"), 390, 844)
     assert (
         find(browser, ".pane", 1).rect["y"] > find(browser, ".pane").rect["y"] + 300
     )  # one above the other
@@ -617,9 +635,9 @@ def test_two_panes_move_together_each_to_its_own_patch_at_the_same_place(look):
 CROP = Preprocess(256, (224, 224)).box(PHOTO.size)
 
 
-def test_the_map_lies_on_the_part_of_the_photo_that_the_model_saw_in_the_colours_of_its_bar(look):
+def test_the_map_lies_on_what_the_model_saw_in_its_bars_colours(look):
     one = pane(box=CROP)
-    browser = look(explorer([one], PHOTO, "cat.jpg"))
+    browser = look(explorer_page([one], PHOTO, "cat.jpg"))
     point_at(browser, -0.6, 2)  # just above the crop
     assert_shows(browser, rows_of(one.attn, 7, None))
     canvas, image = (find(browser, css).rect for css in ("canvas", ".stage img"))
@@ -630,7 +648,11 @@ def test_the_map_lies_on_the_part_of_the_photo_that_the_model_saw_in_the_colours
         [v * scale for v in (left, top, right - left, bottom - top)], abs=0.5
     )
     assert image["width"] / image["height"] == pytest.approx(1.5, abs=0.01)
-    read = "const c = document.querySelector('canvas'); return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
+    read = """
+        const canvas = document.querySelector('canvas');
+        const context = canvas.getContext('2d');
+        return [...context.getImageData(0, 0, canvas.width, canvas.height).data]
+    """
     pixels = np.array(browser.execute_script(read)).reshape(*GRID, 4)
     mean = rows_of(one.attn, 7, None).mean(0).reshape(GRID)
     expected = 255 * colormaps["inferno"]((mean - mean.min()) / (mean.max() - mean.min()))
@@ -639,12 +661,12 @@ def test_the_map_lies_on_the_part_of_the_photo_that_the_model_saw_in_the_colours
     np.testing.assert_allclose(
         ticks, [100 * v for v in (mean.min(), (mean.min() + mean.max()) / 2, mean.max())], atol=0.1
     )
-    assert texts(browser, ".unit") == ["% of attention per patch (own scale of this map)"]
+    assert texts(browser, ".unit") == ["% of attention per patch (this map's own scale)"]
 
 
 def test_a_common_scale_is_that_of_all_blocks_and_models(look):
     panes = [pane("one"), pane("two", seed=1)]
-    browser = look(explorer(panes, PHOTO, "cat.jpg"))
+    browser = look(explorer_page(panes, PHOTO, "cat.jpg"))
     find(browser, "#common").click()
     means = np.stack([rows_of(one.attn, block, None).mean(0) for one in panes for block in BLOCKS])
     ticks = [float(text) for text in texts(browser, ".ticks span")]
@@ -662,8 +684,8 @@ def test_a_common_scale_is_that_of_all_blocks_and_models(look):
 def test_hostile_names_are_shown_as_text(look, text):
     maps = {i: torch.full(GRID, 0.05) for i in BLOCKS}
     panes = [Pane(text, [(text, 0.5)], random_attn(), GRID, (0, 0, 300, 200), {text: maps})] * 2
-    browser = look(explorer(panes, PHOTO, text), 390, 844)
-    line = report.shorten(text, report.MAX_NAME)
+    browser = look(explorer_page(panes, PHOTO, text), 390, 844)
+    line = explorer.shorten(text, explorer.MAX_NAME)
     css = "h1 bdi, h2 bdi, .predictions td:first-child, #method option"
     read = f"return [...document.querySelectorAll('{css}')].map(element => element.textContent)"
     assert browser.execute_script(read) == [line, "attention", line, line, line, line, line]
@@ -677,19 +699,21 @@ def test_hostile_names_are_shown_as_text(look, text):
 
 @pytest.mark.parametrize("size", [(300, 200), (40, 800), (800, 40)], ids=["photo", "1:20", "20:1"])
 @pytest.mark.parametrize("width", [320, 390, 1280])
-def test_no_page_scrolls_sideways_and_the_smallest_photo_can_be_pointed_at(look, size, width):
+def test_no_page_scrolls_sideways_and_no_photo_is_too_small(look, size, width):
     panes = [pane("google/vit-base-patch16-224" * k, size=size) for k in (1, 4)]
     for some in (panes[:1], panes):
-        browser = look(explorer(some, Image.new("RGB", size), "cat.jpg"), width, 844)
+        browser = look(explorer_page(some, Image.new("RGB", size), "cat.jpg"), width, 844)
         assert too_wide(browser) == 0
         stage = find(browser, ".stage").rect
         assert min(stage["width"], stage["height"]) >= 60
         assert stage["width"] / stage["height"] == pytest.approx(size[0] / size[1], rel=0.02)
 
 
-def test_a_model_without_a_classifier_and_with_one_block_and_head_is_shown_too(look):
+def test_a_model_of_one_block_and_no_classifier_is_shown_too(look):
     attn = random_attn(heads=1, blocks=(0,))
-    browser = look(explorer([Pane("backbone", [], attn, GRID, (0, 0, 300, 200))], PHOTO, "cat.jpg"))
+    browser = look(
+        explorer_page([Pane("backbone", [], attn, GRID, (0, 0, 300, 200))], PHOTO, "cat.jpg")
+    )
     assert_shows(browser, rows_of(attn, 0, None))
     assert texts(browser, ".predictions") == ["No classifier: attention only."]
     assert [find(browser, f"#{name}").is_enabled() for name in ("block", "head")] == [False, False]
@@ -697,9 +721,8 @@ def test_a_model_without_a_classifier_and_with_one_block_and_head_is_shown_too(l
 
 def test_the_frame_of_a_notebook_shows_the_page(look):
     one = pane()
-    browser = look(
-        f"<!doctype html><title>notebook</title>{explorer([one], PHOTO, 'cat.jpg')._repr_html_()}"
-    )
+    frame = explorer_page([one], PHOTO, "cat.jpg")._repr_html_()
+    browser = look(f"<!doctype html><title>notebook</title>{frame}")
     browser.switch_to.frame(find(browser, "iframe"))
     wait_for(browser, "return window.minivit && window.minivit.maps.length > 0")
     assert_shows(browser, rows_of(one.attn, 7, None))
@@ -707,15 +730,13 @@ def test_the_frame_of_a_notebook_shows_the_page(look):
 
 
 def test_a_browser_that_cannot_draw_the_page_is_told_so(look):
-    page = explorer([pane()], PHOTO, "cat.jpg")
+    page = explorer_page([pane()], PHOTO, "cat.jpg")
     browser = look(page.replace('"maps":"', '"maps":"AAAA'))
     assert "needs a browser of 2023 or newer" in find(browser, "#problem").text
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_pointing_at_a_patch_of_infers_own_page_shows_the_row_that_its_arrays_hold(
-    look, tiny_folder, tmp_path, capsys
-):
+def test_infers_page_shows_the_rows_that_its_arrays_hold(look, tiny_folder, tmp_path, capsys):
     import infer
 
     draw_photo(320, 240).save(tmp_path / "<b>photo.png")
