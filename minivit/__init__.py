@@ -23,19 +23,22 @@ __all__ = [
     "save_pretrained",
 ]
 
-_HOMES = {
-    "attention": ("query_maps",),
-    "checkpoints.weights": ("load_pretrained", "save_pretrained"),
-    "data.photos": ("open_photo",),
-    "data.preprocess": ("Preprocess",),
-    "model": ("ViT", "ViTConfig"),
+_MODULES = {
+    "Preprocess": "data.preprocess",
+    "ViT": "model",
+    "ViTConfig": "model",
+    "load_pretrained": "checkpoints.weights",
+    "open_photo": "data.photos",
+    "query_maps": "attention",
+    "save_pretrained": "checkpoints.weights",
 }
 
 
-def __getattr__(
-    name: str,
-) -> object:  # torch takes a second to import, and `--help` does not need it
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f".{module}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used.
+
+    Torch takes a second to import, and `--help` does not need it.
+    """
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

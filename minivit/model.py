@@ -156,16 +156,14 @@ class Attention(nn.Module):
 
     def project_with_rows(self, x: Tensor, rows: slice) -> tuple[Tensor, ...]:
         """Project tokens with some rows of qkv's weight (3 D, D): q's, then k's, then v's."""
-        bias = self.qkv.bias
-        if bias is not None:
-            bias = bias[rows]
+        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
         return self.split_heads(F.linear(x, self.qkv.weight[rows], bias))
 
     def split_heads(self, projected: Tensor) -> tuple[Tensor, ...]:
-        """Split (B, N, parts x H x K) into its parts, each (B, H, N, K)."""
-        B, N, _ = projected.shape
-        K = self.proj.in_features // self.num_heads
-        return projected.view(B, N, -1, self.num_heads, K).permute(2, 0, 3, 1, 4).unbind(0)
+        """Split one, two or three parts side by side, (B, N, parts x D), into (B, H, N, K) each."""
+        B, N, width = projected.shape
+        D, H = self.proj.in_features, self.num_heads
+        return projected.view(B, N, width // D, H, D // H).permute(2, 0, 3, 1, 4).unbind(0)
 
     def attention_weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Return softmax(q k^T / sqrt(K)): the weights (B, H, Q, N) of queries (B, H, Q, K)."""

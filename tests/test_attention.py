@@ -1,4 +1,4 @@
-"""Attention on the way to the logits, and the maps made of it: by hand, by their properties, and against transformers."""
+"""Tests of attention, rollout and relevance: by hand, by their properties, against transformers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from minivit import ViT, ViTConfig, load_pretrained, query_maps
+from minivit import __main__ as commands
 from minivit.attention import (
     DOMINANT_SHARE,
+    METHODS,
     class_relevance,
+    class_token_and_top_patch_shares,
     difference,
     method_rows,
     relevance,
     rollout,
     shares,
-    sinks,
 )
 from minivit.errors import UserError
 
@@ -37,6 +39,11 @@ PRECISIONS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def the_same_random_images_in_any_order_of_tests():
+    torch.manual_seed(0)
+
+
 def autocast(amp):
     return torch.autocast("cpu", dtype=amp) if amp else contextlib.nullcontext()
 
@@ -45,29 +52,23 @@ def random_attention(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(2).softmax(-1)
 
 
-def bits(tensor: torch.Tensor) -> list[int]:
-    return (
-        tensor.detach()
-        .view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-        .flatten()
-        .tolist()
-    )
+def bits(tensor: torch.Tensor) -> list:
+    return tensor.detach().view(torch.uint8).tolist()
 
 
-def attention_gradients(logits, attn, targets=TARGETS):
-    return dict(
-        zip(
-            attn, torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), list(attn.values()))
-        )
-    )
+def attention_gradients(logits, attn):
+    """Return the gradients of the targets' logits with respect to each block's attention."""
+    target_logits = logits.gather(1, TARGETS[:, None])
+    return dict(zip(attn, torch.autograd.grad(target_logits.sum(), list(attn.values()))))
 
 
 # The tensors
 
 
 @pytest.mark.parametrize("dtype, amp", PRECISIONS.values(), ids=PRECISIONS)
-def test_with_gradients_too_asking_for_attention_does_not_change_a_bit(tiny, dtype, amp):
-    model, images = tiny.to(dtype), torch.randn(2, 3, 32, 32, dtype=dtype)
+def test_asking_for_attention_with_gradients_changes_no_bit(tiny, dtype, amp):
+    model = tiny.to(dtype)
+    images = torch.randn(2, 3, 32, 32, dtype=dtype)
     with autocast(amp):
         plain = model(images)
         for blocks, queries in ((range(12), None), ([3, 8], None), ([11], [0, 4])):
@@ -78,21 +79,16 @@ def test_with_gradients_too_asking_for_attention_does_not_change_a_bit(tiny, dty
         assert bits(block.forward_with_attention(x)[0]) == bits(block(x))
 
 
-def test_parameters_get_the_same_gradients_whether_or_not_attention_was_asked_for(tiny):
+def test_asking_for_attention_leaves_the_gradients_as_they_are(tiny):
     images = torch.randn(2, 3, 32, 32)
-    plain = torch.autograd.grad(tiny(images).square().sum(), list(tiny.parameters()))
-    asked = torch.autograd.grad(
-        tiny.forward_with_attention(images, range(12))[0].square().sum(), list(tiny.parameters())
-    )
-    for (name, _), found, expected in zip(tiny.named_parameters(), asked, plain):
-        # float32 sums in another order, relative to the largest gradient
-        assert_close(
-            found,
-            expected,
-            rtol=0,
-            atol=2e-5 * max(1, expected.abs().max().item()),
-            msg=lambda m, n=name: f"{n}: {m}",
-        )
+    parameters = dict(tiny.named_parameters())
+    plain = torch.autograd.grad(tiny(images).square().sum(), list(parameters.values()))
+    logits, _ = tiny.forward_with_attention(images, range(12))
+    asked = torch.autograd.grad(logits.square().sum(), list(parameters.values()))
+    for name, found, expected in zip(parameters, asked, plain):
+        # Float32 sums are added up in another order: the bound is relative to the largest gradient.
+        bound = 2e-5 * max(1, expected.abs().max().item())
+        assert_close(found, expected, rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def flops(call) -> int:
@@ -102,22 +98,19 @@ def flops(call) -> int:
 
 
 def test_nothing_is_computed_beyond_what_was_asked_for(tiny):
-    images, product = (
-        torch.randn(2, 3, 32, 32),
-        2 * 2 * 3 * 17 * 17 * 8,
-    )  # of B=2, H=3, N=17, K=8: q @ k, or attn @ v
+    images = torch.randn(2, 3, 32, 32)
+    product = 2 * 2 * 3 * 17 * 17 * 8  # q @ k or attn @ v, for B=2, H=3, N=17, K=8
     plain = flops(lambda: tiny(images))
-    assert flops(lambda: tiny.forward_with_attention(images, [2, 7])) - plain == 2 * (
-        product + product
-    )
-    assert (
-        flops(lambda: tiny.forward_with_attention(images, [2, 7], queries=[0])) - plain
-        == 2 * product // 17
-    )
+
+    def extra(queries=None):
+        return flops(lambda: tiny.forward_with_attention(images, [2, 7], queries)) - plain
+
+    assert extra() == 2 * (product + product)
+    assert extra(queries=[0]) == 2 * product // 17
     with torch.no_grad():
-        assert flops(lambda: tiny.forward_with_attention(images, [2, 7])) - plain == 2 * product
+        assert extra() == 2 * product
     tiny.requires_grad_(False)
-    assert flops(lambda: tiny.forward_with_attention(images, [2, 7])) - plain == 2 * product
+    assert extra() == 2 * product
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -132,31 +125,24 @@ def test_attention_without_a_graph_is_the_same(tiny, mode, queries):
             assert torch.equal(found[block], attn[block]) and not found[block].requires_grad
 
 
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning"
-)  # torch 2.11's compiler uses what it deprecates itself
+# The compiler of torch 2.11 uses what that version itself deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("queries", [None, [0, 5]], ids=["all rows", "two rows"])
-def test_attention_comes_out_of_a_compiled_model_with_its_parameters_gradients(queries):
-    model, images = (
-        randomize(ViT(ViTConfig(**vars(TINY) | {"depth": 2}))),
-        torch.randn(2, 3, 32, 32),
-    )
+def test_a_compiled_model_gives_attention_and_gradients(queries):
+    model = randomize(ViT(ViTConfig(**vars(TINY) | {"depth": 2})))
+    images = torch.randn(2, 3, 32, 32)
     torch.compiler.reset()
-    compiled, results = (
-        torch.compile(model.forward_with_attention, backend="aot_eager", fullgraph=True),
-        [],
-    )
+    compiled = torch.compile(model.forward_with_attention, backend="aot_eager", fullgraph=True)
+    results = []
     for call in (model.forward_with_attention, compiled):
         logits, attn = call(images, [1], queries)
-        results.append(
-            [logits, attn[1], *torch.autograd.grad(logits.square().sum(), list(model.parameters()))]
-        )
-    assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)  # float32 in another order
-    relevant = class_relevance(model, images, TARGETS, [0, 1])
-    assert_close(
-        class_relevance(torch.compile(model, backend="aot_eager"), images, TARGETS, [0, 1]),
-        relevant,
-    )
+        gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+        results.append([logits, attn[1], *gradients])
+    # Float32 sums are added up in another order.
+    assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    expected = class_relevance(model, images, TARGETS, [0, 1])
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_close(class_relevance(compiled, images, TARGETS, [0, 1]), expected)
 
 
 # Against transformers
@@ -164,7 +150,7 @@ def test_attention_comes_out_of_a_compiled_model_with_its_parameters_gradients(q
 
 @dataclass
 class Reference:
-    """Our model, and transformers' attentions and gradients of them in float64, of the same file and images."""
+    """Our model, and what transformers makes of the same file and images in float64."""
 
     ours: ViT
     images: torch.Tensor
@@ -184,14 +170,10 @@ def reference(tmp_path_factory) -> Reference:
         "num_attention_heads": 4,
         "intermediate_size": 64,
     }
-    randomize(
-        ViTForImageClassification(
-            HubConfig(**sizes, image_size=[32, 48], patch_size=8, num_labels=5)
-        )
-    ).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps({"size": {"height": 32, "width": 48}})
-    )
+    config = HubConfig(**sizes, image_size=[32, 48], patch_size=8, num_labels=5)
+    randomize(ViTForImageClassification(config)).save_pretrained(folder)
+    preprocessor = {"size": {"height": 32, "width": 48}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     theirs = ViTForImageClassification.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float64
     ).eval()
@@ -199,21 +181,18 @@ def reference(tmp_path_factory) -> Reference:
     output = theirs(images.double(), output_attentions=True)
     attn = dict(enumerate(output.attentions))
     gradients = attention_gradients(output.logits, attn)
-    return Reference(
-        load_pretrained(folder), images, {i: a.detach() for i, a in attn.items()}, gradients
-    )
+    attn = {i: weights.detach() for i, weights in attn.items()}
+    return Reference(load_pretrained(folder), images, attn, gradients)
 
 
 @pytest.mark.parametrize("blocks", [range(5), [3]], ids=["all blocks", "one block"])
 @pytest.mark.parametrize(
-    # what is left of each precision, relative to the largest gradient
+    # The bounds are what each precision leaves, relative to the largest gradient.
     "amp, bound",
     [(None, 1e-5), (torch.float16, 0.02), (torch.bfloat16, 0.1)],
     ids=["fp32", "autocast fp16", "autocast bf16"],
 )
-def test_gradients_of_attention_are_those_of_eager_attention_in_float64(
-    reference, blocks, amp, bound
-):
+def test_gradients_of_attention_are_eager_attentions_in_float64(reference, blocks, amp, bound):
     with autocast(amp):
         logits, attn = reference.ours.forward_with_attention(reference.images, blocks)
     for block, found in attention_gradients(logits.float(), attn).items():
@@ -222,44 +201,36 @@ def test_gradients_of_attention_are_those_of_eager_attention_in_float64(
         assert_close(found.double(), expected, rtol=0, atol=bound * expected.abs().max().item())
 
 
-def numpy_rollout(attn: dict[int, torch.Tensor], fuse, discard: float) -> dict[int, np.ndarray]:
+def numpy_rollout(attn: dict[int, torch.Tensor]) -> dict[int, np.ndarray]:
     results = {}
     for image in range(2):
         R = np.eye(25)
         for block, weights in attn.items():
-            A = fuse(weights[image].numpy(), axis=0)
-            order = [i for i in np.argsort(A, axis=None)[: int(625 * discard)] if i != 0]
-            A.flat[order] = 0
-            A = A + np.eye(25)
+            A = weights[image].numpy().mean(axis=0) + np.eye(25)
             R = np.stack([row / row.sum() for row in A]) @ R
             results.setdefault(block, []).append(R)
     return {block: np.stack(pair) for block, pair in results.items()}
 
 
 @pytest.mark.parametrize("start", [0, 2])
-@pytest.mark.parametrize("discard", [0, 0.6, 0.9])
-@pytest.mark.parametrize(
-    "heads, fuse", [("mean", np.mean), ("max", np.max), ("min", np.min)], ids=["mean", "max", "min"]
-)
-def test_rollout_is_numpys_of_transformers_attentions(reference, heads, fuse, discard, start):
+def test_rollout_is_numpys_of_transformers_attentions(reference, start):
     with torch.no_grad():
         _, attn = reference.ours.forward_with_attention(reference.images, range(start, 5))
     before = {block: a.clone() for block, a in attn.items()}
-    found = rollout(attn, heads=heads, discard=discard)
-    expected = numpy_rollout({block: reference.attn[block] for block in attn}, fuse, discard)
+    found = rollout(attn)
+    expected = numpy_rollout({block: reference.attn[block] for block in attn})
     assert list(found) == list(range(start, 5))
     for block in found:
         assert found[block].shape == (2, 25, 25) and found[block].dtype == torch.float32
         np.testing.assert_allclose(found[block].numpy(), expected[block], rtol=0, atol=1e-5)
-    assert all(torch.equal(attn[block], before[block]) for block in attn), (
-        "the attention given was changed"
-    )
+    assert all(torch.equal(attn[block], before[block]) for block in attn), "rollout changed attn"
 
 
 def numpy_relevance(
     attn: dict[int, torch.Tensor], gradients: dict[int, torch.Tensor]
 ) -> dict[int, np.ndarray]:
-    R, results = np.stack([np.eye(25)] * 2), {}
+    R = np.stack([np.eye(25)] * 2)
+    results = {}
     for block in attn:
         evidence = np.maximum(gradients[block].numpy() * attn[block].numpy(), 0).mean(axis=1)
         R = R + evidence @ R
@@ -268,7 +239,7 @@ def numpy_relevance(
 
 
 @pytest.mark.parametrize("start", [0, 2])
-def test_relevance_is_numpys_of_transformers_attentions_and_gradients(reference, start):
+def test_relevance_is_numpys_of_transformers_gradients(reference, start):
     logits, attn = reference.ours.forward_with_attention(reference.images, range(start, 5))
     found = relevance(attn, attention_gradients(logits, attn))
     expected = numpy_relevance(
@@ -285,9 +256,7 @@ def test_relevance_is_numpys_of_transformers_attentions_and_gradients(reference,
     [(range(5), [0]), ([4, 1], [7, 0]), ([2], range(25))],
     ids=["all", "two", "one"],
 )
-def test_class_relevance_is_numpys_of_transformers_attentions_and_gradients(
-    reference, blocks, queries
-):
+def test_class_relevance_is_numpys_of_transformers_gradients(reference, blocks, queries):
     found = class_relevance(reference.ours, reference.images, TARGETS, blocks, queries)
     expected = numpy_relevance(reference.attn, reference.gradients)
     assert list(found) == sorted(blocks)
@@ -307,9 +276,8 @@ def test_a_map_is_the_querys_row_over_the_grid():
     assert maps.shape == (2, 3, 2, 3)
     assert torch.equal(maps[1, 2, 1, 0], attn[1, 2, 0, 4])
     assert torch.equal(query_maps(attn, (2, 3), query=5)[0, 0, 0, 2], attn[0, 0, 5, 3])
-    assert torch.equal(
-        query_maps(attn[:, 1], (2, 3)), maps[:, 1]
-    )  # as of rollout and relevance, without heads
+    # Rollout and relevance come without heads.
+    assert torch.equal(query_maps(attn[:, 1], (2, 3)), maps[:, 1])
     with pytest.raises(UserError, match="7 tokens do not fill a grid of 3 x 3"):
         query_maps(attn, (3, 3))
 
@@ -321,32 +289,16 @@ def test_rollout_of_two_blocks_by_hand():
     assert_close(found[9], torch.tensor([[[0.4375, 0.5625], [0.4375, 0.5625]]]))
 
 
-def test_heads_are_fused_by_hand():
+def test_rollout_takes_the_mean_of_the_heads():
     attn = {0: torch.tensor([[[[0.0, 1.0], [0.5, 0.5]], [[0.6, 0.4], [1.0, 0.0]]]])}
-    for heads, first_row in {"mean": [1.3, 0.7], "max": [1.6, 1.0], "min": [1.0, 0.4]}.items():
-        expected = torch.tensor(first_row)
-        assert_close(rollout(attn, heads=heads)[0][0, 0], expected / expected.sum())
-
-
-def test_discarding_takes_the_smallest_of_each_image_but_never_the_class_tokens_own():
-    first = torch.tensor([[0.1, 0.2, 0.7], [0.3, 0.15, 0.55], [0.4, 0.35, 0.25]])
-    attn = torch.stack([first, first.flip(0)])[:, None]
-    # Of 9 entries, 0.45 is 4. In the first image they are 0.1, kept as the class token's own, 0.15, 0.2 and 0.25; in the
-    # second all four go.
-    kept = torch.tensor(
-        [
-            [[0.1, 0, 0.7], [0.3, 0, 0.55], [0.4, 0.35, 0]],
-            [[0.4, 0.35, 0], [0.3, 0, 0.55], [0, 0, 0.7]],
-        ]
-    )
-    expected = kept + torch.eye(3)
-    assert_close(rollout({0: attn}, discard=0.45)[0], expected / expected.sum(-1, keepdim=True))
+    assert_close(rollout(attn)[0], torch.tensor([[[1.3, 0.7], [0.75, 1.25]]]) / 2)
 
 
 def test_relevance_of_two_blocks_by_hand():
     attn = torch.tensor([[[[0.5, 0.5], [0.25, 0.75]], [[0.5, 0.5], [0.5, 0.5]]]])
     gradients = torch.tensor([[[[2.0, -4.0], [8.0, 0.0]], [[0.0, 1.0], [-9.0, 0.0]]]])
-    # The positive parts are [[1, 0], [2, 0]] and [[0, 0.5], [0, 0]], their mean [[0.5, 0.25], [1, 0]].
+    # The positive parts are [[1, 0], [2, 0]] and [[0, 0.5], [0, 0]].
+    # Their mean is [[0.5, 0.25], [1, 0]].
     found = relevance({4: attn, 5: attn}, {4: gradients, 5: gradients})
     assert_close(found[4], torch.tensor([[[1.5, 0.25], [1.0, 1.0]]]))
     assert_close(
@@ -356,10 +308,8 @@ def test_relevance_of_two_blocks_by_hand():
 
 
 def test_maps_are_compared_by_their_shares():
-    maps, others = (
-        torch.tensor([[[1.0, 3.0]], [[0.0, 0.0]]]),
-        torch.tensor([[[0.5, 0.5]], [[0.1, 0.3]]]),
-    )
+    maps = torch.tensor([[[1.0, 3.0]], [[0.0, 0.0]]])
+    others = torch.tensor([[[0.5, 0.5]], [[0.1, 0.3]]])
     assert_close(shares(maps), torch.tensor([[[0.25, 0.75]], [[0.0, 0.0]]]))
     assert_close(difference(maps, others), torch.tensor([[[-0.25, 0.25]], [[-0.25, -0.75]]]))
     maps, others = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5)
@@ -371,49 +321,47 @@ def test_maps_are_compared_by_their_shares():
         difference(maps, others.mT)
 
 
-def test_a_sink_is_what_the_class_token_keeps_and_what_one_patch_takes_of_the_rest():
+def test_shares_of_the_class_token_and_of_the_top_patch_by_hand():
     attn = torch.tensor([[[[0.6, 0.1, 0.3, 0.0]], [[1.0, 0.0, 0.0, 0.0]], [[0.1, 0.3, 0.3, 0.3]]]])
-    keeps, largest = sinks(attn)
-    assert_close(keeps, torch.tensor([[0.6, 1.0, 0.1]]))
-    assert_close(largest, torch.tensor([[0.75, 0.0, 1 / 3]]))
+    class_token, top_patch = class_token_and_top_patch_shares(attn)
+    assert_close(class_token, torch.tensor([[0.6, 1.0, 0.1]]))
+    assert_close(top_patch, torch.tensor([[0.75, 0.0, 1 / 3]]))
     assert DOMINANT_SHARE == 0.3
-    keeps, largest = sinks(random_attention(2, 3, 17, 17))
-    assert keeps.shape == largest.shape == (2, 3)
+    class_token, top_patch = class_token_and_top_patch_shares(random_attention(2, 3, 17, 17))
+    assert class_token.shape == top_patch.shape == (2, 3)
 
 
 @pytest.mark.parametrize(
     "call, message",
     {
-        "fusion": (
-            lambda m, a: rollout(a, heads="sum"),
-            "heads is mean or max or min and discard from 0 to 1, not 'sum'",
+        "gap": (lambda m, a: rollout({1: a[1], 3: a[1]}), r"without a gap, found \[1, 3\]"),
+        "rows": (
+            lambda m, a: rollout({1: a[1][:, :, :1]}),
+            "expected all 17 rows of block 1's attention, found 1",
         ),
-        "discard": (lambda m, a: rollout(a, discard=1.5), "not 'mean' and 1.5"),
-        "gap": (lambda m, a: rollout({1: a[1], 3: a[1]}), r"found 17 of 17 of block 3 after \[1\]"),
-        "rows": (lambda m, a: rollout({1: a[1][:, :, :1]}), r"found 1 of 17 of block 1 after \[\]"),
         "relevance": (
             lambda m, a: relevance({0: a[1], 2: a[1]}, {0: a[1], 2: a[1]}),
-            "expected all rows of each block in turn",
+            r"without a gap, found \[0, 2\]",
         ),
         "block": (
             lambda m, a: class_relevance(m, torch.zeros(2, 3, 32, 32), TARGETS, [3, 12]),
-            "block .* this model has 12",
+            "block 12 is out of range: expected 0 <= block < 12",
         ),
         "negative": (
             lambda m, a: class_relevance(m, torch.zeros(2, 3, 32, 32), TARGETS, [-1]),
-            "block .* this model has 12",
+            "block -1 is out of range",
         ),
         "class": (
             lambda m, a: class_relevance(m, torch.zeros(2, 3, 32, 32), TARGETS + 2, [3]),
-            "class .* this model has 5",
+            "class 5 is out of range: expected 0 <= class < 5",
         ),
         "method": (
             lambda m, a: method_rows(m, torch.zeros(2, 3, 32, 32), [3], method="rolout"),
-            "method is .*, not 'rolout'",
+            "method is 'rolout'; expected one of attention, rollout, relevance",
         ),
         "token": (
             lambda m, a: class_relevance(m, torch.zeros(2, 3, 32, 32), TARGETS, [3], [17]),
-            "token .* this model has 17",
+            "token 17 is out of range: expected 0 <= token < 17",
         ),
     }.values(),
 )
@@ -422,15 +370,23 @@ def test_what_gives_no_map_is_refused(tiny, call, message):
         call(tiny, {1: random_attention(2, 3, 17, 17)})
 
 
+@pytest.mark.parametrize("command", ["infer", "score"])
+def test_commands_offer_the_methods_that_there_are(command, capsys):
+    """They keep a list of their own, so that --help does not have to import torch."""
+    with pytest.raises(SystemExit):
+        commands.main([command, "--help"])
+    help_text = "".join(capsys.readouterr().out.split())
+    assert ",".join(METHODS) in help_text
+
+
 # Properties
 
 
-@pytest.mark.parametrize("heads", ["mean", "max", "min"])
-def test_rows_of_a_rollout_sum_to_1_also_under_autocast(heads):
+def test_rows_of_a_rollout_sum_to_1_also_under_autocast():
     attn = {i: random_attention(2, 3, 17, 17, seed=i) for i in range(4)}
     with autocast(torch.bfloat16):
-        under = rollout(attn, heads=heads, discard=0.3)
-    for block, found in rollout(attn, heads=heads, discard=0.3).items():
+        under = rollout(attn)
+    for block, found in rollout(attn).items():
         assert_close(found.sum(-1), torch.ones(2, 17))
         assert (found >= 0).all()
         assert torch.equal(under[block], found)
@@ -451,7 +407,7 @@ def test_rollout_of_uniform_attention_is_uniform():
         assert_close(found, own * torch.eye(17).expand(2, 17, 17) + (1 - own) / 17)
 
 
-def test_a_flipped_photo_has_flipped_maps_in_a_model_that_knows_no_left_and_right():
+def test_a_symmetric_model_gives_flipped_photos_flipped_maps():
     model = randomize(ViT(ViTConfig(**vars(TINY) | {"img_size": (16, 32), "depth": 3})))
     with torch.no_grad():
         model.patch_embed.proj.weight += model.patch_embed.proj.weight.flip(3)
@@ -465,38 +421,34 @@ def test_a_flipped_photo_has_flipped_maps_in_a_model_that_knows_no_left_and_righ
         maps.append([query_maps(a[i], (2, 4)) for a in (attn, rolled, relevant) for i in range(3)])
     for found, expected in zip(*maps):
         assert_close(found, expected.flip(-1), rtol=1e-4, atol=1e-6)
-        assert not torch.allclose(
-            expected, expected.flip(-1), atol=1e-3
-        )  # or there would be nothing to see
+        # A map that is symmetric itself would prove nothing.
+        assert not torch.allclose(expected, expected.flip(-1), atol=1e-3)
 
 
 def test_a_patch_that_cannot_reach_the_logits_has_no_relevance():
     model = randomize(ViT(ViTConfig(**vars(TINY) | {"depth": 3})))
-    with torch.no_grad():  # Dimension 0 marks patch 6 only, and keys are so made that no query gives anything to the mark.
+    # Dimension 0 marks patch 6 alone, and the keys are such that no query attends to the mark.
+    with torch.no_grad():
         model.patch_embed.proj.weight[0] = 0
-        for tensor in (
-            model.patch_embed.proj.bias[0],
-            model.cls_token[..., 0],
-            model.pos_embed[..., 0],
-        ):
-            tensor.zero_()
+        model.patch_embed.proj.bias[0] = 0
+        model.cls_token[..., 0] = 0
+        model.pos_embed[..., 0] = 0
         model.pos_embed[0, 1 + 6, 0] = 1e4
         for block in model.blocks:
             for layer in (block.attn.proj, block.mlp.fc2):
-                layer.weight[0], layer.bias[0] = 0, 0
-            block.norm1.weight[0], block.norm1.bias[0] = 1, 0
-            weight, bias = (
-                block.attn.qkv.weight.view(3, 3, 8, 24),
-                block.attn.qkv.bias.view(3, 3, 8),
-            )
-            weight[:2, :, 0], bias[:2, :, 0] = (
-                0,
-                0,
-            )  # the first of 8 dimensions of each head's queries and keys
-            bias[0, :, 0], weight[1, :, 0, 0] = 30, -3 * 8**0.5
-    images = torch.randn(
-        2, 3, 32, 32, generator=torch.Generator().manual_seed(0)
-    )  # in some, no patch looks at patch 7
+                layer.weight[0] = 0
+                layer.bias[0] = 0
+            block.norm1.weight[0] = 1
+            block.norm1.bias[0] = 0
+            weight = block.attn.qkv.weight.view(3, 3, 8, 24)
+            bias = block.attn.qkv.bias.view(3, 3, 8)
+            # The first of the 8 dimensions of each head's queries and keys sees the mark only.
+            weight[:2, :, 0] = 0
+            bias[:2, :, 0] = 0
+            bias[0, :, 0] = 30
+            weight[1, :, 0, 0] = -3 * 8**0.5
+    # The seed matters: in some images, no patch attends to patch 7.
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     changed = torch.zeros(2, 3, 32, 32, dtype=torch.bool)
     changed[:, :, 8:16, 16:24] = True  # patch 6 is in row 1, column 2
     assert torch.equal(model(images), model(images + changed))
@@ -510,7 +462,7 @@ def test_a_patch_that_cannot_reach_the_logits_has_no_relevance():
 # The function that runs a model
 
 
-def test_class_relevance_changes_nothing_and_needs_nothing_of_its_surroundings(tiny):
+def test_class_relevance_works_in_any_mode_and_changes_nothing(tiny):
     images = torch.randn(2, 3, 32, 32)
     expected = class_relevance(tiny, images, TARGETS, [3, 11])
     for frozen in (False, True):
@@ -527,7 +479,7 @@ def test_class_relevance_changes_nothing_and_needs_nothing_of_its_surroundings(t
     assert images.grad is None and not images.requires_grad
 
 
-def test_class_relevance_under_autocast_is_close_and_leaves_training_there_intact(tiny):
+def test_class_relevance_under_autocast_leaves_training_intact(tiny):
     images = torch.randn(2, 3, 32, 32)
     expected = class_relevance(tiny, images, TARGETS, [5, 11])
     with autocast(torch.bfloat16):
@@ -537,9 +489,8 @@ def test_class_relevance_under_autocast_is_close_and_leaves_training_there_intac
     assert all(p.grad is not None for p in tiny.parameters())
     for block in found:
         assert found[block].dtype == torch.float32
-        assert_close(
-            found[block], expected[block], rtol=0, atol=0.1 * expected[block][..., 1:].max().item()
-        )
+        bound = 0.1 * expected[block][..., 1:].max().item()
+        assert_close(found[block], expected[block], rtol=0, atol=bound)
         assert not torch.equal(found[block], expected[block])  # it did run in bfloat16
 
 
@@ -558,13 +509,10 @@ def peak_saved(call) -> int:
     class Saved:
         def __init__(self, tensor):
             nonlocal kept, peak
-            self.tensor, size = (
-                tensor.detach(),
-                tensor.nbytes,
-            )  # not attached, or a graph would hold itself
-            kept += size
+            self.tensor = tensor.detach()  # Attached, it would make the graph hold itself.
+            kept += tensor.nbytes
             peak = max(peak, kept)
-            weakref.finalize(self, release, size)
+            weakref.finalize(self, release, tensor.nbytes)
 
     def release(size):
         nonlocal kept
@@ -575,7 +523,7 @@ def peak_saved(call) -> int:
     return peak
 
 
-def test_class_relevance_keeps_one_blocks_graph_whatever_is_asked_for():
+def test_class_relevance_keeps_one_blocks_graph_for_any_blocks():
     shallow, deep = (randomize(ViT(ViTConfig(**vars(TINY) | {"depth": depth}))) for depth in (1, 8))
     images = torch.randn(2, 3, 32, 32)
     one = peak_saved(lambda: class_relevance(shallow, images, TARGETS, [0]))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ DTYPES = {
 @pytest.mark.parametrize("dtype, amp", DTYPES.values(), ids=DTYPES)
 @torch.no_grad()
 def test_asking_for_attention_does_not_change_a_bit_of_the_logits(tiny, dtype, amp):
-    model, images = tiny.to(dtype), torch.randn(2, 3, 32, 32, dtype=dtype)
+    model = tiny.to(dtype)
+    images = torch.randn(2, 3, 32, 32, dtype=dtype)
     with torch.autocast("cpu", dtype=amp) if amp else contextlib.nullcontext():
         plain = model(images)
         for blocks, queries in (((), None), (range(12), None), ([8, 11], [0])):
@@ -58,10 +60,9 @@ def test_attention_is_what_mixes_the_values(tiny):
     x = block.norm1(torch.randn(2, 17, 24))
     _, _, v = block.attn.project_qkv(x, only_cls=False)
     mixed, attn = block.attn.forward_with_attention(x)
-    # float32 sums of 17 terms in another order than the fused kernel's
-    assert_close(
-        mixed, block.attn.proj((attn @ v).transpose(1, 2).flatten(2)), rtol=1e-5, atol=1e-5
-    )
+    expected = block.attn.proj((attn @ v).transpose(1, 2).flatten(2))
+    # The fused kernel adds up the same 17 float32 terms in another order.
+    assert_close(mixed, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -77,12 +78,8 @@ def test_logits_from_any_cut_are_the_whole_forward(tiny):
 
 
 def test_a_model_without_classes_gives_features():
-    assert ViT(ViTConfig(num_classes=0, depth=1, embed_dim=24, num_heads=3, mlp_dim=24))(
-        torch.zeros(1, 3, 224, 224)
-    ).shape == (
-        1,
-        24,
-    )
+    model = ViT(ViTConfig(num_classes=0, depth=1, embed_dim=24, num_heads=3, mlp_dim=24))
+    assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 24)
 
 
 def test_the_default_fine_tuning_has_14205733_parameters():
@@ -93,13 +90,12 @@ def test_the_default_fine_tuning_has_14205733_parameters():
     assert sum(p.numel() for p in ViT(ViTConfig(depth=0)).parameters()) == 742_656 + 1_536 + 769_000
 
 
-def test_positions_of_the_own_grid_are_left_alone_and_others_resampled():
+def test_positions_are_resampled_only_for_another_grid():
     small = ViTConfig(
         img_size=(32, 48), patch_size=8, embed_dim=24, depth=1, num_heads=3, mlp_dim=24
     )
-    assert torch.equal((model := ViT(small)).positions(), model.pos_embed)
-    from dataclasses import replace
-
+    model = ViT(small)
+    assert torch.equal(model.positions(), model.pos_embed)
     model = ViT(replace(small, pos_grid=(7, 7)))
     model.pos_embed.data[:, 1:] = 3.0
     assert model.positions().shape == (1, 25, 24)
@@ -111,7 +107,7 @@ def test_positions_of_the_own_grid_are_left_alone_and_others_resampled():
     {
         "block": (
             lambda m: m.forward_with_attention(torch.zeros(1, 3, 32, 32), [12]),
-            "block 12 is out of range",
+            "block 12 is out of range: expected 0 <= block < 12",
         ),
         "negative": (
             lambda m: m.forward_with_attention(torch.zeros(1, 3, 32, 32), [-1]),
@@ -121,14 +117,17 @@ def test_positions_of_the_own_grid_are_left_alone_and_others_resampled():
             lambda m: m.forward_with_attention(torch.zeros(1, 3, 32, 32), [0], [17]),
             "token 17 is out of range",
         ),
-        "stop": (lambda m: m.tokens(torch.zeros(1, 3, 32, 32), stop=13), "stop 13 is out of range"),
+        "stop": (
+            lambda m: m.tokens(torch.zeros(1, 3, 32, 32), stop=13),
+            "stop 13 is out of range: expected 0 <= stop < 13",
+        ),
         "size": (
             lambda m: m(torch.zeros(1, 3, 32, 40)),
             r"expected images \(B, 3, 32, 32\), found \(1, 3, 32, 40\)",
         ),
         "heads": (lambda _: ViTConfig(embed_dim=10, num_heads=3), "does not divide"),
         "patches": (lambda _: ViTConfig(img_size=(30, 32)), "whole number of patches"),
-        "pool": (lambda _: ViTConfig(pool="max"), "pool is"),
+        "pool": (lambda _: ViTConfig(pool="max"), "pool is 'max'; expected"),
     }.values(),
 )
 def test_what_cannot_be_is_refused(tiny, call, message):
@@ -137,22 +136,26 @@ def test_what_cannot_be_is_refused(tiny, call, message):
 
 
 @torch.no_grad()
-def test_the_last_block_works_for_the_class_token_alone_where_that_alone_is_read(tiny):
-    images, seen = torch.randn(2, 3, 32, 32), []
-    hook = tiny.blocks[11].mlp.register_forward_hook(lambda *io: seen.append(io[1][0].shape[1]))
+def test_the_last_block_computes_only_what_the_head_reads(tiny):
+    images = torch.randn(2, 3, 32, 32)
+    num_tokens = []
+
+    def count_tokens(module, inputs, output):
+        num_tokens.append(output.shape[1])
+
+    tiny.blocks[11].mlp.register_forward_hook(count_tokens)
     tiny(images)
     tiny.forward_with_attention(images, [11])
-    assert seen == [1, 1]
-    assert tiny.tokens(images, stop=12).shape[1] == seen[-1] == 17
-    hook.remove()
-    both = ViT(ViTConfig(**vars(tiny.config) | {"pool": "cls+mean"}))
-    hook = both.blocks[11].mlp.register_forward_hook(lambda *io: seen.append(io[1][0].shape[1]))
-    both(images)
-    assert seen[-1] == 17
+    tiny.tokens(images, stop=12)
+    assert num_tokens == [1, 1, 17]
+    reads_patches = ViT(replace(tiny.config, pool="cls+mean"))
+    reads_patches.blocks[11].mlp.register_forward_hook(count_tokens)
+    reads_patches(images)
+    assert num_tokens[3:] == [17]
 
 
-def test_floating_point_operations_are_those_of_the_matrix_products():
-    """ViT-B/16, by hand: of the last block's output only the class token is read."""
+def test_flops_are_those_of_the_matrix_products():
+    """The sum for ViT-B/16 by hand. Of the last block's output, only the class token is read."""
     with torch.device("meta"):
         model = ViT(ViTConfig())
     N, D, M = 197, 768, 3072

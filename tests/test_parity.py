@@ -15,9 +15,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from minivit import ViT, load_pretrained, open_photo, save_pretrained
 from minivit.model import freeze_except
 
-pytestmark = pytest.mark.filterwarnings(
-    "default"
-)  # transformers' own deprecations are not ours to mend
+# The deprecations that transformers itself warns of are not ours to mend.
+pytestmark = pytest.mark.filterwarnings("default")
 
 NUM_LABELS = 7
 LR = 1e-3
@@ -25,7 +24,7 @@ LR = 1e-3
 
 @dataclass
 class Pair:
-    """Our model and transformers' from one folder, and what both make of the same images."""
+    """Our model and transformers' model from one folder, and images for both."""
 
     folder: Path
     ours: ViT
@@ -38,13 +37,11 @@ def pair(request, tmp_path_factory) -> Pair:
     folder = request.getfixturevalue(request.param)
     photos = request.getfixturevalue("photos")
     if request.param == "real_weights":
-        photos = sorted(
-            (request.getfixturevalue("pets3") / "oxford-iiit-pet" / "images").glob("*.jpg")
-        )[:3]
+        pets = request.getfixturevalue("pets3") / "oxford-iiit-pet"
+        photos = sorted(pets.glob("images/*.jpg"))[:3]
     ours = load_pretrained(folder)
-    if (
-        not ours.labels
-    ):  # a backbone: with a head of its own, transformers' classifier can be held against it
+    if not ours.labels:
+        # A backbone gets a head, so that it can be compared with transformers' classifier.
         ours = load_pretrained(folder, num_classes=NUM_LABELS)
         torch.nn.init.normal_(
             ours.head.weight, std=0.05, generator=torch.Generator().manual_seed(0)
@@ -66,16 +63,17 @@ def reference(pair):
 
 @pytest.mark.parametrize("backend, bound", [("pil", 0), ("torchvision", None)])
 def test_pixels(pair, photos, backend, bound):
-    # Pillow's pixels are ours bit for bit. torchvision rounds its own resizing to another level of 255: one for
-    # bilinear, up to two where bicubic overshoots.
-    levels = bound if bound is not None else 1 if pair.ours.preprocess.resample == 2 else 2
+    # Pillow's pixels are ours bit for bit. What torchvision resizes is rounded to another level of
+    # the 255: the next one for bilinear, the second next where bicubic overshoots.
+    if bound is None:
+        bound = 1 if pair.ours.preprocess.resample == 2 else 2
     processor = AutoImageProcessor.from_pretrained(pair.folder, backend=backend)
     std = torch.tensor(pair.ours.preprocess.std).view(3, 1, 1)
     for path in photos:
         photo = open_photo(path)
         theirs = processor(photo, return_tensors="pt")["pixel_values"][0]
         difference = (pair.ours.preprocess(photo) - theirs) * std * 255
-        assert difference.abs().max() <= levels + 1e-3, path
+        assert difference.abs().max() <= bound + 1e-3, path
 
 
 def test_embeddings_and_every_hidden_state(pair, reference):
@@ -84,7 +82,8 @@ def test_embeddings_and_every_hidden_state(pair, reference):
         for stop, (expected, block) in enumerate(
             zip(reference.hidden_states, [*pair.ours.blocks, None], strict=True)
         ):
-            # Fused and eager attention round differently, and activations reach the hundreds: relative to their size.
+            # Fused and eager attention round differently, and activations reach the hundreds, so
+            # the bound is relative to their size.
             bound = 1e-5 * max(1, expected.abs().max().item())
             assert_close(found, expected, rtol=0, atol=bound, msg=lambda m, s=stop: f"{s}: {m}")
             if stop in (7, 12):
@@ -98,8 +97,8 @@ def test_every_attention(pair, reference, request):
         _, attn = pair.ours.forward_with_attention(pair.images, range(12))
     exact = [None] * 12
     if "real_weights" in request.node.name:
-        # Scores of block 3 reach 287 there, so float32 itself is off by more than 1e-5: the reference is then
-        # transformers in float64, and its own float32 error is the bound.
+        # Scores of block 3 reach 287 there, so that float32 itself is off by more than 1e-5. The
+        # reference is then transformers in float64, and its own float32 error is the bound.
         with torch.no_grad():
             exact = pair.theirs.double()(pair.images.double(), output_attentions=True).attentions
         pair.theirs.float()
@@ -117,11 +116,11 @@ def test_every_attention_in_float64(pair):
     with torch.no_grad():
         expected = pair.theirs.double()(pair.images[:1].double(), output_attentions=True).attentions
         _, attn = pair.ours.double().forward_with_attention(pair.images[:1].double(), range(12))
-    pair.theirs.float(), pair.ours.float()
+    pair.theirs.float()
+    pair.ours.float()
     for block in range(12):
-        assert_close(
-            attn[block], expected[block], rtol=0, atol=1e-6
-        )  # transformers' softmax is in float32 all the same
+        # The softmax of transformers is in float32 even so.
+        assert_close(attn[block], expected[block], rtol=0, atol=1e-6)
 
 
 def test_logits(pair, reference):
@@ -130,7 +129,7 @@ def test_logits(pair, reference):
 
 
 def test_gradients_and_one_adamw_step(pair, tmp_path):
-    """Both sides write what they have under the Hub's on-disk names: once the gradients, once the stepped weights."""
+    """Both sides write their gradients, then their stepped weights, under the Hub's names."""
     labels = torch.tensor([1, 3])
     ours, theirs = load_pretrained(pair.folder), pair.theirs
     cut = freeze_except(ours, [10, 11])
@@ -138,28 +137,24 @@ def test_gradients_and_one_adamw_step(pair, tmp_path):
         tokens = ours.tokens(pair.images, stop=cut)
     torch.nn.functional.cross_entropy(ours.logits(tokens, start=cut), labels).backward()
 
+    trains = re.compile(r"layers?\.1[01]\.|^\w+\.layernorm\.|^classifier")
     for name, parameter in theirs.named_parameters():
-        parameter.requires_grad_(
-            re.search(r"layers?\.1[01]\.|^\w+\.layernorm\.|^classifier", name) is not None
-        )
+        parameter.requires_grad_(trains.search(name) is not None)
     torch.nn.functional.cross_entropy(theirs(pair.images).logits, labels).backward()
+
     start = load_file(pair.folder / "model.safetensors")
     prefix = theirs.base_model_prefix
-    trained = {
-        name
-        for name in start
-        if name.startswith(
-            (
-                f"{prefix}.encoder.layer.10.",
-                f"{prefix}.encoder.layer.11.",
-                f"{prefix}.layernorm.",
-                "classifier.",
-            )
-        )
-    }
+    trained_prefixes = (
+        f"{prefix}.encoder.layer.10.",
+        f"{prefix}.encoder.layer.11.",
+        f"{prefix}.layernorm.",
+        "classifier.",
+    )
+    trained = {name for name in start if name.startswith(trained_prefixes)}
     assert len(trained) > 30
 
     def written(model: torch.nn.Module, name: str, values) -> dict[str, torch.Tensor]:
+        """Save a model with `values` in place of its parameters, and return what is in the file."""
         kept = [p.detach().clone() for p in model.parameters()]
         with torch.no_grad():
             for p, value in zip(model.parameters(), values, strict=True):
@@ -175,38 +170,37 @@ def test_gradients_and_one_adamw_step(pair, tmp_path):
     def gradients(model):
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
 
-    found, expected = (
-        written(ours, "our-gradients", gradients(ours)),
-        written(theirs, "their-gradients", gradients(theirs)),
-    )
-    scale = max(expected[name].abs().max().item() for name in trained)
+    found = written(ours, "our-gradients", gradients(ours))
+    expected = written(theirs, "their-gradients", gradients(theirs))
+    largest = {name: expected[name].abs().max().item() for name in trained}
     for name in trained:
-        # Float32 sums in another order: relative to the tensor's largest gradient. A key's bias shifts all scores of a
-        # row alike, so its true gradient is 0 and what is there is rounding: relative to all gradients.
-        largest = expected[name].abs().max().item()
-        bound = 1e-6 * scale if name.endswith("key.bias") else 1e-4 * largest
+        # A key's bias shifts all scores of a row alike, so that its true gradient is 0 and what is
+        # there is rounding. Hence its scale is that of all gradients.
+        is_key_bias = name.endswith("key.bias")
+        bound = 1e-6 * max(largest.values()) if is_key_bias else 1e-4 * largest[name]
+        # Float32 sums are added up in another order.
         assert_close(
             found[name], expected[name], rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}"
         )
-    frozen = {
-        name for name in start.keys() - trained if "mask_token" not in name
-    }  # that one is only carried along
+    # mask_token is only carried along.
+    frozen = {name for name in start.keys() - trained if "mask_token" not in name}
     assert not any(found[name].any() for name in frozen), "a frozen tensor has a gradient"
 
     stepped = []
-    for model, which in ((ours, "our-step"), (theirs, "their-step")):
+    for model, folder in ((ours, "our-step"), (theirs, "their-step")):
         parameters = [p for p in model.parameters() if p.grad is not None]
         torch.optim.AdamW(parameters, lr=LR, weight_decay=0.05).step()
-        stepped.append(written(model, which, [p.detach() for p in model.parameters()]))
+        stepped.append(written(model, folder, [p.detach() for p in model.parameters()]))
     for name in trained:
-        # Adam's first step is LR times a gradient's sign, but where that gradient is no larger than its own rounding.
+        # Adam's first step is LR times the sign of a gradient, unless that gradient is no larger
+        # than its own rounding.
         difference = (stepped[0][name] - stepped[1][name]).abs()
-        certain = expected[name].abs() > 1e-4 * (
-            scale if name.endswith("key.bias") else expected[name].abs().max()
-        )
-        assert (
-            difference[certain].max() <= 0.01 * LR if certain.any() else name.endswith("key.bias")
-        ), name
+        is_key_bias = name.endswith("key.bias")
+        scale = max(largest.values()) if is_key_bias else largest[name]
+        certain = expected[name].abs() > 1e-4 * scale
+        if not is_key_bias:
+            assert certain.any(), name
+        assert (difference[certain] <= 0.01 * LR).all(), name
         assert difference.max() <= 2.1 * LR, name
         assert not torch.equal(stepped[0][name], start[name]), f"{name} did not move"
     for name in start.keys() - trained:
