@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Name what is in photos, and draw where each block of the Vision Transformer looks.
 
-This is minivit/infer.py, for a checkout that is not installed.
+The job is minivit/infer.py; how a model's attention becomes a map is in minivit/attention.py. The
+flags are in minivit/commands.py.
 """
 
-from minivit.infer import command, main
+from minivit.commands import infer as main
+from minivit.commands import infer_script
 
 __all__ = ["main"]
 
 if __name__ == "__main__":
-    command()
+    infer_script()

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Fine-tune the last blocks of a Vision Transformer on Oxford-IIIT Pet, or on your own folders of photos.
+"""Fine-tune the last blocks of a Vision Transformer on Oxford-IIIT Pet, or on your own photos.
 
-This is minivit/train.py, for a checkout that is not installed.
+The training job is minivit/train.py: the epoch loop can be read there, and one optimizer step in
+minivit/training/step.py. The flags are in minivit/commands.py.
 """
 
-from minivit.train import command, main
+from minivit.commands import train as main
+from minivit.commands import train_script
 
 __all__ = ["main"]
 
 if __name__ == "__main__":
-    command()
+    train_script()

@@ -1,55 +1,75 @@
-"""All commands: python -m minivit COMMAND."""
+"""Run any of minivit's commands: python -m minivit COMMAND."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
+from pkgutil import resolve_name
 
 from . import cli
 
+# Each command's function, and what --help says about it.
 COMMANDS = {
     "demo": (
-        "tools.demo.command",
-        "the whole story on drawings, without network: fine-tune, then see where attention went",
+        "minivit.tools.demo.command:main",
+        "fine-tune on drawn animals and show how attention moved; needs no network",
     ),
     "train": (
-        "train",
-        "fine-tune the last blocks on Oxford-IIIT Pet, or on your own folders of photos: train.py",
+        "minivit.commands:train",
+        "fine-tune the last blocks on Oxford-IIIT Pet or on your own photos, like train.py",
     ),
-    "infer": ("infer", "name what is in photos, and draw where each block looks: infer.py"),
-    "doctor": ("tools.doctor", "check a folder of photos before hours are spent on it"),
+    "infer": (
+        "minivit.commands:infer",
+        "name what is in photos and draw where each block looks, like infer.py",
+    ),
+    "doctor": (
+        "minivit.tools.doctor:main",
+        "check a folder of photos before you spend hours on training",
+    ),
     "describe": (
-        "tools.describe",
-        "what a model and a data set are, and where each fact comes from",
+        "minivit.tools.describe:main",
+        "describe a model and a data set, and say where each fact comes from",
     ),
     "score": (
-        "tools.score.command",
-        "does it look at the pet? its attention against masks, in numbers, before and after fine-tuning",
+        "minivit.tools.score.command:main",
+        "measure how much of the attention is on the pet, before and after fine-tuning",
     ),
     "study": (
-        "tools.study.command",
-        "how many photos, how many blocks? accuracy over a grid of both",
+        "minivit.tools.study.command:main",
+        "compare accuracies over numbers of photos and of trained blocks",
     ),
-    "export": ("tools.export", "write a run under the names that timm reads"),
-    "selfcheck": ("tools.selfcheck", "numerical self-tests on this machine's own device"),
+    "export": (
+        "minivit.tools.export:main",
+        "write a run's weights under the names that timm reads",
+    ),
+    "selfcheck": (
+        "minivit.tools.selfcheck.command:main",
+        "check the numerics of training and attention on this machine",
+    ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Hand the arguments to the command's own module, which is named like it; only that one is imported."""
+    """Run the command that the first argument names with the others, and return its exit code.
+
+    Only that command's module is imported.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in COMMANDS:
-        return import_module(f".{COMMANDS[argv[0]][0]}", __package__).main(argv[1:])
-    asked = not argv or argv[0] in ("-h", "--help")
-    lines = ["usage: python -m minivit COMMAND ...; each command has --help", ""]
-    lines += [f"  {name:9}  {what}" for name, (_, what) in COMMANDS.items()]
-    if not asked:
-        lines = [
-            f"python -m minivit: no command {cli.printable(argv[0])}; expected one of {', '.join(COMMANDS)}"
-        ]
-    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
-    return 0 if asked else 2
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m minivit COMMAND ...; each command has --help\n")
+        for name, (_, summary) in COMMANDS.items():
+            print(f"  {name:9}  {summary}")
+        return 0
+    name, *flags = argv
+    if name not in COMMANDS:
+        expected = ", ".join(COMMANDS)
+        print(
+            f"python -m minivit: no command {cli.printable(name)}; expected one of {expected}",
+            file=sys.stderr,
+        )
+        return 2
+    function, _ = COMMANDS[name]
+    return resolve_name(function)(flags)
 
 
 if __name__ == "__main__":

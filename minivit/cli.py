@@ -1,11 +1,13 @@
-"""What the command lines share: their flags in common, and how they end. Imports nothing slow."""
+"""What all command lines share: flags in common, types of flags, and how a command ends.
+
+Nothing slow is imported here.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import io
-import math
 import os
 import signal
 import sys
@@ -14,31 +16,29 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import UserError, printable
+from .settings import BASE_MODEL, MIN_STEPS, RUN_DIR, TrainSettings
 from .system.files import unfinished
 
-BASE_MODEL = "google/vit-base-patch16-224"
-RUN_DIR = "runs/pets"
-LR, WEIGHT_DECAY, STORE_GIB, MIN_STEPS = (
-    1e-4,
-    0.05,
-    32.0,
-    60,
-)  # of train.py and study; fewer steps teach little
+LR, WEIGHT_DECAY, STORE_GIB = 1e-4, 0.05, 32.0  # TEMPORARY: use TrainSettings.lr and so on
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of each flag that has one; other flags say in words what is done."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that shows defaults in --help and says what is wrong in one line."""
+    """An ArgumentParser that reports what is wrong in one line and knows the shared flags."""
 
     def __init__(self, command: str, **kwargs) -> None:
-        script = Path(sys.argv[0]).name
-        prog = (
-            script
-            if script in (f"{command}.py", f"minivit-{command}")
-            else f"python -m minivit {command}"
-        )
-        super().__init__(
-            prog=prog, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
-        )
+        prog = Path(sys.argv[0]).name
+        if prog not in (f"{command}.py", f"minivit-{command}"):
+            prog = f"python -m minivit {command}"
+        super().__init__(prog=prog, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
@@ -53,7 +53,8 @@ class Parser(argparse.ArgumentParser):
             "--amp",
             choices=("auto", "bf16", "fp16", "off"),
             default="auto",
-            help="precision; auto: bf16 where the device is good at it, fp16 on older GPUs, else float32 (off)",
+            help="precision; auto is bf16 where the device is good at it, fp16 on older GPUs, "
+            "else float32 (off)",
         )
 
     def add_workers(self, what: str) -> None:
@@ -61,13 +62,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def cores() -> int:
-    """Return how many cores this process may use: fewer than there are under Slurm, taskset or Docker's --cpuset-cpus."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use.
+
+    Under Slurm, taskset or Docker's --cpuset-cpus these are fewer than the machine has.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def default_model(asked: str | None) -> str:
-    """Return the model asked for, else the last run's, else the base."""
-    return asked or (RUN_DIR if Path(RUN_DIR, "config.json").exists() else BASE_MODEL)
+def default_model(model: str | None) -> str:
+    """Return the model that was asked for, else the last run if there is one, else the base."""
+    if model:
+        return model
+    return RUN_DIR if Path(RUN_DIR, "config.json").exists() else BASE_MODEL
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -84,51 +92,68 @@ def at_least(low: int) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """An argparse type: a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
+    """Parse an argument: a number above 0."""
+    number = _number(text)
+    if number is None or not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-    return value
+    return number
 
 
 def between(low: float, high: float) -> Callable[[str], float]:
     """Return an argparse type: a number from `low` to `high`."""
 
     def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
+        number = _number(text)
+        if number is None or not low <= number <= high:
             raise argparse.ArgumentTypeError(
                 f"expected a number from {low:g} to {high:g}, found {text!r}"
             )
-        return value
+        return number
 
     return parse
 
 
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def image_size(text: str) -> tuple[int, int]:
-    """An argparse type: pixels as 384, or height x width as 384x512."""
+    """Parse an argument: pixels as 384, or height x width as 384x512."""
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and 0 < int(side) <= 65_536 for side in sides):
+    sound = all(side.isdecimal() and 0 < int(side) <= 65_536 for side in sides)
+    if len(sides) > 2 or not sound:
         raise argparse.ArgumentTypeError(
             f"expected pixels as 384, or height x width as 384x512, found {text!r}"
         )
     return int(sides[0]), int(sides[-1])
 
 
+def pixel(text: str) -> tuple[float, float]:
+    """Parse an argument: X,Y in a photo's pixels."""
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected X,Y as 250,130, found {text!r}") from None
+    return x, y
+
+
 def parse_blocks(text: str, depth: int) -> list[int]:
-    """Read a range of blocks, 0-based and inclusive: `8-11`, `10,11`, `all`, `none`."""
-    if text in ("all", "none"):
-        return list(range(depth)) if text == "all" else []
+    """Parse a range of blocks, counted from 0 and inclusive: `8-11`, `10,11`, `all`, `none`.
+
+    Raises UserError for anything else, and for blocks that a model of `depth` blocks lacks.
+    """
+    if text == "all":
+        return list(range(depth))
+    if text == "none":
+        return []
     blocks: set[int] = set()
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
-        last = last if dash else first
+        if not dash:
+            last = first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise UserError(
                 f"blocks {text!r}: expected numbers and ranges as 8-11 or 10,11, or all, or none"
@@ -142,7 +167,10 @@ def parse_blocks(text: str, depth: int) -> list[int]:
 def run(
     job: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None
 ) -> int:
-    """Parse, do the job, and return its exit code: what a user can mend ends in one line and 2, an interrupt in 130."""
+    """Parse the flags, do the job, and return its exit code.
+
+    What a user can mend ends in one line and exit code 2, an interrupt in 130.
+    """
     args = parser.parse_args(argv)
     try:
         code = job(args)
@@ -150,19 +178,22 @@ def run(
         return code
     except UserError as error:
         message = str(error)
-    except BrokenPipeError:  # who read our output has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
-        return 141  # as programs end that do not handle SIGPIPE
-    except OSError as error:  # a full disk, a folder that cannot be written, a file that vanished
-        message = (
-            f"{error.filename}: {error.strerror}"
-            if error.filename and error.strerror
-            else str(error)
-        )
+    except BrokenPipeError:
+        # The program that reads our output has seen enough, as `head` does. What is still to be
+        # flushed goes nowhere, and the exit code is that of programs that SIGPIPE ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except OSError as error:  # A full disk, a folder that is read-only, a file that vanished.
+        message = str(error)
+        if error.filename and error.strerror:
+            message = f"{error.filename}: {error.strerror}"
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported here.
             raise
-        message = f"out of device memory: {str(error).partition('. ')[0]}; free some, or try smaller batches or fewer blocks"
+        reason = str(error).partition(". ")[0]
+        message = (
+            f"out of device memory: {reason}; free some, or try smaller batches or fewer blocks"
+        )
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted", file=sys.stderr)
         return 130
@@ -171,9 +202,11 @@ def run(
 
 
 def start(main: Callable[[], int]) -> NoReturn:
-    """Run main as a script: from here on Ctrl-C (and SIGTERM) ends it at once, with one line, exit code 130 and no half file.
+    """Run main as a program.
 
-    Not by KeyboardInterrupt, which torch swallows while it imports numpy, and Python inside of callbacks.
+    Ctrl-C and SIGTERM end it at once, with one line, exit code 130 and no half-written file. They
+    do not raise KeyboardInterrupt, which torch swallows while it imports numpy and Python
+    swallows in callbacks.
     """
 
     def stop(*_) -> NoReturn:
@@ -181,24 +214,22 @@ def start(main: Callable[[], int]) -> NoReturn:
             for path in unfinished:
                 path.unlink(missing_ok=True)
             os.write(2, b"\ninterrupted\n")
-        finally:  # even if stderr's reader was interrupted first
+        finally:  # even if the reader of stderr was interrupted first
             os._exit(130)
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # an old terminal's encoding lacks what names may hold
+        # Names may hold characters that the encoding of an old terminal lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) in (
-            signal.default_int_handler,
-            signal.SIG_DFL,
-        ):  # else ignored, as in the background
+        # A shell's background job ignores SIGINT, and goes on doing so.
+        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
             signal.signal(number, stop)
     code = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        with contextlib.suppress(OSError):  # nobody reads on
-            stream.flush()
-    os._exit(
-        code or 0
-    )  # taking torch down takes time, and now and then aborts, which torchrun takes for a failure
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Everything is written.
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):  # Nobody reads on.
+                stream.flush()
+    # A normal exit takes torch down, which takes time and now and then aborts; torchrun would
+    # take that for a failure.
+    os._exit(code or 0)

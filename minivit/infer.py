@@ -1,384 +1,395 @@
-"""Name what is in photos, and draw where each block of the Vision Transformer looks."""
+"""The inference job: for each photo, the likeliest names and a figure of where the model looks.
+
+What a model makes of a photo is in explain.py; how attention becomes a map is in attention.py.
+"""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import itertools
 import json
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TextIO
 
-from . import cli  # torch comes in with the job, so that --help and a mistyped flag answer at once
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from .explain import Look, Photo
-    from .model import ViT
+from . import explain
+from .attention import METHODS
+from .checkpoints.weights import load_pretrained
+from .cli import default_model, parse_blocks
+from .data.photos import SUFFIXES, PhotoError, list_photos
+from .errors import UserError, printable
+from .explain import Explanation, Photo
+from .figures import explorer, plots
+from .model import ViT, working_copy
+from .settings import InferSettings
+from .system import device as devices
+from .system import distributed
+from .system.workers import read_ahead, worker_pool
 
-METHODS = ("attention", "rollout", "relevance")
-POOL_FROM = 8  # photos; figures of fewer are drawn before processes that draw would have started
-MAX_ROWS_GIB = 0.5  # of attention in a batch, where all its rows are asked for
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser("infer", description=__doc__)
-    add = parser.add_argument
-    add("photos", nargs="+", metavar="PHOTO|FOLDER", help="photos, or folders of photos")
-    add(
-        "--model",
-        metavar="ID|DIR|FILE|demo",
-        help=f"as in train.py; none: {cli.RUN_DIR} if it is there, else {cli.BASE_MODEL}",
-    )
-    add("--revision", metavar="REV", help="Hub revision; none: the default branch")
-    add(
-        "--compare",
-        metavar="ID|DIR|demo",
-        help="another model, drawn above, with the difference below: before and after",
-    )
-    add(
-        "--img-size",
-        type=cli.image_size,
-        metavar="N|HxW",
-        help="another input size than the checkpoint's, in pixels",
-    )
-    add(
-        "--layers", default="8-11", metavar="RANGE", help="blocks to draw, from 0: 8-11, 10,11, all"
-    )
-    add(
-        "--method",
-        choices=METHODS,
-        default="attention",
-        help="what is drawn of a block: its attention, attention followed up to it, or what spoke for a class up to it",
-    )
-    add("--target", metavar="NAME", help="class for relevance; none: each photo's first prediction")
-    add(
-        "--heads",
-        action="store_true",
-        help="a panel for each head and a row for each block; else the mean of the heads",
-    )
-    add(
-        "--query",
-        type=pixel,
-        metavar="X,Y",
-        help="where the patch at this pixel of the photo looks; none: the class token",
-    )
-    add(
-        "--scale",
-        choices=("own", "row"),
-        default="own",
-        help="colours: over each map's own range, or one along each row",
-    )
-    add("--top-k", type=cli.at_least(1), default=5, help="names to print for each photo")
-    add(
-        "--out",
-        default="attention",
-        metavar="DIR",
-        help="where the figures are written, as <photo's stem>.png",
-    )
-    add(
-        "--html",
-        action="store_true",
-        help="also write <stem>.html, to point at any patch of any block and head",
-    )
-    add(
-        "--npz",
-        action="store_true",
-        help="also write <stem>.npz, the rows of attention as arrays; with --html, all rows",
-    )
-    add("--json", action="store_true", help="print one JSON object a photo")
-    parser.add_workers("threads that decode, and processes that draw")
-    parser.add_device_flags()
-    return cli.run(infer, parser, argv)
+# Figures of fewer photos are drawn before worker processes would have started.
+DRAW_IN_WORKERS_FROM = 8
+GPU_BATCH = 32
+# Memory for attention in a batch, where all rows of it are kept.
+MAX_ROWS_GIB = 0.5
+# Bytes that a file name can have, less some for a number and an extension.
+MAX_STEM_BYTES = 240
 
 
-def pixel(text: str) -> tuple[float, float]:
-    """An argparse type: X,Y in a photo's pixels."""
-    try:
-        x, y = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected X,Y as 250,130, found {text!r}") from None
-    return x, y
+@dataclass(frozen=True)
+class Plan:
+    """What is done with every photo."""
+
+    models: Sequence[ViT]  # the model to compare with comes first, if there is one
+    targets: Sequence[int | None]  # each model's class for relevance; None: its first prediction
+    blocks: Sequence[int]
+    methods: Sequence[str]
 
 
-def infer(args: argparse.Namespace) -> int:
-    """Batch by batch: photos, what the models make of them, figures; photo by photo: names and what was written."""
-    from . import explain as look
-    from .data import photos
-    from .errors import UserError
-    from .model import working_copy
-    from .system import device
-    from .system import distributed as parallel
-    from .system import prefetch as ahead
-    from .system import workers as processes
+@dataclass(frozen=True)
+class Job:
+    """A photo, and the path of its figure."""
 
-    rank, world = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
-    )
-    jobs = list(place(expand(args.photos), Path(args.out)))[
-        rank::world
-    ]  # torchrun's processes share them out
-    on = device.pick_device(parallel.own_device(args.device))
-    amp = device.pick_amp(args.amp, on)
-    models = [
-        working_copy(model, on, amp, train=False) for model in load_models(args, quiet=rank > 0)
-    ]
-    targets = [find_target(args.target, model, models) for model in models]
-    blocks = cli.parse_blocks(args.layers, min(model.config.depth for model in models))
-    methods = check_flags(args, models, blocks)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    photo: Path
+    figure: Path
 
-    def read(job: tuple[Path, Path]) -> tuple[Path, Path, Photo | UserError]:
-        try:
-            return *job, look.read_photo(job[0], models, args.query, small=args.heads)
-        except UserError as error:
-            return *job, error
 
-    drawers = min(args.workers, len(jobs)) if len(jobs) >= POOL_FROM else 0
-    unreadable, size = 0, batch_size(models[0], blocks, args, cpu=on.type == "cpu")
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one photo, as JSON, and the figure that is being drawn for it."""
+
+    json: dict
+    figure: Future[None]
+
+
+def infer(settings: InferSettings) -> int:
+    """Do the whole job: name photos and draw figures, and return the exit code."""
+    photos = list(find_photos(settings.photos))
+    jobs = list(place_figures(photos, Path(settings.out)))
+    # torchrun's processes share the photos out.
+    jobs = jobs[distributed.launched_rank() :: distributed.launched_world_size()]
+    plan = make_plan(settings)
+    Path(settings.out).mkdir(parents=True, exist_ok=True)
+
+    num_unreadable = 0
+    num_workers = min(settings.workers, len(jobs)) if len(jobs) >= DRAW_IN_WORKERS_FROM else 0
+    pending: deque[Answer] = deque()
     with (
         progress_bar(len(jobs)) as progress,
-        processes.working(drawers, "minivit.figures.plots") as draw,
+        worker_pool(num_workers, "minivit.figures.plots") as pool,
     ):
-        found = ahead.read_ahead(read, jobs, args.workers)
-        drawn: deque[tuple[Callable[[], None], dict]] = deque()
-        while batch := list(itertools.islice(found, size)):
-            for path, _, error in batch:
-                if isinstance(error, UserError):
-                    say(
-                        error if isinstance(error, photos.PhotoError) else f"{path}: {error}",
-                        sys.stderr,
-                    )
-                    unreadable += 1
-                    progress.update()
-            if not (
-                sound := [
-                    (path, figure, photo)
-                    for path, figure, photo in batch
-                    if isinstance(photo, look.Photo)
-                ]
-            ):
+        for job, photo, explanations in explain_all(jobs, plan, settings):
+            if isinstance(photo, UserError):
+                report_unreadable(job, photo)
+                num_unreadable += 1
+                progress.update()
                 continue
-            decoded, asked = (
-                [photo for *_, photo in sound],
-                {"methods": methods, "all_rows": args.html},
+            pending.append(answer_photo(settings, plan, job, photo, explanations, pool))
+            if len(pending) > 2 * settings.workers:
+                finish(pending.popleft(), settings, progress)
+        while pending:
+            finish(pending.popleft(), settings, progress)
+    distributed.wait_for_all_ranks()
+    return 2 if num_unreadable else 0
+
+
+def progress_bar(num_photos: int) -> tqdm:
+    """Return a progress bar, which a single photo does not need."""
+    disable = True if num_photos < 2 else None  # None: shown on a terminal only
+    return tqdm(total=num_photos, desc="photos", unit="photo", leave=False, disable=disable)
+
+
+def make_plan(settings: InferSettings) -> Plan:
+    """Load the models and decide what is done with every photo."""
+    device = devices.pick_device(distributed.local_device(settings.device))
+    amp = devices.pick_amp(settings.amp, device)
+    models = [working_copy(model, device, amp, train=False) for model in load_models(settings)]
+    targets = [find_target(settings.target, model, models) for model in models]
+    blocks = parse_blocks(settings.layers, min(model.config.depth for model in models))
+    check_settings(settings, models, blocks)
+    return Plan(models, targets, blocks, choose_methods(settings, models))
+
+
+def explain_all(
+    jobs: Sequence[Job], plan: Plan, settings: InferSettings
+) -> Iterator[tuple[Job, Photo | UserError, Sequence[Explanation]]]:
+    """Yield for each job its photo and each model's explanation, computed batch by batch.
+
+    A photo that cannot be read is replaced by the error, without explanations.
+    """
+
+    def read(job: Job) -> Photo | UserError:
+        try:
+            return explain.read_photo(job.photo, plan.models, settings.query, small=settings.heads)
+        except UserError as error:
+            return error
+
+    batch_size = choose_batch_size(settings, plan)
+    photos = read_ahead(read, jobs, settings.workers)
+    for start in range(0, len(jobs), batch_size):
+        batch = list(itertools.islice(photos, batch_size))
+        readable = [photo for photo in batch if isinstance(photo, Photo)]
+        explanations = iter(explain_batch(readable, plan, all_rows=settings.html))
+        for job, photo in zip(jobs[start:], batch):
+            if isinstance(photo, Photo):
+                yield job, photo, next(explanations)
+            else:
+                yield job, photo, ()
+
+
+def explain_batch(
+    photos: Sequence[Photo], plan: Plan, *, all_rows: bool
+) -> list[tuple[Explanation, ...]]:
+    """Return for each photo the explanation of each model."""
+    if not photos:
+        return []
+    by_model = [
+        explain.explain_photos(
+            model,
+            photos,
+            index,
+            plan.blocks,
+            methods=plan.methods,
+            all_rows=all_rows,
+            target=plan.targets[index],
+        )
+        for index, model in enumerate(plan.models)
+    ]
+    return list(zip(*by_model))
+
+
+def finish(answer: Answer, settings: InferSettings, progress: tqdm) -> None:
+    """Wait for a photo's figure, and print its answer."""
+    answer.figure.result()
+    progress.update()
+    report(answer.json, settings)
+
+
+def find_photos(arguments: Iterable[str]) -> Iterator[Path]:
+    """Yield the photos that are meant; a folder stands for the photos directly inside it.
+
+    Raises UserError for a folder without photos.
+    """
+    for path in map(Path, arguments):
+        try:
+            photos = list_photos(path)
+        except OSError:  # This is not a folder. If it is no photo either, open_photo says why.
+            photos = [path]
+        if not photos:
+            raise UserError(
+                f"{path}: no photos in this folder; expected files ending in {', '.join(SUFFIXES)}"
             )
-            looks = [
-                look.look_at(model, decoded, i, blocks, target=targets[i], **asked)
-                for i, model in enumerate(models)
-            ]
-            for job, *of_models in zip(sound, *looks):
-                drawn.append(write(args, job, of_models, blocks, draw))
-                while len(drawn) > 2 * args.workers:
-                    finish(*drawn.popleft(), args, progress)
-        while drawn:
-            finish(*drawn.popleft(), args, progress)
-    if world > 1:
-        parallel.wait_for_others()
-    return 2 if unreadable else 0
+        yield from photos
 
 
-def load_models(args: argparse.Namespace, *, quiet: bool) -> list[ViT]:
-    """Load the model, after the one to compare it with if there is one, and say which on stderr."""
-    from .checkpoints import weights
+def place_figures(photos: Sequence[Path], out: Path) -> Iterator[Job]:
+    """Yield a job for each photo. Figures are named cat.png, cat-2.png and so on.
 
-    source = cli.default_model(args.model)
-    if not quiet:
+    No figure has the path of a photo or of another figure.
+    """
+    taken = {os.path.realpath(path) for path in photos}
+    for path in photos:
+        stem = path.stem
+        while len(os.fsencode(stem)) > MAX_STEM_BYTES:
+            stem = stem[:-1]
+        figure = out / f"{stem}.png"
+        for number in itertools.count(2):
+            if os.path.realpath(figure) not in taken:
+                break
+            figure = out / f"{stem}-{number}.png"
+        taken.add(os.path.realpath(figure))
+        yield Job(path, figure)
+
+
+def load_models(settings: InferSettings) -> list[ViT]:
+    """Load the model, after the model to compare it with if there is one."""
+    source = default_model(settings.model)
+    if distributed.launched_rank() == 0:
         say(f"model: {source}", sys.stderr)
-    models = [weights.load_pretrained(args.compare, img_size=args.img_size)] if args.compare else []
-    models.append(weights.load_pretrained(source, revision=args.revision, img_size=args.img_size))
+    models = []
+    if settings.compare:
+        models.append(load_pretrained(settings.compare, img_size=settings.img_size))
+    models.append(load_pretrained(source, revision=settings.revision, img_size=settings.img_size))
     for model in models:
         if not model.labels:
             say(f"{model.origin.source} has no classifier: attention only", sys.stderr)
     return models
 
 
-def check_flags(
-    args: argparse.Namespace, models: Sequence[ViT], blocks: Sequence[int]
-) -> list[str]:
-    """Return the methods that are needed. Raises UserError for flags that would mean nothing, or that the models lack."""
-    from .errors import UserError
-
-    bare = [model.origin.source for model in models if not model.labels]
-    ways = [(model.config.grid, model.preprocess.resize, model.preprocess.crop) for model in models]
-    relevance, unlike, seen = (
-        args.method == "relevance",
-        len(set(ways)) > 1,
-        " and ".join(map(str, ways)),
-    )
-    refused = {
-        f"--layers {args.layers}: no block to draw; expected a range as 8-11": not blocks,
-        f"--method {args.method} has no heads to draw; leave --heads away": args.heads
-        and args.method != "attention",
-        "--method relevance is for the class token; leave --query away": args.query and relevance,
-        "--target is for --method relevance or --html": args.target
-        and not (relevance or args.html),
-        f"{' and '.join(bare)} has no classifier, so nothing speaks for a class; use --method rollout": bare
-        and relevance,
-        f"--compare: expected two models that see a photo in the same patches, found (grid, resize, crop) {seen}": unlike,
-    }
-    for message, wrong in refused.items():
-        if wrong:
-            raise UserError(message)
-    return [
-        method
-        for method in METHODS
-        if method == args.method or (args.html and not (bare and method == "relevance"))
+def check_settings(settings: InferSettings, models: Sequence[ViT], blocks: Sequence[int]) -> None:
+    """Raise UserError for settings that would mean nothing, or that the models cannot do."""
+    method = settings.method
+    without_classifier = [model.origin.source for model in models if not model.labels]
+    if not blocks:
+        raise UserError(f"--layers {settings.layers}: no block to draw; expected a range as 8-11")
+    if settings.heads and method != "attention":
+        raise UserError(f"--method {method} has no heads to draw; leave --heads away")
+    if settings.query and method == "relevance":
+        raise UserError("--method relevance is for the class token; leave --query away")
+    if settings.target and method != "relevance" and not settings.html:
+        raise UserError("--target is for --method relevance or --html")
+    if without_classifier and method == "relevance":
+        raise UserError(
+            f"{' and '.join(without_classifier)} has no classifier, so nothing speaks for a "
+            "class; use --method rollout"
+        )
+    geometries = [
+        (model.config.grid, model.preprocess.resize, model.preprocess.crop) for model in models
     ]
+    if len(set(geometries)) > 1:
+        raise UserError(
+            "--compare: expected two models that see a photo in the same patches, found "
+            f"(grid, resize, crop) {' and '.join(map(str, geometries))}"
+        )
+
+
+def choose_methods(settings: InferSettings, models: Sequence[ViT]) -> list[str]:
+    """Return the methods to compute: the figure's and, for the page, all that are possible."""
+    if not settings.html:
+        return [settings.method]
+    all_have_classifiers = all(model.labels for model in models)
+    return [method for method in METHODS if method != "relevance" or all_have_classifiers]
 
 
 def find_target(name: str | None, model: ViT, models: Sequence[ViT]) -> int | None:
-    """Return the index of a class by its name; None, said on stderr, where only another of the models has it."""
-    from .errors import UserError
+    """Return the index of a model's class of that name; None for each photo's first prediction.
 
-    found = {label.lower(): i for i, label in enumerate(model.labels)}.get((name or "").lower())
-    if name is None or found is not None:
-        return found
-    everything = [label for each in models for label in each.labels]
-    if name.lower() not in map(str.lower, everything):
-        close = difflib.get_close_matches(name, everything, n=3, cutoff=0) or [
-            "a model with a classifier"
-        ]
+    That None is said on stderr if the class is one of another model only. Raises UserError if no
+    model has the class.
+    """
+    if name is None:
+        return None
+    indices = {label.lower(): index for index, label in enumerate(model.labels)}
+    if name.lower() in indices:
+        return indices[name.lower()]
+    all_labels = [label for each in models for label in each.labels]
+    if name.lower() not in [label.lower() for label in all_labels]:
+        close = difflib.get_close_matches(name, all_labels, n=3, cutoff=0)
+        names = ", ".join(close) if close else "a model with a classifier"
         raise UserError(
-            f"--target {name!r}: no such class; expected one of the model's, as {', '.join(close)}"
+            f"--target {name!r}: no such class; expected one of the model's, as {names}"
         )
     say(
-        f"{model.origin.source} has no class {name!r}: relevance there is for its own first prediction",
+        f"{model.origin.source} has no class {name!r}: "
+        "relevance there is for its own first prediction",
         sys.stderr,
     )
     return None
 
 
-def batch_size(model: ViT, blocks: Sequence[int], args: argparse.Namespace, *, cpu: bool) -> int:
-    """Return how many photos go through the models at once; of a CPU few, so that the first figure is there soon."""
-    from .system.device import CPU_BATCH
+def choose_batch_size(settings: InferSettings, plan: Plan) -> int:
+    """Return how many photos go through the models at once.
 
-    N, size = model.config.num_tokens, CPU_BATCH if cpu else 32
-    if args.method == "attention" and not args.html:
-        return size
-    whole = 4 * model.config.num_heads * N * N * (max(blocks) + 1)  # bytes a photo
-    return max(1, min(size, int(MAX_ROWS_GIB * 2**30 / whole)))
+    On a CPU these are few, so that the first figure is there soon. Where all rows of attention
+    are kept, memory limits them.
+    """
+    model = plan.models[0]
+    is_cpu = model.cls_token.device.type == "cpu"
+    batch_size = devices.CPU_BATCH if is_cpu else GPU_BATCH
+    if settings.method == "attention" and not settings.html:
+        return batch_size
+    config = model.config
+    bytes_per_block = 4 * config.num_heads * config.num_tokens**2
+    bytes_per_photo = bytes_per_block * (max(plan.blocks) + 1)
+    return max(1, min(batch_size, int(MAX_ROWS_GIB * 2**30 / bytes_per_photo)))
 
 
-def write(
-    args: argparse.Namespace,
-    job: tuple[Path, Path, Photo],
-    looks: Sequence[Look],
-    blocks: Sequence[int],
-    draw: Callable,
-) -> tuple[Callable[[], None], dict]:
-    """Begin to draw a photo's figure and write what goes beside it; return what waits for the figure, and the answer."""
-    from . import explain as look
-    from .figures import explorer as report
-    from .figures import plots
+def answer_photo(
+    settings: InferSettings,
+    plan: Plan,
+    job: Job,
+    photo: Photo,
+    explanations: Sequence[Explanation],
+    pool: Executor,
+) -> Answer:
+    """Start to draw a photo's figure, write the page and the arrays beside it, and answer."""
+    method = settings.method
+    rows = explain.figure_rows(photo, explanations, method, plan.blocks, heads=settings.heads)
+    report_dominant_tokens(job.photo, rows, is_compared=len(explanations) > 1)
+    title = plots.shorten(job.photo.name, 60)
+    model = explanations[-1].model
+    if len(explanations) == 1 and model.labels:
+        title += plots.shorten(f": {explanations[0].headline(method)}", 80)
+    shared_scale = settings.scale == "row"
+    drawing = pool.submit(
+        plots.draw_attention,
+        job.figure,
+        photo.panel,
+        rows,
+        title,
+        explain.figure_caption(
+            photo, explanations, method, heads=settings.heads, shared_scale=shared_scale
+        ),
+        shared_scale=shared_scale,
+        query_box=explain.query_box(photo, model),
+    )
+    answer: dict = {
+        "photo": str(job.photo),
+        **explain.summary(explanations[-1], settings.top_k, method),
+        "figure": str(job.figure),
+        "layers": list(plan.blocks),
+        "method": method,
+    }
+    if settings.html:
+        page = job.figure.with_suffix(".html")
+        panes = [explain.explorer_pane(photo, each, settings.top_k) for each in explanations]
+        explorer.write_page(page, panes, photo.page_image, job.photo.name)
+        answer["html"] = str(page)
+    if settings.npz:
+        arrays = job.figure.with_suffix(".npz")
+        explain.write_arrays(arrays, photo, explanations, method)
+        answer["npz"] = str(arrays)
+    if len(explanations) > 1:
+        answer["compare"] = explain.summary(explanations[0], settings.top_k, method)
+    return Answer(answer, drawing)
 
-    path, figure, photo = job
-    layout = look.figure_rows(photo, looks, args.method, blocks, heads=args.heads)
+
+def report_dominant_tokens(path: Path, rows: Sequence[plots.Row], *, is_compared: bool) -> None:
+    """Say on stderr in which maps one token dominates."""
     dominated = []
-    for row in layout:
-        model = f" of {row.label.splitlines()[0]}" if len(looks) > 1 else ""
-        dominated += [f"{panel.title}{model} ({panel.note})" for panel in row.panels if panel.warn]
+    for row in rows:
+        of_model = f" of {row.label.splitlines()[0]}" if is_compared else ""
+        for panel in row.panels:
+            if panel.warn:
+                dominated.append(f"{panel.title}{of_model} ({panel.note})")
     if dominated:
         say(f"{path}: one token dominates {', '.join(dominated)}", sys.stderr)
-    said = f": {looks[0].says(args.method)}" if len(looks) == 1 and looks[0].model.labels else ""
-    title, common = plots.shorten(path.name, 60) + plots.shorten(said, 80), args.scale == "row"
-    caption, mark = (
-        look.caption(photo, looks, args.method, heads=args.heads, common=common),
-        look.mark(photo, looks[-1].model),
-    )
-    wait = draw(
-        plots.draw_attention, figure, photo.panel, layout, title, caption, common=common, mark=mark
-    )
-    answer = {
-        "photo": str(path),
-        **look.summary(looks[-1], args.top_k, args.method),
-        "figure": str(figure),
-    }
-    answer |= {"layers": list(blocks), "method": args.method}
-    if args.html:
-        answer["html"] = str(figure.with_suffix(".html"))
-        panes = [look.pane(photo, a, args.top_k) for a in looks]
-        report.write_report(figure.with_suffix(".html"), panes, photo.picture, path.name)
-    if args.npz:
-        answer["npz"] = str(figure.with_suffix(".npz"))
-        look.write_arrays(figure.with_suffix(".npz"), photo, looks, args.method)
-    if len(looks) > 1:
-        answer["compare"] = look.summary(looks[0], args.top_k, args.method)
-    return wait, answer
 
 
-def finish(wait: Callable[[], None], answer: dict, args: argparse.Namespace, progress) -> None:
-    """Print a photo's answer once its figure is there."""
-    wait()
-    progress.update()
-    lines = [answer["photo"]]
-    for summary in (answer["compare"], answer) if args.compare else (answer,):
-        lines += [summary["model"]] if args.compare else []
-        lines += [
-            f"{named['probability']:.3f}  {named['label']}" for named in summary["predictions"]
-        ]
-    lines += [answer[kind] for kind in ("figure", "html", "npz") if kind in answer]
-    for line in [json.dumps(answer)] if args.json else lines:
-        say(line, sys.stdout)
+def report_unreadable(job: Job, error: UserError) -> None:
+    """Say on stderr why a photo cannot be read."""
+    message = str(error)
+    if not isinstance(error, PhotoError):  # A PhotoError names the photo already.
+        message = f"{job.photo}: {message}"
+    say(message, sys.stderr)
 
 
-def progress_bar(num_photos: int):
-    from tqdm import tqdm
+def report(answer: dict, settings: InferSettings) -> None:
+    """Print a photo's answer, as lines or as one JSON object."""
+    if settings.json:
+        say(json.dumps(answer), sys.stdout)
+        return
+    say(str(answer["photo"]), sys.stdout)
+    summaries = [answer]
+    if settings.compare:
+        summaries = [answer["compare"], answer]
+    for summary in summaries:
+        if settings.compare:
+            say(summary["model"], sys.stdout)
+        for prediction in summary["predictions"]:
+            say(f"{prediction['probability']:.3f}  {prediction['label']}", sys.stdout)
+    for kind in ("figure", "html", "npz"):
+        if kind in answer:
+            say(answer[kind], sys.stdout)
 
-    return tqdm(
-        total=num_photos,
-        desc="photos",
-        unit="photo",
-        leave=False,
-        disable=True if num_photos < 2 else None,
-    )
 
-
-def say(text: object, stream) -> None:
+def say(text: str, stream: TextIO) -> None:
     """Print one line to a stream, above the progress bar."""
-    from tqdm import tqdm
-
     with tqdm.external_write_mode(file=stream):
-        print(cli.printable(text), file=stream, flush=True)
-
-
-def expand(arguments: Iterable[str]) -> Iterator[Path]:
-    """Yield the photos that are meant: a folder stands for those right inside it, and must have some."""
-    from .data.photos import SUFFIXES, list_photos
-    from .errors import UserError
-
-    for path in map(Path, arguments):
-        try:
-            found = list_photos(path)
-        except OSError:  # not a folder; if it is no photo either, open_photo says why
-            found = [path]
-        if not found:
-            raise UserError(
-                f"{path}: no photos in this folder; expected files ending in {', '.join(SUFFIXES)}"
-            )
-        yield from found
-
-
-def place(photos: Iterable[Path], out: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield each photo with where to draw it, over no photo and no other figure: cat.png, cat-2.png, ..."""
-    photos = list(photos)
-    taken = {os.path.realpath(path) for path in photos}
-    for path in photos:
-        stem = path.stem
-        while len(os.fsencode(stem)) > 240:  # of the 255 bytes that a name can have
-            stem = stem[:-1]
-        figure = out / f"{stem}.png"
-        for i in itertools.count(2):
-            if os.path.realpath(figure) not in taken:
-                break
-            figure = out / f"{stem}-{i}.png"
-        taken.add(os.path.realpath(figure))
-        yield path, figure
-
-
-def command() -> NoReturn:
-    """Run as a script: infer.py, and minivit-infer where it is installed."""
-    cli.start(main)
+        print(printable(text), file=stream, flush=True)

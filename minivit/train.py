@@ -1,439 +1,497 @@
-"""Fine-tune the last blocks of a Vision Transformer on Oxford-IIIT Pet, or on your own folders of photos."""
+"""The training job: load data and model, freeze, train epoch by epoch, test the best epoch.
+
+Read `train` for the whole story, `run_epochs` for the loop, and training/step.py for one step.
+A job needs three copies of the model, which share memory wherever their weights are equal:
+`model` is the checkpoint in float32 on the CPU, from which everything is written; `state.model`
+is the working copy that trains, its frozen layers in low precision; `eval_model` is in low
+precision as a whole, and is what validation and test are computed with, as infer.py does.
+"""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
-import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
 
-from . import (
-    __version__,  # torch comes in with the job, so that --help and a mistyped flag answer at once
-    cli,  # torch comes in with the job, so that --help and a mistyped flag answer at once
+import torch
+from torch import Tensor
+
+from . import __version__
+from .checkpoints import hub, tensors, weights
+from .cli import parse_blocks
+from .data import store
+from .data.datasets import Data, list_data, split_data
+from .data.store import Pixels
+from .data.survey import quick_findings
+from .errors import UserError
+from .model import ViT, copy_trainable, freeze_except, trainable, working_copy
+from .settings import MIN_STEPS, TrainSettings
+from .system import device as devices
+from .system import distributed, files
+from .system.signals import stop_requests
+from .system.workers import worker_pool, write_behind
+from .training import metrics, report, run_folder
+from .training.features import (
+    FeatureExtractor,
+    TrainableLayers,
+    features_gib,
+    host_memory_gib,
 )
+from .training.overview import describe_training
+from .training.rehearsal import rehearse
+from .training.state import RunState, new_state, save_state, set_trainable
+from .training.step import mean_loss, predict, predict_photos, score_predictions, train_epoch
+from .training.views import TrainingPhotos
 
-if TYPE_CHECKING:
-    import torch
+Split = tuple[Pixels | Tensor, Tensor]  # pixels, uint8 (n, 3, h, w), and labels (n,)
 
-    from . import ViT
-    from .data.datasets import Data
-    from .data.store import Pixels
-    from .training.state import State
-
-# What --resume keeps to.
-MATHEMATICS = (
-    "epochs",
-    "batch_size",
-    "lr",
-    "weight_decay",
-    "layer_decay",
-    "label_smoothing",
-    "cache_views",
-    "seed",
-)
-
-DRAWN_APART = 64  # test photos: drawing figures takes as long as testing these
+# From this many test photos on, drawing the figures takes as long as testing, so that worker
+# processes draw them meanwhile.
+DRAW_IN_WORKERS_FROM = 64
 
 
-def make_parser() -> cli.Parser:
-    parser = cli.Parser("train", description=__doc__)
-    add = parser.add_argument
-    add(
-        "--model",
-        default=cli.BASE_MODEL,
-        metavar="ID|DIR|FILE|demo",
-        help="a Hub id, a folder, a file, or what comes along",
-    )
-    add("--revision", metavar="REV", help="Hub revision; none: the default branch")
-    add(
-        "--img-size",
-        type=cli.image_size,
-        metavar="N|HxW",
-        help="another input size than the checkpoint's, in pixels",
-    )
-    add(
-        "--data",
-        default="data",
-        metavar="DIR",
-        help="holds oxford-iiit-pet (downloaded there if absent) or class folders",
-    )
-    add(
-        "--blocks",
-        default="10-11",
-        metavar="RANGE",
-        help="blocks to train besides norm and head: 8-11, 10,11, all, none",
-    )
-    add("--epochs", type=cli.at_least(1), default=5, help="more for few photos")
-    add("--batch-size", type=cli.at_least(1), default=64, help="photos per optimiser step")
-    add(
-        "--micro-batch",
-        type=cli.at_least(1),
-        help="photos per forward pass; none: the batch size, on a CPU 8, which is fastest there",
-    )
-    add("--lr", type=cli.positive, default=cli.LR, help="peak learning rate")
-    add(
-        "--weight-decay",
-        type=cli.between(0, 1),
-        default=cli.WEIGHT_DECAY,
-        help="of matrices, as AdamW does it",
-    )
-    add(
-        "--layer-decay",
-        type=cli.between(0, 1),
-        default=1.0,
-        help="learning rate from one block to the one below it",
-    )
-    add(
-        "--label-smoothing",
-        type=cli.between(0, 1),
-        default=0.0,
-        help="share of the target spread over all classes",
-    )
-    views = "augment each photo in K ways only, one an epoch: later epochs skip the frozen blocks; 0: anew each epoch"
-    add("--cache-views", type=cli.at_least(0), default=0, metavar="K", help=views)
-    add(
-        "--patience",
-        type=cli.at_least(1),
-        metavar="N",
-        help="stop after N epochs without a better one; none: never",
-    )
-    parser.add_device_flags()
-    add(
-        "--memory-gib",
-        type=cli.positive,
-        metavar="X",
-        help="never use more of a CUDA device's memory; none: all that is free",
-    )
-    add(
-        "--cache-gib",
-        type=cli.positive,
-        default=4.0,
-        metavar="X",
-        help="memory for what frozen blocks make of photos",
-    )
-    add(
-        "--store-gib",
-        type=cli.positive,
-        default=cli.STORE_GIB,
-        metavar="X",
-        help="disk for decoded photos, beside the data",
-    )
-    add(
-        "--compile",
-        action="store_true",
-        help="torch.compile: faster steps after a minute or two, so for long runs",
-    )
-    add(
-        "--deterministic",
-        action="store_true",
-        help="the same bits each time on CUDA too, a little slower",
-    )
-    parser.add_workers("threads that decode photos")
-    add(
-        "--seed",
-        type=cli.at_least(0),
-        default=0,
-        help="of the validation split, the data order and augmentation",
-    )
-    add("--skip-bad", action="store_true", help="go on without photos that cannot be read")
-    add("--out", default=cli.RUN_DIR, metavar="DIR", help="where everything is written")
-    add(
-        "--resume",
-        action="store_true",
-        help="go on with the run in --out; if there is none, begin it",
-    )
-    add(
-        "--dry-run",
-        action="store_true",
-        help="say what would train, on which data, in how much memory; train nothing",
-    )
-    add(
-        "--push-to-hub",
-        metavar="REPO",
-        help="upload the finished folder with its model card, as owner/name",
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(train, make_parser(), argv)
-
-
-def train(args: argparse.Namespace) -> int:
-    """The whole job: data and model in, epochs with the state on disk after each, and what the best one achieves."""
-    import torch
-
-    from .checkpoints import hub, weights
-    from .data import datasets as data
-    from .data import store
-    from .errors import UserError
-    from .model import freeze_except, working_copy
-    from .system import device
-    from .system import distributed as parallel
-    from .system import workers as processes
-    from .tools import doctor
-    from .training import features as frozen
-    from .training import run_folder as runs
-    from .training import step as loop
-    from .training.overview import describe_training
-
-    started, out, on = (
-        time.perf_counter(),
-        Path(args.out),
-        device.pick_device(parallel.own_device(args.device)),
-    )
-    amp = device.pick_amp(args.amp, on)
-    if args.out.encode(errors="ignore").decode() != args.out:
-        raise UserError(f"{out}: expected a name in UTF-8, without which safetensors reads no file")
-    if args.push_to_hub and int(os.environ.get("RANK", "0")) == 0:
-        hub.prepare_push(args.push_to_hub)
-    torch.manual_seed(args.seed)
-    if args.deterministic:
-        device.be_deterministic()
-    if args.memory_gib:
-        device.limit_memory(on, args.memory_gib)
-    with contextlib.ExitStack() as held:
-        with parallel.joined(on):
-            first = (
-                parallel.rank() == 0
-            )  # of the processes under torchrun; the only one that writes
-            if not args.dry_run and parallel.from_first(lambda: runs.claim(out, held, args.resume)):
+def train(settings: TrainSettings) -> int:
+    """Do the whole job, and return its exit code."""
+    started = time.perf_counter()
+    out = Path(settings.out)
+    device = devices.pick_device(distributed.local_device(settings.device))
+    amp = devices.pick_amp(settings.amp, device)
+    prepare(settings, device)
+    with contextlib.ExitStack() as lock:
+        with distributed.process_group(device):
+            is_rank_0 = distributed.rank() == 0  # the only rank that writes
+            if not settings.dry_run and distributed.on_rank_0(
+                lambda: holds_finished_run(out, settings.resume, lock)
+            ):
                 return 0
-            photos = parallel.from_first(lambda: data.load_data(args.data, seed=args.seed))
-            for finding in doctor.quick_check(args.data) if first else ():
-                print(finding, file=sys.stderr)
+
+            data = distributed.on_rank_0(lambda: load_data(settings))
             model = weights.load_pretrained(
-                args.model, revision=args.revision, labels=photos.classes, img_size=args.img_size
+                settings.model,
+                revision=settings.revision,
+                labels=data.classes,
+                img_size=settings.img_size,
             )
-            cut = freeze_except(model, cli.parse_blocks(args.blocks, model.config.depth))
-            print(describe_training(model, photos, on, amp), flush=True)
-            steps = math.ceil(len(photos.train) / args.batch_size)
-            if args.epochs * steps < cli.MIN_STEPS and first:
-                enough = f"--epochs {math.ceil(cli.MIN_STEPS / steps)} --cache-views 4, of which most cost little"
-                print(
-                    f"{args.epochs * steps} steps teach little; for so few photos try {enough}",
-                    file=sys.stderr,
-                )
-            net = working_copy(model, on, amp, train=True)
-            micro_batch = device.pick_micro_batch(args.micro_batch, args.batch_size, on, amp)
-            if args.dry_run or on.type == "cuda":
-                how = {"batch_size": args.batch_size, "micro_batch": micro_batch, "amp": amp}
-                micro_batch, gib = loop.rehearse(net, cut=cut, **how)
-                if on.type != "cuda":  # whose photos and kept tokens lie in host memory
-                    gib += frozen.held_gib(
-                        net, photos, cut, cache_gib=args.cache_gib, store_gib=args.store_gib
-                    )
-                print(
-                    f"up to {gib:.2f} GiB of memory, with {micro_batch} photos at a time\n",
-                    flush=True,
-                )
-            if args.dry_run:
+            cut = freeze_except(model, parse_blocks(settings.blocks, model.config.depth))
+            print(describe_training(model, data, device, amp), flush=True)
+            if is_rank_0:
+                warn_about_few_steps(settings, len(data.train))
+
+            working_model = working_copy(model, device, amp, train=True)
+            micro_batch = choose_micro_batch(settings, working_model, data, cut, amp)
+            if settings.dry_run:
                 return 0
-            how = {"workers": args.workers, "cap_gib": args.store_gib, "skip_bad": args.skip_bad}
-            photos, file = parallel.from_first(
-                lambda: store.prepare(photos, model.preprocess, **how)
-            )
-            train, val, test = store.open_splits(photos, file, model.preprocess, args.workers)
-            run = learn(
-                args,
-                model,
-                net,
-                train,
-                val,
+
+            data, train_split, val_split, test_split = decode_photos(settings, data, model)
+            state = new_state(
+                working_model,
                 cut=cut,
                 amp=amp,
                 micro_batch=micro_batch,
-                started=started,
+                weight_decay=settings.weight_decay,
+                layer_decay=settings.layer_decay,
             )
-        if run.stopped:
-            if first:
+            with write_behind() as write_later:
+                recorder = Recorder(settings, model, data, write_later)
+                recorder.begin(state, started)
+                with stop_requests() as stop_requested:
+                    run_epochs(state, train_split, val_split, settings, stop_requested, recorder)
+            recorder.end(state)
+        if state.stopped:
+            if is_rank_0:
                 print(
                     f"\ninterrupted; all is saved in {out}: the same command with --resume goes on",
                     file=sys.stderr,
                 )
             return 130
-        if first:
-            figures = 3 if len(photos.test) >= DRAWN_APART else 0  # one each
-            with processes.working(figures, "minivit.figures.plots") as begin:
-                finish(
-                    args,
-                    model,
-                    run,
-                    photos,
-                    val,
-                    test,
-                    amp=amp,
-                    micro_batch=micro_batch,
-                    begin=begin,
-                )
+        if is_rank_0:
+            num_workers = 3 if len(data.test) >= DRAW_IN_WORKERS_FROM else 0  # one a figure
+            with worker_pool(num_workers, "minivit.figures.plots") as pool:
+                finish(settings, state, model, data, val_split, test_split, pool)
     return 0
 
 
-def learn(
-    args: argparse.Namespace,
-    model: ViT,
-    net: ViT,
-    train: tuple[Pixels, torch.Tensor],
-    val: tuple[Pixels, torch.Tensor],
-    *,
-    cut: int,
-    amp: torch.dtype | None,
-    micro_batch: int,
-    started: float,
-) -> State:
-    """Train from the first epoch, or from where the run in --out stands; leave the state after each epoch on disk."""
-    from .checkpoints import tensors, weights
-    from .data import store
-    from .system import distributed as parallel
-    from .system import prefetch as ahead
-    from .system.signals import stop_requests
-    from .training import metrics, state
-    from .training import run_folder as runs
-    from .training import step as loop
+def run_epochs(
+    state: RunState,
+    train_split: Split,
+    val_split: Split,
+    settings: TrainSettings,
+    stop_requested: Callable[[], bool],
+    recorder: Recorder | None = None,
+) -> None:
+    """Train from where the state stands to the last epoch; evaluate, save and report each.
 
-    out, first = Path(args.out), parallel.rank() == 0
-    blocks = [i for i, block in enumerate(model.blocks) if block.norm1.weight.requires_grad]
-    settings = {f"--{name.replace('_', '-')}": vars(args)[name] for name in MATHEMATICS}
-    settings |= {"precision": str(amp), "--blocks": blocks}
-    settings["the checksum of the photos"] = store.checksum(
-        *((pixels.paths, y.tolist()) for pixels, y in (train, val))
+    One seed gives one order of photos and one augmentation, whatever the sizes of batches and the
+    number of ranks. Ends early after `settings.patience` epochs without a better one, and, with
+    state.stopped set, at the end of the step during which a stop was requested. Without a
+    recorder nothing is saved or reported.
+    Raises UserError as soon as the loss of an epoch is not finite, and if the features of the
+    views take more than `settings.cache_gib` of memory.
+    """
+    keep = has_room_for_features(state, len(train_split[1]), len(val_split[1]), settings)
+    extractor = FeatureExtractor(
+        state.model,
+        state.cut,
+        batch=devices.eval_batch(state.device, settings.batch_size, state.micro_batch, state.amp),
+        compile=settings.compile,
     )
-    settings["the checksum of the base model"] = state.checksum(
-        *(p for p in model.parameters() if not p.requires_grad)
-    )
-    run = state.begin(net, amp=amp, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
-    earlier = parallel.from_first(lambda: runs.begin(out, args.resume, settings))
-    if earlier:
-        run.load(*earlier)
-    started -= run.spent
-    how = {
-        name: vars(args)[name]
-        for name in ("epochs", "batch_size", "lr", "seed", "label_smoothing", "patience")
+    layers = TrainableLayers(state.model, state.cut)
+    if settings.compile:
+        torch.backends.cuda.enable_cudnn_sdp(True)  # Its planning pays in a run that long.
+        layers.compile()
+    network = distributed.wrap(layers)
+    photos = TrainingPhotos(extractor, *train_split, settings)
+    evaluation = Evaluation(state, extractor, train_split, val_split, keep=keep)
+
+    while state.epoch <= settings.epochs and not patience_is_over(state, settings.patience):
+        started = time.perf_counter() - state.seconds
+        photos_of_epoch = photos.of_epoch(state.epoch, stop_requested)
+        if photos_of_epoch is None:
+            state.stopped = True
+            return
+
+        train_epoch(state, network, photos_of_epoch, settings, stop_requested)
+        row = {
+            "epoch": state.epoch,
+            "loss": mean_loss(state, len(photos.labels), settings),
+            "lr": state.lr,
+        }
+        state.seconds = time.perf_counter() - started
+        if state.stopped:
+            return
+
+        row |= measure_speed(state, len(photos.labels), photos_of_epoch.runs_frozen_blocks)
+        row |= evaluation.evaluate(state)
+        row["seconds"] = time.perf_counter() - started
+        row["peak_gib"] = devices.peak_gib(state.device)
+
+        state.rows.append(row)
+        state.epoch += 1
+        state.losses = []
+        state.seconds = 0.0
+        if recorder is not None:
+            recorder.save_and_report(state)
+        state.stopped = stop_requested()
+        if state.stopped:
+            return
+
+
+class Evaluation:
+    """Evaluates each epoch on the training and validation photos, without augmentation."""
+
+    def __init__(
+        self,
+        state: RunState,
+        extractor: FeatureExtractor,
+        train_split: Split,
+        val_split: Split,
+        *,
+        keep: bool,
+    ) -> None:
+        dtype = state.model.cls_token.dtype  # that of the frozen layers
+        self.eval_model = working_copy(state.model, state.device, dtype, train=False)
+        self.labels = {"train": train_split[1], "val": val_split[1]}
+        self.batches: dict[str, Callable[[], Iterator[Tensor]]] = {}
+        for name, (pixels, labels) in (("train", train_split), ("val", val_split)):
+            share = distributed.shard(torch.arange(len(labels)))
+            self.batches[name] = extractor.evaluation(pixels, share, keep=keep)
+
+    def evaluate(self, state: RunState) -> dict[str, float]:
+        """Return train_accuracy, val_accuracy, train_loss and so on, of the present weights."""
+        copy_trainable(self.eval_model, state.model)
+        row: dict[str, float] = {}
+        for name, labels in self.labels.items():
+            logits = predict(self.eval_model, self.batches[name](), cut=state.cut)
+            scores = score_predictions(distributed.gather(logits, len(labels)), labels)
+            row |= {f"{name}_{metric}": value for metric, value in scores.items()}
+        return row
+
+
+def has_room_for_features(
+    state: RunState, num_train: int, num_val: int, settings: TrainSettings
+) -> bool:
+    """Return whether the features of all photos without augmentation fit into memory.
+
+    Those of the kept views come first. Raises UserError if not even they fit.
+    """
+    views = settings.views_to_keep()
+    views_gib = features_gib(state.model, num_train * views, state.cut)
+    if views_gib > settings.cache_gib:
+        raise UserError(
+            f"the features of {views} views take {views_gib:.1f} GiB; "
+            f"raise --cache-gib {settings.cache_gib:g}, or keep fewer"
+        )
+    evaluation_gib = features_gib(state.model, num_train + num_val, state.cut)
+    return views_gib + evaluation_gib <= settings.cache_gib
+
+
+def patience_is_over(state: RunState, patience: int | None) -> bool:
+    if patience is None or not state.rows:
+        return False
+    return state.epoch > metrics.best_row(state.rows)["epoch"] + patience
+
+
+def measure_speed(state: RunState, n: int, runs_frozen_blocks: bool) -> dict[str, float]:
+    """Return images a second, and the share of the device's product speed that they take."""
+    forward = state.model.flops(0 if runs_frozen_blocks else state.cut)
+    backward = 2 * state.model.flops(state.cut)  # twice as much as the forward pass
+    flops_per_second = n * (forward + backward) / state.seconds / distributed.world_size()
+    return {
+        "images_per_s": n / state.seconds,
+        "mfu": flops_per_second / devices.product_flops(state.device, state.amp),
     }
-    views = (
-        args.cache_views if args.cache_views < args.epochs else 0
-    )  # of more, none would come again
-    how |= {"cache_views": views, "cache_gib": args.cache_gib, "compile": args.compile}
-    with ahead.write_behind() as begin:
-        if first:
-            begin(weights.hash_frozen, model)
-        for row in loop.fit(run, train, val, cut=cut, amp=amp, micro_batch=micro_batch, **how):
-            tail = run.tail()
-            if metrics.best_row(run.rows) is row:
-                run.best = tail
-            run.spent = time.perf_counter() - started
-            if first:
-                begin(tensors.save_tensors, out / runs.STATE, *run.snapshot(settings, tail))
-                runs.report_epoch(run.rows, args.epochs, out)
-    run.spent = time.perf_counter() - started
-    if run.stopped and first:
-        with stop_requests():  # torchrun repeats a signal
-            run.save(out / runs.STATE, settings)
-    return run
+
+
+class Recorder:
+    """Saves the state of a run and reports its epochs. Only rank 0 writes and prints."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        model: ViT,
+        data: Data,
+        write_later: Callable[..., Future],
+    ) -> None:
+        self.settings = settings
+        self.model = model
+        self.data = data
+        self.write_later = write_later
+        self.out = Path(settings.out)
+        self.started = 0.0  # when the run would have started if it had never been interrupted
+        self.base_hash: Future[str] | None = None
+
+    def begin(self, state: RunState, started: float) -> None:
+        """Begin a new run in the folder, or restore the run that is there."""
+        if distributed.rank() == 0:
+            # Hashing the base model takes a second, so it goes on beside the first epoch.
+            self.base_hash = self.write_later(weights.hash_frozen, self.model)
+        saved = distributed.on_rank_0(lambda: self._open_folder(state))
+        if saved is not None:
+            state.restore(*saved)
+        self.started = started - state.spent
+
+    def _open_folder(self, state: RunState) -> tuple[dict[str, Tensor], dict] | None:
+        if run_folder.has_state(self.out, self.settings.resume):
+            return run_folder.resume_run(self.out, self.fingerprint(state))
+        run_folder.begin_run(self.out, self.settings.resume)
+        return None
+
+    def fingerprint(self, state: RunState) -> dict[str, object]:
+        """Return all that changes the result: a run is resumed only if all of it is the same."""
+        assert self.base_hash is not None  # Only rank 0 asks.
+        splits = [(split.paths, split.labels) for split in (self.data.train, self.data.val)]
+        blocks = parse_blocks(self.settings.blocks, self.model.config.depth)
+        return self.settings.mathematics() | {
+            "precision": str(state.amp),
+            "--blocks": blocks,
+            "the checksum of the photos": store.checksum(*splits),
+            "the SHA-256 of the base model": self.base_hash.result(),
+        }
+
+    def save_and_report(self, state: RunState) -> None:
+        """Save the state after an epoch, in the background, and print the epoch's row."""
+        current_weights = state.trainable_weights()
+        if metrics.best_row(state.rows) is state.rows[-1]:
+            state.best = current_weights
+        state.spent = time.perf_counter() - self.started
+        if distributed.rank() == 0:
+            snapshot = state.snapshot(self.fingerprint(state), current_weights)
+            self.write_later(tensors.save_tensors, self.out / run_folder.STATE, *snapshot)
+            run_folder.report_epoch(state.rows, self.settings.epochs, self.out)
+
+    def end(self, state: RunState) -> None:
+        """Note the time that the run took, and save the state if it was stopped in an epoch."""
+        state.spent = time.perf_counter() - self.started
+        if state.stopped and distributed.rank() == 0:
+            with stop_requests():  # torchrun repeats its signal.
+                save_state(self.out / run_folder.STATE, state, self.fingerprint(state))
+
+
+def prepare(settings: TrainSettings, device: torch.device) -> None:
+    """Check what can be checked before anything is loaded, and set torch up for the run."""
+    if settings.out.encode(errors="ignore").decode() != settings.out:
+        raise UserError(
+            f"{settings.out}: expected a name in UTF-8, without which safetensors reads no file"
+        )
+    if settings.push_to_hub and distributed.launched_rank() == 0:
+        hub.prepare_push(settings.push_to_hub)
+    torch.manual_seed(settings.seed)
+    if settings.deterministic:
+        devices.be_deterministic()
+    if settings.memory_gib:
+        devices.limit_memory(device, settings.memory_gib)
+
+
+def holds_finished_run(out: Path, resume: bool, lock: contextlib.ExitStack) -> bool:
+    """Lock the folder of the run; say whether there is a finished run to resume, and its result."""
+    run_folder.lock_folder(out, lock)
+    if not resume or not run_folder.is_finished(out):
+        return False
+    run_folder.report_finished(out)
+    return True
+
+
+def load_data(settings: TrainSettings) -> Data:
+    """List the data set, downloaded if need be, and print what is odd about it."""
+    listing = list_data(settings.data, download=True)
+    data = split_data(listing, seed=settings.seed)
+    for finding in quick_findings(listing):
+        print(finding, file=sys.stderr)
+    return data
+
+
+def warn_about_few_steps(settings: TrainSettings, num_train: int) -> None:
+    steps_per_epoch = math.ceil(num_train / settings.batch_size)
+    steps = settings.epochs * steps_per_epoch
+    if steps < MIN_STEPS:
+        epochs = math.ceil(MIN_STEPS / steps_per_epoch)
+        print(
+            f"{steps} steps teach little; for so few photos try --epochs {epochs} --cache-views 4, "
+            "of which most cost little",
+            file=sys.stderr,
+        )
+
+
+def choose_micro_batch(
+    settings: TrainSettings, model: ViT, data: Data, cut: int, amp: torch.dtype | None
+) -> int:
+    """Return how many photos to take per forward pass; on a GPU, print what memory that needs."""
+    device = model.cls_token.device
+    micro_batch = devices.pick_micro_batch(settings.micro_batch, settings.batch_size, device, amp)
+    if device.type != "cuda" and not settings.dry_run:
+        return micro_batch
+    micro_batch, gib = rehearse(
+        model, cut=cut, batch_size=settings.batch_size, micro_batch=micro_batch, amp=amp
+    )
+    if device.type != "cuda":  # Photos and kept features lie in the same memory.
+        gib += host_memory_gib(
+            model, data, cut, cache_gib=settings.cache_gib, store_gib=settings.store_gib
+        )
+    print(f"up to {gib:.2f} GiB of memory, with {micro_batch} photos at a time\n", flush=True)
+    return micro_batch
+
+
+def decode_photos(
+    settings: TrainSettings, data: Data, model: ViT
+) -> tuple[Data, Split, Split, Split]:
+    """Decode all photos once; return the data without bad photos, and train, val and test."""
+
+    def prepare_store() -> tuple[Data, Path | None]:
+        return store.prepare(
+            data,
+            model.preprocess,
+            workers=settings.workers,
+            cap_gib=settings.store_gib,
+            skip_bad=settings.skip_bad,
+        )
+
+    data, file = distributed.on_rank_0(prepare_store)
+    train_split, val_split, test_split = store.open_splits(
+        data, file, model.preprocess, settings.workers
+    )
+    return data, train_split, val_split, test_split
 
 
 def finish(
-    args: argparse.Namespace,
+    settings: TrainSettings,
+    state: RunState,
     model: ViT,
-    run: State,
-    photos: Data,
-    val: tuple[Pixels, torch.Tensor],
-    test: tuple[Pixels, torch.Tensor],
-    *,
-    amp: torch.dtype | None,
-    micro_batch: int,
-    begin: Callable[..., Callable[[], object]],
+    data: Data,
+    val_split: Split,
+    test_split: Split,
+    pool: Executor,
 ) -> None:
-    """Test the best epoch, make sure that what is written is what was tested, and leave everything there is to look at."""
-    import torch
+    """Test the best epoch once, and write everything that the run leaves behind."""
+    started = time.perf_counter()
+    out = Path(settings.out)
+    device = state.device
+    peak_gib = devices.peak_gib(device)
 
-    from .checkpoints import hub
-    from .model import trainable, working_copy
-    from .system import device, files
-    from .training import metrics, state
-    from .training import report as results
-    from .training import run_folder as runs
-    from .training import step as loop
+    # The best epoch's weights become those of the model that is tested and of the one that is
+    # written.
+    set_trainable(state.model, state.best)
+    set_trainable(model, state.best)
+    eval_model = working_copy(state.model, device, state.amp, train=False)
+    state.free_device_memory()
+    batch = devices.eval_batch(device, settings.batch_size, state.micro_batch, state.amp)
+    check_validation_loss(state, eval_model, val_split, batch)
+    test_logits = predict_photos(eval_model, test_split[0], batch=batch)
+    scores = score_predictions(test_logits, test_split[1])
 
-    started, out, on = time.perf_counter(), Path(args.out), run.model.cls_token.device
-    peak_gib, best = device.peak_gib(on), metrics.best_row(run.rows)
-    batch = device.eval_batch(on, args.batch_size, micro_batch, amp)
-    for net in (run.model, model):
-        state.set_tail(net, run.best)
-    tested = working_copy(run.model, on, amp, train=False)
-    run.free()
-    # bf16 and fp16: the loss of 30 photos changed by up to 1.7% with what else was in their batch.
-    loss, bound = (
-        loop.score(loop.predict_photos(tested, val[0], batch=batch), val[1])["loss"],
-        0.05 if amp else 1e-3,
-    )
-    if abs(loss - best["val_loss"]) > bound * max(1, best["val_loss"]):
-        raise RuntimeError(
-            f"{out}: the best epoch's weights validate at a loss of {loss}, not {best['val_loss']}"
-        )
-    logits = loop.predict_photos(tested, test[0], batch=batch)
-    scores = loop.score(logits, test[1])
-    drawn = results.draw_figures(out, run.rows, photos, logits, begin)
-
+    num_classes = len(data.classes)
+    confusion = metrics.confusion_matrix(test_logits.argmax(1), test_split[1], num_classes)
+    figures = report.draw_figures(pool, out, state.rows, data, test_logits, confusion)
     write_weights(model, out)
-    summary = {f"test_{name}": value for name, value in scores.items()} | {
-        "test_photos": len(test[1]),
-        "best_epoch": best["epoch"],
-        "verdict": metrics.verdict(run.rows),
+    summary: dict[str, object] = {f"test_{name}": value for name, value in scores.items()}
+    summary |= summarize_run(settings, state, model, data)
+    summary["seconds"] = state.spent + time.perf_counter() - started
+    summary["peak_gib"] = peak_gib
+    summary["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name = settings.push_to_hub or out.resolve().name
+    report.write_tables(out, summary, confusion, name=name, pets=data.is_pets)
+    for figure in figures:
+        figure.result()
+    files.write_json(out / "summary.json", summary)
+    (out / run_folder.STATE).unlink()
+    if settings.push_to_hub:
+        address = hub.push(out, settings.push_to_hub, run_folder.RUN_FILES)
+        print(f"pushed: {address}", file=sys.stderr)
+    print(summary["verdict"])
+    print(run_folder.result_line(summary, out))
+
+
+def check_validation_loss(state: RunState, eval_model: ViT, val_split: Split, batch: int) -> None:
+    """Make sure that the weights to be tested validate as the best epoch did."""
+    pixels, labels = val_split
+    best = metrics.best_row(state.rows)
+    loss = score_predictions(predict_photos(eval_model, pixels, batch=batch), labels)["loss"]
+    # In bf16 and fp16, the loss of 30 photos changed by up to 1.7% with the rest of their batch.
+    tolerance = 0.05 if state.amp else 1e-3
+    if abs(loss - best["val_loss"]) > tolerance * max(1, best["val_loss"]):
+        raise RuntimeError(
+            f"the best epoch's weights validate at a loss of {loss}, not {best['val_loss']}"
+        )
+
+
+def write_weights(model: ViT, out: Path) -> None:
+    """Write the tail and the whole model, and make sure that they read back as they were."""
+    weights.save_tail(model, out / "tail.safetensors")
+    weights.save_pretrained(model, out)
+    reread = weights.load_pretrained(out)
+    written = dict(model.named_parameters()) | {"pos_embed": model.positions()}
+    read_back = dict(reread.named_parameters()) | {"pos_embed": reread.positions()}
+    changed = [name for name, weight in written.items() if not torch.equal(weight, read_back[name])]
+    if changed:
+        raise RuntimeError(
+            f"{out}: read back, weights are not those that were tested: {', '.join(changed)}"
+        )
+
+
+def summarize_run(
+    settings: TrainSettings, state: RunState, model: ViT, data: Data
+) -> dict[str, object]:
+    """Return what summary.json says of the run besides the test scores, time and device."""
+    return {
+        "test_photos": len(data.test),
+        "best_epoch": metrics.best_row(state.rows)["epoch"],
+        "verdict": metrics.verdict(state.rows),
         "trainable_parameters": sum(p.numel() for p in trainable(model).values()),
         "total_parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": run.spent + time.perf_counter() - started,
-        "peak_gib": peak_gib,
         "base": model.origin.source,
         "base_commit": model.origin.commit,
-        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else on.type,
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "precision": str(amp or torch.float32).removeprefix("torch."),
-        "settings": vars(args),
-        "classes": list(photos.classes),
+        "processes": distributed.launched_world_size(),
+        "precision": str(state.amp or torch.float32).removeprefix("torch."),
+        "settings": asdict(settings),
+        "classes": list(data.classes),
         "versions": {
             "minivit": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
     }
-    pets = any(photos.train.paths[0].parent.parent.glob("annotations/trainval.txt"))
-    results.write_tables(
-        out, photos, logits, summary, name=args.push_to_hub or out.resolve().name, pets=pets
-    )
-    for wait in drawn:
-        wait()
-    files.write_json(out / "summary.json", summary)
-    (out / runs.STATE).unlink()
-    if args.push_to_hub:
-        print(f"pushed: {hub.push(out, args.push_to_hub, runs.RUN_FILES)}", file=sys.stderr)
-    print(summary["verdict"], runs.result(summary, out), sep="\n")
-
-
-def write_weights(model: ViT, out: Path) -> None:
-    """Write what was trained and the whole model, and make sure that what is read back is what was written."""
-    import torch
-
-    from .checkpoints import weights
-
-    weights.save_tail(model, out / "tail.safetensors")
-    weights.save_pretrained(model, out)
-    reread = weights.load_pretrained(out)
-    ours, theirs = (
-        dict(net.named_parameters()) | {"pos_embed": net.positions()} for net in (model, reread)
-    )
-    if changed := [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]:
-        raise RuntimeError(
-            f"{out}: read back, weights are not those that were tested: {', '.join(changed)}"
-        )
-
-
-def command() -> NoReturn:
-    """Run as a script: train.py, and minivit-train where it is installed."""
-    cli.start(main)

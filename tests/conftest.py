@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
@@ -217,3 +218,85 @@ def shapes_data(tmp_path_factory) -> Path:
                 photo[..., channel] += 120
                 Image.fromarray(photo.astype(np.uint8)).save(root / split / name / f"{i}.png")
     return root
+
+
+# What a row of metrics.jsonl says of the machine rather than of the mathematics.
+TIMES = {"images_per_s", "mfu", "seconds", "peak_gib"}
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+@pytest.fixture
+def pixels() -> tuple[torch.Tensor, torch.Tensor]:
+    """Nine random images of 32 x 32 pixels as uint8, and their labels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (9, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return images, torch.arange(9) % 5
+
+
+def make_trainable() -> ViT:
+    """Return a tiny ViT of which blocks 10-11, the final norm and the head train."""
+    from minivit.model import freeze_except
+
+    model = randomize(ViT(TINY))
+    model.preprocess = Preprocess((32, 32))
+    freeze_except(model, [10, 11])
+    return model
+
+
+def trainable_vector(model: ViT) -> torch.Tensor:
+    """Return all trainable weights as one vector."""
+    from minivit.model import trainable
+
+    return torch.cat([weight.detach().flatten() for weight in trainable(model).values()])
+
+
+def start_run(model: ViT, *, amp: torch.dtype | None = None, **changes):
+    """Return the state of a run that trains this very model, from block 10 on."""
+    from minivit.training.state import new_state
+
+    settings = {"cut": 10, "amp": amp, "micro_batch": 4, "weight_decay": 0.05} | changes
+    return new_state(model, **settings)
+
+
+def train_epochs(state, train, val=None, *, stop_requested=lambda: False, **changes) -> list[dict]:
+    """Train a tiny model as train.py does, without files, and return its rows."""
+    from minivit.settings import TrainSettings
+    from minivit.train import run_epochs
+
+    settings = {"epochs": 2, "batch_size": 4, "lr": 1e-3, "seed": 0} | changes
+    run_epochs(state, train, val or train, TrainSettings(**settings), stop_requested)
+    return state.rows
+
+
+def run_train(model, data, out, *flags) -> int:
+    """Run train.py on the CPU in float32 and return its exit code."""
+    import train
+
+    files = ["--model", str(model), "--data", str(data), "--out", str(out)]
+    machine = ["--amp", "off", "--device", "cpu"]
+    return train.main([*files, *machine, "--batch-size", "8", "--lr", "0.003", *map(str, flags)])
+
+
+def rows_of(out: Path) -> list[dict]:
+    """Return the rows of a run, without what they say of the machine."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return without_times([json.loads(line) for line in lines])
+
+
+def assert_same_end(out: Path, straight: Path) -> None:
+    """Compare two finished runs: equal bytes, equal tensors in the tail, equal rows, no leftovers.
+
+    The header of tail.safetensors has its keys in no particular order, and times differ.
+    """
+    for name in ("model.safetensors", "config.json", "classes.csv", "confusion.png", "curves.png"):
+        assert (out / name).read_bytes() == (straight / name).read_bytes(), name
+    tail = load_file(out / "tail.safetensors")
+    expected = load_file(straight / "tail.safetensors")
+    assert tail.keys() == expected.keys()
+    assert all(torch.equal(tail[name], expected[name]) for name in expected)
+    assert rows_of(out) == rows_of(straight)
+    assert not list(out.glob(".*.partial"))
+    assert not (out / "state.safetensors").exists()

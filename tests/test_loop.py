@@ -1,35 +1,61 @@
+"""One optimizer step, the epochs, and the schedule."""
+
 from __future__ import annotations
 
 import math
 import re
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, randomize
+from conftest import (
+    TIMES,
+    TINY,
+    make_trainable,
+    randomize,
+    start_run,
+    train_epochs,
+    trainable_vector,
+    without_times,
+)
 from torch.testing import assert_close
 
-from minivit import Preprocess, ViT, load_pretrained
+from minivit import ViT, load_pretrained, train
 from minivit.cli import parse_blocks
 from minivit.errors import UserError
 from minivit.model import freeze_except, trainable
-from minivit.training import step as loop
+from minivit.training import step as steps
 from minivit.training.optimizer import lr_at, parameter_groups
-from minivit.training.state import begin
+from minivit.training.rehearsal import rehearse
+from minivit.training.state import RunState
+from minivit.training.step import (
+    MAX_GRAD_NORM,
+    Batch,
+    predict_photos,
+    score_predictions,
+    train_step_in_memory,
+)
 
-CPU_SCALER_OFF = torch.amp.GradScaler("cpu", enabled=False)
+SCALER_OFF = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def batch(n=7):
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(n, 3, 32, 32, generator=generator), torch.randint(
-        5, (n,), generator=generator
-    )
+    images = torch.randn(n, 3, 32, 32, generator=generator)
+    return images, torch.randint(5, (n,), generator=generator)
 
 
-def tail_of(model):
-    return torch.cat([p.detach().flatten() for p in trainable(model).values()])
+def step(network, optimizer, images, labels, *, micro_batch, scaler=SCALER_OFF, **settings):
+    """Take a step on these images; return its loss, its norm, and the micro-batch that fitted."""
+    size = settings.pop("size", len(labels))
+    smoothing = settings.pop("label_smoothing", 0.0)
+    amp = settings.pop("amp", None)
+    on_cpu = SimpleNamespace(cls_token=images)
+    state = RunState(on_cpu, 10, amp, micro_batch, optimizer, scaler, **settings)
+    taken = Batch(images.__getitem__, labels, size)
+    return *train_step_in_memory(network, state, taken, smoothing), state.micro_batch
 
 
 def sgd(model):
@@ -43,21 +69,13 @@ def test_micro_batches_add_up_to_the_full_batch(tiny, micro_batch):
     F.cross_entropy(tiny(images), labels).backward()
     expected = {name: p.grad.clone() for name, p in trainable(tiny).items()}
     norm = torch.cat([g.flatten() for g in expected.values()]).norm()
-    loss, found_norm, _ = loop.train_step(
-        tiny,
-        sgd(tiny),
-        CPU_SCALER_OFF,
-        images.__getitem__,
-        labels,
-        micro_batch=micro_batch,
-        amp=None,
-    )
+    loss, found_norm, _ = step(tiny, sgd(tiny), images, labels, micro_batch=micro_batch)
     assert_close(loss, F.cross_entropy(randomize(ViT(TINY))(images), labels).detach())
     assert_close(found_norm, norm)
     for name, p in trainable(tiny).items():  # what remains is the clipped sum
         assert_close(
             p.grad,
-            expected[name] * min(1, loop.MAX_GRAD_NORM / (norm.item() + 1e-6)),
+            expected[name] * min(1, MAX_GRAD_NORM / (norm.item() + 1e-6)),
             rtol=1e-4,
             atol=1e-6,
         )
@@ -69,9 +87,7 @@ def test_only_the_chosen_blocks_norm_and_head_change(tiny, blocks):
     images, labels = batch()
     cut = freeze_except(tiny, blocks)
     assert cut == min(blocks, default=12)
-    loop.train_step(
-        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=7, amp=None
-    )
+    step(tiny, sgd(tiny), images, labels, micro_batch=7)
     for name, p in tiny.named_parameters():
         chosen = name.split(".")[0] in ("norm", "head") or any(
             name.startswith(f"blocks.{i}.") for i in blocks
@@ -87,17 +103,13 @@ def test_frozen_blocks_build_no_graph(tiny):
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.append(t.shape) or t, lambda t: t
     ):
-        loop.train_step(
-            tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=7, amp=None
-        )
+        step(tiny, sgd(tiny), images, labels, micro_batch=7)
     few = len(saved)
     freeze_except(tiny, range(12))
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.append(t.shape) or t, lambda t: t
     ):
-        loop.train_step(
-            tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=7, amp=None
-        )
+        step(tiny, sgd(tiny), images, labels, micro_batch=7)
     assert len(saved) - few > 4 * few
 
 
@@ -107,15 +119,15 @@ def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(tiny):
     before = {name: p.clone() for name, p in trainable(tiny).items()}
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     optimizer = sgd(tiny)
-    _, norm, _ = loop.train_step(
-        tiny, optimizer, scaler, images.__getitem__, labels, micro_batch=3, amp=torch.float16
+    _, norm, _ = step(
+        tiny, optimizer, images, labels, micro_batch=3, amp=torch.float16, scaler=scaler
     )
     assert not norm.isfinite()
     assert scaler.get_scale() == 2.0**59
     assert all(torch.equal(p, before[name]) for name, p in trainable(tiny).items())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    _, norm, _ = loop.train_step(
-        tiny, optimizer, scaler, images.__getitem__, labels, micro_batch=3, amp=torch.float16
+    _, norm, _ = step(
+        tiny, optimizer, images, labels, micro_batch=3, amp=torch.float16, scaler=scaler
     )
     assert norm.isfinite()
     assert not torch.equal(tiny.head.weight, before["head.weight"])
@@ -125,53 +137,21 @@ def test_clipping_sees_the_unscaled_gradients(tiny):
     images, labels = batch()
     freeze_except(tiny, [10, 11])
     kept = {name: p.detach().clone() for name, p in tiny.named_parameters()}
-    _, expected, _ = loop.train_step(
-        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=3, amp=None
-    )
+    _, expected, _ = step(tiny, sgd(tiny), images, labels, micro_batch=3)
     stepped = tiny.head.weight.detach().clone()
     tiny.load_state_dict(kept)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    _, norm, _ = loop.train_step(
-        tiny, sgd(tiny), scaler, images.__getitem__, labels, micro_batch=3, amp=None
-    )
+    _, norm, _ = step(tiny, sgd(tiny), images, labels, micro_batch=3, scaler=scaler)
     assert_close(norm, expected)
     assert_close(tiny.head.weight.detach(), stepped)
 
 
-def fit(model, data, val=None, **changes):
-    settings = {
-        "amp": None,
-        "epochs": 2,
-        "batch_size": 4,
-        "micro_batch": 4,
-        "lr": 1e-3,
-        "seed": 0,
-        "cut": 10,
-    } | changes
-    run = begin(model, amp=settings["amp"], weight_decay=0.05)
-    return list(loop.fit(run, data, val or data, **settings))
-
-
-@pytest.fixture
-def pixels():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(256, (9, 3, 32, 32), generator=generator, dtype=torch.uint8), torch.arange(
-        9
-    ) % 5
-
-
-def fresh():
-    model = randomize(ViT(TINY))
-    model.preprocess = Preprocess((32, 32))
-    freeze_except(model, [10, 11])
-    return model
-
-
-TIMES = {"images_per_s", "mfu", "seconds", "peak_gib"}
+def fit(model, data, val=None, *, amp=None, micro_batch=4, **changes):
+    return train_epochs(start_run(model, amp=amp, micro_batch=micro_batch), data, val, **changes)
 
 
 def test_micro_batch_changes_speed_and_never_the_result(pixels):
-    whole, parts = fit(fresh(), pixels), fit(fresh(), pixels, micro_batch=3)
+    whole, parts = fit(make_trainable(), pixels), fit(make_trainable(), pixels, micro_batch=3)
     for a, b in zip(whole, parts):
         for key in a.keys() - TIMES:
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
@@ -184,47 +164,43 @@ def test_micro_batch_changes_speed_and_never_the_result(pixels):
 
 
 def test_tokens_that_are_kept_give_the_numbers_of_tokens_computed_anew(pixels):
-    kept = fit(fresh(), pixels)
-    anew = fit(fresh(), pixels, cache_gib=0)
-    assert [{k: row[k] for k in row.keys() - TIMES} for row in kept] == [
-        {k: row[k] for k in row.keys() - TIMES} for row in anew
-    ]
+    kept = fit(make_trainable(), pixels)
+    anew = fit(make_trainable(), pixels, cache_gib=0)
+    assert without_times(kept) == without_times(anew)
 
 
 def test_training_metrics_are_of_photos_without_augmentation(pixels):
-    model = fresh()
+    model = make_trainable()
     last = fit(model, pixels)[-1]
-    expected = loop.score(loop.predict_photos(model, pixels[0], batch=64), pixels[1])
+    expected = score_predictions(predict_photos(model, pixels[0], batch=64), pixels[1])
     assert last["train_loss"] == pytest.approx(expected["loss"], abs=1e-6)
     assert last["train_accuracy"] == last["val_accuracy"] == expected["accuracy"]
 
 
 def test_a_skipped_step_moves_neither_schedule_nor_weights(pixels, monkeypatch):
-    monkeypatch.setattr(
-        loop, "train_step", lambda *_, **__: (torch.tensor(1.0), torch.tensor(math.inf), 4)
-    )
-    rows = fit(fresh(), pixels, amp=torch.float16)
+    skipped = (torch.tensor(1.0), torch.tensor(math.inf))
+    monkeypatch.setattr(steps, "train_step", lambda *_, **__: skipped)
+    rows = fit(make_trainable(), pixels, amp=torch.float16)
     assert rows[-1]["lr"] == lr_at(0, peak=1e-3, total=6)
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_clear_line(pixels):
-    model = fresh()
+    model = make_trainable()
     model.head.weight.data.fill_(math.nan)
     with pytest.raises(UserError, match="the loss of epoch 1 is nan; try a lower --lr than 0.001"):
         fit(model, pixels)
 
 
 def test_an_epoch_of_nothing_but_skipped_steps_stops_too(pixels, monkeypatch):
-    monkeypatch.setattr(
-        loop, "train_step", lambda *_, **__: (torch.tensor(math.inf), torch.tensor(math.inf), 4)
-    )
+    skipped = (torch.tensor(math.inf), torch.tensor(math.inf))
+    monkeypatch.setattr(steps, "train_step", lambda *_, **__: skipped)
     with pytest.raises(UserError, match="the loss of epoch 1 is inf; try a lower --lr than 0.001"):
-        fit(fresh(), pixels, amp=torch.float16)
+        fit(make_trainable(), pixels, amp=torch.float16)
 
 
 def test_mfu_is_the_share_that_the_models_products_take_of_the_devices(pixels, monkeypatch):
-    monkeypatch.setattr(loop, "product_flops", lambda *_: 1e9)
-    model = fresh()
+    monkeypatch.setattr(train.devices, "product_flops", lambda *_: 1e9)
+    model = make_trainable()
     for row, whole in zip(
         fit(model, pixels, cache_views=1), (model.flops(), model.flops(10)), strict=True
     ):
@@ -232,14 +208,6 @@ def test_mfu_is_the_share_that_the_models_products_take_of_the_devices(pixels, m
             10
         )  # forward, and backward through what trains, which takes twice as much
         assert row["mfu"] == pytest.approx(row["images_per_s"] * passes / 1e9)
-
-
-def test_what_is_not_scored_is_left_out_and_nothing_else_changes(pixels):
-    for row, both in zip(fit(fresh(), pixels, scored=["val"]), fit(fresh(), pixels), strict=True):
-        assert {
-            name: value for name, value in both.items() if not name.startswith("train_")
-        }.keys() == row.keys()
-        assert all(row[name] == both[name] for name in row.keys() - TIMES)
 
 
 def test_the_learning_rate_warms_up_and_ends_at_0():
@@ -288,17 +256,9 @@ def test_micro_batches_change_the_update_by_rounding_only(tiny):
     updates = []
     for micro_batch in (9, 4, 2, 1):  # a last micro-batch of one photo for 4 and 2
         tiny.load_state_dict(kept)
-        before = tail_of(tiny)
-        loop.train_step(
-            tiny,
-            sgd(tiny),
-            CPU_SCALER_OFF,
-            images.__getitem__,
-            labels,
-            micro_batch=micro_batch,
-            amp=None,
-        )
-        updates.append(tail_of(tiny) - before)
+        before = trainable_vector(tiny)
+        step(tiny, sgd(tiny), images, labels, micro_batch=micro_batch)
+        updates.append(trainable_vector(tiny) - before)
     for update in updates[1:]:  # 1e-6 is of float32's own rounding of the weights
         assert (update - updates[0]).norm() <= 1e-6 * updates[0].norm()
 
@@ -329,9 +289,7 @@ def test_of_a_step_that_ran_out_of_memory_nothing_is_held_while_it_is_redone(tin
         made.append(weakref.ref(logits))
         return logits
 
-    *_, micro_batch = loop.train_step(
-        net, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=8, amp=None
-    )
+    *_, micro_batch = step(net, sgd(tiny), images, labels, micro_batch=8)
     assert micro_batch == 2
     assert alive[:3] == [0, 0, 0]  # of 8 photos, of 4, of the first 2
     assert "micro-batches of 4\n" in capsys.readouterr().err
@@ -355,19 +313,15 @@ def test_out_of_memory_halves_the_micro_batch_and_redoes_the_step(tiny, capsys):
     images, labels = batch(7)
     freeze_except(tiny, [10, 11])
     kept = {name: p.detach().clone() for name, p in tiny.named_parameters()}
-    expected = loop.train_step(
-        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=1, amp=None
-    )
-    stepped = tail_of(tiny)
+    expected = step(tiny, sgd(tiny), images, labels, micro_batch=1)
+    stepped = trainable_vector(tiny)
     tiny.load_state_dict(kept)
     seen = too_much(tiny, 2)
-    found = loop.train_step(
-        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=64, amp=None
-    )
+    found = step(tiny, sgd(tiny), images, labels, micro_batch=64)
     assert seen == [7, 3, 1, 1, 1, 1, 1, 1, 1]
     assert found[2] == 1
     assert_close(found[0], expected[0])
-    assert_close(tail_of(tiny), stepped)
+    assert_close(trainable_vector(tiny), stepped)
     assert (
         capsys.readouterr().err.count("out of memory; the step is redone in micro-batches of ") == 2
     )
@@ -377,9 +331,7 @@ def test_a_step_is_tried_down_to_one_photo_at_a_time(tiny):
     images, labels = batch(4)
     freeze_except(tiny, [10, 11])
     seen = too_much(tiny, 1)
-    loop.train_step(
-        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=4, amp=None
-    )
+    step(tiny, sgd(tiny), images, labels, micro_batch=4)
     assert seen == [4, 2, 1, 1, 1, 1]
 
 
@@ -387,10 +339,8 @@ def test_out_of_memory_in_the_middle_of_a_step_leaves_no_gradient_behind(tiny):
     images, labels = batch(7)
     freeze_except(tiny, [10, 11])
     kept = {name: p.detach().clone() for name, p in tiny.named_parameters()}
-    loop.train_step(
-        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=2, amp=None
-    )
-    stepped = tail_of(tiny)
+    step(tiny, sgd(tiny), images, labels, micro_batch=2)
+    stepped = trainable_vector(tiny)
     tiny.load_state_dict(kept)
     real, calls = tiny.forward, []
 
@@ -401,11 +351,9 @@ def test_out_of_memory_in_the_middle_of_a_step_leaves_no_gradient_behind(tiny):
         return real(images)
 
     tiny.forward = third_fails
-    loop.train_step(
-        tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=4, amp=None
-    )
+    step(tiny, sgd(tiny), images, labels, micro_batch=4)
     assert calls == [4, 3, 2, 2, 2, 1]
-    assert_close(tail_of(tiny), stepped)
+    assert_close(trainable_vector(tiny), stepped)
 
 
 def test_where_not_one_photo_fits_it_says_so(tiny):
@@ -416,43 +364,23 @@ def test_where_not_one_photo_fits_it_says_so(tiny):
         UserError, match="cpu: out of memory; try a lower --batch-size or --micro-batch"
     ):
         tiny.forward(images[:0])
-        loop.train_step(
-            tiny, sgd(tiny), CPU_SCALER_OFF, images.__getitem__, labels, micro_batch=2, amp=None
-        )
+        step(tiny, sgd(tiny), images, labels, micro_batch=2)
 
 
 def test_a_stand_in_counts_neither_in_the_loss_nor_in_the_gradients(tiny):
     images, labels = batch(1)
     freeze_except(tiny, [10, 11])
-    before = tail_of(tiny)
-    loss, norm, _ = loop.train_step(
-        tiny,
-        sgd(tiny),
-        CPU_SCALER_OFF,
-        images.__getitem__,
-        labels,
-        micro_batch=1,
-        amp=None,
-        batch=math.inf,
-    )
+    before = trainable_vector(tiny)
+    loss, norm, _ = step(tiny, sgd(tiny), images, labels, micro_batch=1, size=math.inf)
     assert (loss, norm) == (0, 0)
-    assert torch.equal(tail_of(tiny), before)
+    assert torch.equal(trainable_vector(tiny), before)
 
 
 def test_label_smoothing_is_torchs(tiny):
     images, labels = batch()
     freeze_except(tiny, [10, 11])
     expected = F.cross_entropy(tiny(images), labels, label_smoothing=0.2).detach()
-    loss, *_ = loop.train_step(
-        tiny,
-        sgd(tiny),
-        CPU_SCALER_OFF,
-        images.__getitem__,
-        labels,
-        micro_batch=3,
-        amp=None,
-        label_smoothing=0.2,
-    )
+    loss, *_ = step(tiny, sgd(tiny), images, labels, micro_batch=3, label_smoothing=0.2)
     assert_close(loss, expected)
 
 
@@ -474,23 +402,10 @@ def test_layer_decay_lowers_the_learning_rate_block_by_block(tiny):
 def test_layer_decay_reaches_the_steps(pixels):
     moved = []
     for layer_decay in (1.0, 0.0):
-        model = fresh()
+        model = make_trainable()
         before = {name: p.detach().clone() for name, p in trainable(model).items()}
-        run = begin(model, amp=None, weight_decay=0.05, layer_decay=layer_decay)
-        next(
-            loop.fit(
-                run,
-                pixels,
-                pixels,
-                cut=10,
-                amp=None,
-                epochs=2,
-                batch_size=4,
-                micro_batch=4,
-                lr=1e-3,
-                seed=0,
-            )
-        )
+        state = start_run(model, layer_decay=layer_decay)
+        train_epochs(state, pixels, stop_requested=lambda state=state: bool(state.rows))
         moved.append(
             {
                 name.split(".")[0]
@@ -504,20 +419,23 @@ def test_layer_decay_reaches_the_steps(pixels):
 def test_patience_ends_after_epochs_that_were_not_the_best(pixels, monkeypatch):
     accuracies = iter([0.5, 0.7, 0.7, 0.6, 0.6, 0.9, 0.9])
 
-    def score(logits, labels, real=loop.score):
-        return real(logits, labels) | ({"accuracy": next(accuracies)} if len(labels) == 4 else {})
+    def score(logits, labels):
+        scores = score_predictions(logits, labels)
+        if len(labels) == 4:  # the validation photos
+            scores["accuracy"] = next(accuracies)
+        return scores
 
-    monkeypatch.setattr(loop, "score", score)
-    rows = fit(fresh(), pixels, (pixels[0][:4], pixels[1][:4]), epochs=7, patience=2)
+    monkeypatch.setattr(train, "score_predictions", score)
+    rows = fit(make_trainable(), pixels, (pixels[0][:4], pixels[1][:4]), epochs=7, patience=2)
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]  # of equals the later is the best
 
 
 def test_the_mean_loss_weighs_a_short_last_batch_by_its_photos(pixels, monkeypatch):
     losses = iter([1.0, 2.0, 7.0] * 2)
     monkeypatch.setattr(
-        loop, "train_step", lambda *_, **__: (torch.tensor(next(losses)), torch.tensor(1.0), 4)
+        steps, "train_step", lambda *_, **__: (torch.tensor(next(losses)), torch.tensor(1.0))
     )
-    assert fit(fresh(), pixels)[0]["loss"] == (4 * 1 + 4 * 2 + 1 * 7) / 9
+    assert fit(make_trainable(), pixels)[0]["loss"] == (4 * 1 + 4 * 2 + 1 * 7) / 9
 
 
 def test_a_rehearsal_changes_nothing_and_says_what_fits(tiny, capsys):
@@ -527,7 +445,7 @@ def test_a_rehearsal_changes_nothing_and_says_what_fits(tiny, capsys):
         {name: p.detach().clone() for name, p in tiny.named_parameters()},
     )
     seen = too_much(tiny, 2, "logits")
-    micro_batch, gib = loop.rehearse(tiny, cut=10, batch_size=8, micro_batch=8, amp=None)
+    micro_batch, gib = rehearse(tiny, cut=10, batch_size=8, micro_batch=8, amp=None)
     assert micro_batch == max(seen[-8:]) == 2
     assert 0.1 < gib < 5
     assert all(
@@ -552,22 +470,20 @@ def test_20_steps_follow_transformers_and_torchs_adamw(tiny_folder):
     for _, p in tail:
         p.requires_grad_(True)
     freeze_except(ours, [10, 11])
-    assert sum(p.numel() for _, p in tail) == tail_of(ours).numel()
+    assert sum(p.numel() for _, p in tail) == trainable_vector(ours).numel()
     split = {True: 0.05, False: 0.0}
     groups = [
         {"params": [p for _, p in tail if (p.ndim > 1) == matrix], "weight_decay": split[matrix]}
         for matrix in split
     ]
-    reference, run = torch.optim.AdamW(groups, lr=0.0), begin(ours, amp=None, weight_decay=0.05)
+    reference, run = torch.optim.AdamW(groups, lr=0.0), start_run(ours)
     first = None
-    for step in range(20):
-        generator = torch.Generator().manual_seed(step)
+    for i in range(20):
+        generator = torch.Generator().manual_seed(i)
         images, labels = torch.randn(6, 3, 32, 32, generator=generator), torch.arange(6) % 5
         for group in (*reference.param_groups, *run.optimizer.param_groups):
-            group["lr"] = lr_at(step, peak=3e-3, total=20)
-        loss, *_ = loop.train_step(
-            ours, run.optimizer, run.scaler, images.__getitem__, labels, micro_batch=4, amp=None
-        )
+            group["lr"] = lr_at(i, peak=3e-3, total=20)
+        loss, *_ = step(ours, run.optimizer, images, labels, micro_batch=4, scaler=run.scaler)
         reference.zero_grad()
         expected = F.cross_entropy(theirs(pixel_values=images).logits, labels)
         expected.backward()
@@ -576,27 +492,3 @@ def test_20_steps_follow_transformers_and_torchs_adamw(tiny_folder):
         assert_close(loss, expected.detach(), rtol=0, atol=1e-5)
         first = first or loss.item()
     assert abs(loss.item() - first) > 0.1  # they went somewhere
-
-
-def test_evaluating_seldom_changes_no_epoch_and_no_row_that_is_left(pixels):
-    def rows(every):
-        how = {
-            "cut": 10,
-            "amp": None,
-            "epochs": 5,
-            "batch_size": 4,
-            "micro_batch": 4,
-            "lr": 1e-3,
-            "seed": 0,
-        }
-        run = begin(fresh(), amp=None, weight_decay=0.05)
-        return list(loop.fit(run, pixels, pixels, evaluate_every=every, **how)), run.tail()
-
-    (all_rows, tail), (some, same_tail) = rows(1), rows(2)
-    kept = {
-        name for name in all_rows[0] if name not in ("images_per_s", "mfu", "seconds", "peak_gib")
-    }
-    assert [{name: row[name] for name in kept} for row in some] == [
-        {name: row[name] for name in kept} for row in all_rows if row["epoch"] in (2, 4, 5)
-    ]
-    assert all(torch.equal(tensor, same_tail[name]) for name, tensor in tail.items())

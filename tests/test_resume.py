@@ -12,38 +12,26 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, leave_figures_empty
+from conftest import (
+    ROOT,
+    assert_same_end,
+    leave_figures_empty,
+    make_trainable,
+    rows_of,
+    run_train,
+    start_run,
+    train_epochs,
+)
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from test_commands import run_train
-from test_loop import fresh, pixels  # noqa: F401 - a fixture
 
-from minivit import save_pretrained
+from minivit import save_pretrained, train
 from minivit.checkpoints import tensors
 from minivit.errors import UserError
 from minivit.training import run_folder as runs
-from minivit.training import state
-from minivit.training import step as loop
+from minivit.training import step as steps
+from minivit.training.state import read_state, save_state
 
 EPOCHS = ("--epochs", "4")
-TIMES = {"images_per_s", "mfu", "seconds", "peak_gib"}
-
-
-def rows_of(out):
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-
-
-def assert_same_end(out, straight):
-    """The same bytes; but tail.safetensors has a header in no particular order, and times differ."""
-    for name in ("model.safetensors", "config.json", "classes.csv", "confusion.png", "curves.png"):
-        assert (out / name).read_bytes() == (straight / name).read_bytes(), name
-    now, then = load_file(out / "tail.safetensors"), load_file(straight / "tail.safetensors")
-    assert now.keys() == then.keys()
-    assert all(torch.equal(now[name], then[name]) for name in then)
-    assert rows_of(out) == rows_of(straight)
-    assert not list(out.glob(".*.partial"))
-    assert not (out / runs.STATE).exists()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,7 +50,7 @@ def straight(tiny_saved, shapes_data, tmp_path_factory):
 
 def stop_in_step(monkeypatch, number, then=lambda: os.kill(os.getpid(), signal.SIGTERM)):
     """Do something in the middle of a run's step of this number, once."""
-    real, taken = loop.train_step, []
+    real, taken = steps.train_step, []
 
     def step(*args, **kwargs):
         taken.append(0)
@@ -70,7 +58,7 @@ def stop_in_step(monkeypatch, number, then=lambda: os.kill(os.getpid(), signal.S
             then()
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(steps, "train_step", step)
 
 
 @pytest.mark.parametrize(
@@ -125,74 +113,49 @@ def test_a_second_interrupt_ends_at_once(tiny_saved, shapes_data, tmp_path, monk
     assert not (tmp_path / "run" / runs.STATE).exists()
 
 
-def test_fp16_goes_on_with_its_scaler(pixels, tmp_path):  # noqa: F811
-    how = {
-        "cut": 10,
-        "amp": torch.float16,
-        "epochs": 3,
-        "batch_size": 4,
-        "micro_batch": 4,
-        "lr": 1e-2,
-        "seed": 0,
-    }
+def test_fp16_goes_on_with_its_scaler(pixels, tmp_path):
+    settings = {"epochs": 3, "lr": 1e-2}
 
     def begin():
-        run = state.begin(fresh(), amp=torch.float16, weight_decay=0.05)
-        run.scaler = torch.amp.GradScaler(
-            "cpu", init_scale=2.0**40, growth_interval=2
-        )  # overflows at first
+        run = start_run(make_trainable(), amp=torch.float16)
+        # It overflows at first.
+        run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=2)
         return run
 
     whole, first, second = begin(), begin(), begin()
-    list(loop.fit(whole, pixels, pixels, **how))
+    train_epochs(whole, pixels, **settings)
     assert whole.step < 9  # some were skipped
-    next(loop.fit(first, pixels, pixels, **how))
-    first.save(tmp_path / "state", {})
-    second.load(*state.read(tmp_path / "state", {}))
-    list(loop.fit(second, pixels, pixels, **how))
-    assert all(torch.equal(p, whole.tail()[name]) for name, p in second.tail().items())
+    train_epochs(first, pixels, **settings, stop_requested=lambda: bool(first.rows))
+    save_state(tmp_path / "state", first, {})
+    second.restore(*read_state(tmp_path / "state", {}))
+    train_epochs(second, pixels, **settings)
+    weights = whole.trainable_weights()
+    assert all(torch.equal(p, weights[name]) for name, p in second.trainable_weights().items())
     assert (second.step, second.scaler.state_dict()) == (whole.step, whole.scaler.state_dict())
 
 
-def test_the_best_epochs_weights_come_back_whether_or_not_they_are_the_last(pixels, tmp_path):  # noqa: F811
-    run = state.begin(fresh(), amp=None, weight_decay=0.05)
-    next(
-        loop.fit(
-            run,
-            pixels,
-            pixels,
-            cut=10,
-            amp=None,
-            epochs=2,
-            batch_size=4,
-            micro_batch=4,
-            lr=1e-2,
-            seed=0,
-        )
-    )
-    last = run.tail()
+def test_the_best_epochs_weights_come_back_whether_or_not_they_are_the_last(pixels, tmp_path):
+    run = start_run(make_trainable())
+    train_epochs(run, pixels, lr=1e-2, stop_requested=lambda: bool(run.rows))
+    last = run.trainable_weights()
     before = {name: tensor - 1 for name, tensor in last.items()}
     sizes = []
     for best in ({}, last, before):
         run.best = best
-        run.save(tmp_path / "state", {})
+        save_state(tmp_path / "state", run, {})
         sizes.append((tmp_path / "state").stat().st_size)
-        again = state.begin(fresh(), amp=None, weight_decay=0.05)
-        again.load(*state.read(tmp_path / "state", {}))
+        again = start_run(make_trainable())
+        again.restore(*read_state(tmp_path / "state", {}))
         assert all(torch.equal(tensor, again.best[name]) for name, tensor in (best or last).items())
     assert sizes[1] < sizes[2] - 4 * sum(tensor.numel() for tensor in last.values())
 
 
-def test_a_snapshot_stays_as_it_is_while_training_goes_on(pixels):  # noqa: F811
-    run, how = (
-        state.begin(fresh(), amp=None, weight_decay=0.05),
-        {"batch_size": 4, "micro_batch": 4, "lr": 1e-2, "seed": 0},
-    )
-    epochs = loop.fit(run, pixels, pixels, cut=10, amp=None, epochs=2, **how)
-    next(epochs)
+def test_a_snapshot_stays_as_it_is_while_training_goes_on(pixels):
+    run = start_run(make_trainable())
+    train_epochs(run, pixels, lr=1e-2, stop_requested=lambda: bool(run.rows))
     taken, _ = run.snapshot({})
     before = {name: tensor.clone() for name, tensor in taken.items()}
-    next(epochs)
+    train_epochs(run, pixels, lr=1e-2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in taken.items())
     after, _ = run.snapshot({})
     assert not any(
@@ -285,7 +248,7 @@ def test_without_resume_an_interrupted_run_is_kept_aside_and_can_go_on_there(
         assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 130
     assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 0
     assert_same_end(out, straight)
-    assert state.read(out / "earlier-1" / runs.STATE, {})[1]["step"] == 2
+    assert read_state(out / "earlier-1" / runs.STATE, {})[1]["step"] == 2
     assert run_train(tiny_saved, shapes_data, out / "earlier-1", *EPOCHS, "--resume") == 0
     assert_same_end(out / "earlier-1", straight)
 
@@ -349,11 +312,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(tiny_saved, shapes_data, ca
 def test_a_loss_that_is_not_finite_leaves_the_last_good_state(
     tiny_saved, shapes_data, tmp_path, monkeypatch, capsys
 ):
-    out, models = tmp_path / "run", []
-    real = state.begin
-    monkeypatch.setattr(
-        state, "begin", lambda model, **how: models.append(model) or real(model, **how)
-    )
+    out, models, real = tmp_path / "run", [], train.new_state
+
+    def remember(model, **settings):
+        models.append(model)
+        return real(model, **settings)
+
+    monkeypatch.setattr(train, "new_state", remember)
     stop_in_step(monkeypatch, 12, lambda: models[0].head.weight.data.fill_(torch.nan))
     assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 2
     assert (
@@ -361,32 +326,22 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_state(
         .err.splitlines()[-1]
         .startswith("python -m minivit train: the loss of epoch 3 is nan; try a lower --lr")
     )
-    tensors, about = state.read(out / runs.STATE, {})
+    tensors, about = read_state(out / runs.STATE, {})
     assert about["epoch"] == 3
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def test_a_damaged_state_is_named(tmp_path):
     (tmp_path / "state").write_bytes(b"\x08\x00")
-    with pytest.raises(UserError, match="is no state of a run"):
-        state.read(tmp_path / "state", {})
+    with pytest.raises(UserError, match="is not the state of a run"):
+        read_state(tmp_path / "state", {})
 
 
 KILL = """
 import json, os, random, signal, sys, time
 os.environ["OMP_NUM_THREADS"] = "1"
-import torch, train
-from minivit.data import datasets as data
-from minivit.data import survey
-from minivit.system import files
-from minivit.training import step as loop
-from minivit.training import optimizer as optim
-from minivit.system import distributed as parallel
-from minivit.data import photos
+import torch, train, minivit.train
 from minivit.figures import plots
-from minivit.training import report as results
-from minivit.training import state
-from minivit.checkpoints import weights
 torch.set_num_threads(1)
 plots.draw_confusion = plots.draw_predictions = lambda path, *_, **__: path.touch()
 seed, kills, flags = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]

@@ -1,4 +1,4 @@
-"""Which device, which precision on it, how many photos at once, and in how much memory."""
+"""Which device to use, in which precision, for how many photos at once, and in how much memory."""
 
 from __future__ import annotations
 
@@ -15,30 +15,28 @@ import torch.utils.deterministic
 
 from ..errors import UserError
 
-CONTEXT_GIB = 0.7  # of a CUDA device are taken by CUDA itself, its kernels and its libraries
-CPU_BATCH = 8  # photos at once on a CPU: of more, what they make of a block leaves the caches; in bf16 twice as many fit
+# GiB of a CUDA device's memory that CUDA itself takes, with its kernels and libraries.
+CONTEXT_GIB = 0.7
+# Photos at once on a CPU. With more, the activations of a block no longer fit into its caches.
+CPU_BATCH = 8
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device asked for; `auto` is CUDA, else Apple's mps, else the CPU. Raises UserError if it is not there.
+    """Return the device of that name; `auto` is CUDA, else Apple's mps, else the CPU.
 
-    On CUDA, attention is then not cuDNN's, which on Hopper is a little faster once it has planned, for 0.1 s, for each shape.
+    Raises UserError if the device is not there. On CUDA, cuDNN's attention is switched off: on
+    Hopper it is a little faster, but only after 0.1 s of planning for each new shape.
     """
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        name = _best_device_name()
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"device {name!r}: expected auto, cpu, mps, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device {name}: this torch ({torch.__version__}) sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+            f"device {name}: this torch ({torch.__version__}) sees "
+            f"{torch.cuda.device_count()} CUDA devices; use --device cpu"
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps: this torch has no Metal device; use --device cpu")
@@ -46,19 +44,28 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """Return autocast's dtype, None for plain float32.
+def _best_device_name() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
 
-    `auto` is bf16 where the device multiplies it in hardware (CUDA from Ampere on, CPUs with AMX or AVX512-BF16), fp16
-    on older CUDA devices, and float32 elsewhere. Raises UserError for a precision that the device does not have.
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """Return autocast's dtype; None means plain float32.
+
+    `auto` is bf16 where the device multiplies it in hardware (CUDA from Ampere on, CPUs with AMX
+    or AVX512-BF16), fp16 on older CUDA devices, and float32 elsewhere. Raises UserError for a
+    precision that the device does not have.
     """
-    cuda_major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+    older_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
     if name == "auto":
-        if cuda_major is not None:
-            name = "bf16" if cuda_major >= 8 else "fp16"
+        if device.type == "cuda":
+            name = "fp16" if older_gpu else "bf16"
         else:
             name = "bf16" if device.type == "cpu" and _cpu_has_bf16() else "off"
-    if name == "bf16" and cuda_major is not None and cuda_major < 8:
+    if name == "bf16" and older_gpu:
         raise UserError(
             "amp bf16: this GPU is older than Ampere and would emulate it; use --amp fp16"
         )
@@ -67,65 +74,80 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 @functools.cache
 def product_flops(device: torch.device, amp: torch.dtype | None) -> float:
-    """Return how many floating-point operations a second the device does in large matrix products: the best of a few."""
-    side, products, best = (4096, 10, math.inf) if device.type == "cuda" else (1024, 1, math.inf)
+    """Measure the floating-point operations a second of large matrix products on the device."""
+    if device.type == "cuda":
+        side, products = 4096, 10
+    else:
+        side, products = 1024, 1
+    best_seconds = math.inf
+    begun = time.perf_counter()
     with torch.inference_mode():
-        a, begun = (
-            torch.randn(side, side, device=device, dtype=amp or torch.float32),
-            time.perf_counter(),
-        )  # zeros are faster
-        for _ in range(6):  # the first warms up
+        # Random numbers, because a product of zeros is faster.
+        matrix = torch.randn(side, side, device=device, dtype=amp or torch.float32)
+        for _ in range(6):  # The first round warms up.
             started = time.perf_counter()
             for _ in range(products):
-                c = a @ a
-            c[0, 0].item()  # waits for the device
-            best = min(best, time.perf_counter() - started)
-            if time.perf_counter() - begun > 1:  # a precision that a CPU emulates
+                product = matrix @ matrix
+            product[0, 0].item()  # Wait for the device.
+            best_seconds = min(best_seconds, time.perf_counter() - started)
+            if time.perf_counter() - begun > 1:  # The CPU emulates this precision.
                 break
-    return products * 2 * side**3 / best
+    return products * 2 * side**3 / best_seconds
 
 
 def cpu_batch(amp: torch.dtype | None) -> int:
-    """Return how many photos at once are fastest on a CPU."""
+    """Return the number of photos at once that is fastest on a CPU; low precision fits twice."""
     return CPU_BATCH * 2 if amp else CPU_BATCH
 
 
 def pick_micro_batch(
-    asked: int | None, batch_size: int, device: torch.device, amp: torch.dtype | None
+    requested: int | None, batch_size: int, device: torch.device, amp: torch.dtype | None
 ) -> int:
-    """Return how many photos go through at once in training: as asked, else all of a batch, on a CPU what is fastest there."""
-    return min(asked or (cpu_batch(amp) if device.type == "cpu" else batch_size), batch_size)
+    """Return the number of photos per forward pass in training.
+
+    That is the number requested, else on a CPU the fastest one, else the whole batch.
+    """
+    if requested is None:
+        requested = cpu_batch(amp) if device.type == "cpu" else batch_size
+    return min(requested, batch_size)
 
 
 def eval_batch(
     device: torch.device, batch_size: int, micro_batch: int, amp: torch.dtype | None
 ) -> int:
-    """Return how many photos go through at once where no graph takes memory: many, unless micro-batches are asked for."""
-    return (
-        cpu_batch(amp) if device.type == "cpu" else micro_batch if micro_batch < batch_size else 128
-    )
+    """Return the number of photos per forward pass where no graph takes memory.
+
+    On a GPU these are many, unless micro-batches were asked for because memory is small.
+    """
+    if device.type == "cpu":
+        return cpu_batch(amp)
+    return micro_batch if micro_batch < batch_size else 128
 
 
 def peak_gib(device: torch.device) -> float:
-    """Return the most memory used so far, in GiB: of a CUDA device by torch, else of this process."""
+    """Return the most memory used so far, in GiB: the CUDA device's, else this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # not on Windows
+    import resource  # Windows does not have it.
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**30 if sys.platform == "darwin" else 2**20
-    )
+    units_per_gib = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_gib
 
 
 def be_deterministic() -> None:
-    """From here on give the same bits each time, on CUDA too (https://pytorch.org/docs/stable/notes/randomness.html)."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property: a slow aid
+    """Make torch give the same bits each time, on CUDA too.
+
+    Source: https://pytorch.org/docs/stable/notes/randomness.html
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA reads it when it starts.
+    # This slow debugging aid would be switched on as well. It is a property of the module, which
+    # mypy does not know.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
 
 
 def limit_memory(device: torch.device, gib: float) -> None:
-    """Let this process take no more than `gib` of a CUDA device's memory: torch then finds it full before it is."""
+    """Limit this process to `gib` GiB of a CUDA device; torch then reports it full earlier."""
     if device.type != "cuda":
         raise UserError(
             f"--memory-gib limits a CUDA device, found {device}; there, choose --micro-batch"
@@ -140,6 +162,8 @@ def limit_memory(device: torch.device, gib: float) -> None:
 
 
 def _cpu_has_bf16() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; torch has no public answer before 2.12
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    cpuinfo = Path("/proc/cpuinfo")  # Linux only. torch has no public answer before 2.12.
+    if not cpuinfo.exists():
+        return False
+    flags = set(cpuinfo.read_text().split())
     return bool(flags & {"amx_bf16", "avx512_bf16"})

@@ -1,12 +1,14 @@
-"""Several processes as one: what torchrun started trains together, on the GPUs of one machine or of many.
+"""Training in several processes: torchrun starts them, on the GPUs of one machine or of many.
 
-Alone, every function here is the identity. Photos are dealt out in turn: of n, rank r of W has r, r + W, r + 2W, ...
+In a single process, every function here is the identity. Photos are dealt out in turn: of n
+photos, rank r of W has r, r + W, r + 2W, ...
 Shapes: n photos, C classes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import sys
 import time
@@ -22,103 +24,131 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def own_device(name: str) -> str:
-    """Return the name of this process's own device: under torchrun each has the GPU of its local rank."""
-    if "LOCAL_RANK" in os.environ and name in ("auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return name
+def launched_rank() -> int:
+    """Return the rank that torchrun gave to this process, before it has joined the others."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """Return how many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_device(name: str) -> str:
+    """Return the name of this process's device: torchrun gives each process a GPU of its own."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    if local_rank is None or name not in ("auto", "cuda") or not torch.cuda.is_available():
+        return name
+    return f"cuda:{local_rank}"
 
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started, if it did; all but rank 0 are then silent. Sums of CUDA tensors go by NCCL."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did; only rank 0 prints from then on."""
+    if launched_world_size() == 1:
         yield
         return
+    backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, number, processes = next(rendezvous("env://"))
-    if (
-        os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    ):  # one machine: a restart must not find old addresses
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=processes)
+        backend = "cpu:gloo,cuda:nccl"
+    store, own_rank, num_processes = next(rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # All processes are on this machine, so all of them count restarts alike. A restart must
+        # not find the addresses that were stored before it.
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+        store = dist.PrefixStore(f"start {restarts}", store)
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=num_processes)
     with contextlib.ExitStack() as silence:
-        if rank():
-            nowhere = silence.enter_context(Path(os.devnull).open("w"))
-            silence.enter_context(contextlib.redirect_stdout(nowhere))
-            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        if own_rank != 0:
+            devnull = silence.enter_context(Path(os.devnull).open("w"))
+            silence.enter_context(contextlib.redirect_stdout(devnull))
+            silence.enter_context(contextlib.redirect_stderr(devnull))
         yield
-    dist.destroy_process_group()  # not after a mistake, where torch 2.6 may wait for the others forever
+    # This is not reached after an error: torch 2.6 may wait for the other processes forever.
+    dist.destroy_process_group()
 
 
-def from_first(compute: Callable[[], T]) -> T:
-    """Return to every process what rank 0 computes; if that is a mistake of the user's, rank 0 says so and all end with 2."""
-    if world() == 1:
+def on_rank_0(compute: Callable[[], Result]) -> Result:
+    """Run a function on rank 0 and return its result on all ranks.
+
+    If it raises UserError or OSError, rank 0 raises that error and the other ranks exit with 2.
+    """
+    if world_size() == 1:
         return compute()
-    box: list = [None, None]
+    outcome: list = [None, None]  # the result and the error
     if rank() == 0:
         try:
-            box[0] = compute()
+            outcome[0] = compute()
         except (UserError, OSError) as error:
-            box[1] = error
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
-    if box[1]:
-        if rank() == 0:
-            raise box[1]
-        time.sleep(5)  # as torchrun ends all as soon as one has ended, and rank 0 must have spoken
-        sys.exit(2)
-    return box[0]
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+    result, failure = outcome
+    if failure is None:
+        return result
+    if rank() == 0:
+        raise failure
+    # torchrun ends all processes as soon as one has ended, and rank 0 must have printed its line.
+    time.sleep(5)
+    sys.exit(2)
 
 
-def wrap(model: nn.Module) -> nn.Module:
-    """Return what training calls: the model, its gradients averaged over all processes in the course of backward()."""
-    if world() == 1:
-        return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+def wait_for_all_ranks() -> None:
+    """Wait until every process gets here.
+
+    torchrun ends all processes as soon as one exits with an error code, as infer does for a photo
+    that cannot be read.
+    """
+    if launched_world_size() == 1:
+        return
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def wrap(module: nn.Module) -> nn.Module:
+    """Return the module that training calls: backward() averages its gradients over all ranks."""
+    if world_size() == 1:
+        return module
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def shard(items: Tensor) -> Tensor:
-    """Return this process's own of n >= 1 items; where there are more processes than items, the first as a stand-in."""
-    return items[rank() :: world()] if rank() < len(items) else items[:1]
+    """Return this rank's share of n >= 1 items.
+
+    A rank for which no item is left gets the first item as a stand-in.
+    """
+    if rank() >= len(items):
+        return items[:1]
+    return items[rank() :: world_size()]
 
 
 def gather(rows: Tensor, n: int) -> Tensor:
-    """Put the rows (., C) of every process's shard of n photos together again: (n, C), none twice, no stand-in, in order."""
-    if world() == 1:
+    """Collect the rows (., C) of every rank's shard of n photos: (n, C), in the photos' order."""
+    if world_size() == 1:
         return rows
-    padded = rows.new_zeros(-(-n // world()), *rows.shape[1:])
+    largest_shard = -(-n // world_size())
+    padded = rows.new_zeros(largest_shard, *rows.shape[1:])
     padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(world())]
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
+    # Row i of rank r belongs to photo i * W + r. Padding and stand-ins end up behind row n.
     return torch.stack(parts, 1).flatten(0, 1)[:n]
 
 
-def total(values: Tensor) -> Tensor:
-    """Sum a tensor over all processes, in place."""
-    if world() > 1:
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum a tensor over all ranks, in place."""
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
-
-
-def wait_for_others() -> None:
-    """Wait for the other processes, since torchrun ends them all as soon as one reports an unreadable photo."""
-    import datetime
-
-    from torch import distributed
-
-    distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    distributed.barrier()
-    distributed.destroy_process_group()

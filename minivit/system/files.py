@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and the lock on a folder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from pathlib import Path
 
 from ..errors import UserError
 
-unfinished: set[Path] = set()  # what a process that ends at once must remove
+# Files that are being written. A process that ends at once must remove them.
+unfinished: set[Path] = set()
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to, which takes its place when the block ends well, and is removed if not."""
-    partial = path.with_name(
-        f".{os.getpid()}.partial"
-    )  # short: the whole file's name may be as long as names can be
+    """Yield a temporary path beside `path` to write to.
+
+    The temporary file replaces `path` when the block ends, and is removed if the block fails.
+    """
+    # The name is short because `path` may have the longest name that the file system allows.
+    partial = path.with_name(f".{os.getpid()}.partial")
     unfinished.add(partial)
     try:
         yield partial
@@ -32,47 +35,50 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a folder for one run, and clear away what a killed one left half written; raises UserError if it is held.
+    """Hold the lock of a folder for one run, and remove what a killed run left half written.
 
-    With `wait`, waits until it is not.
-
-    The kernel lets go of it when the process ends, however that happens; the empty file `.lock` means nothing by itself.
+    The operating system releases the lock when the process ends, however that happens. The file
+    `.lock` stays and means nothing by itself. With `wait`, waits until the lock is free;
+    otherwise raises UserError if another run holds it.
     """
-    import fcntl  # not on Windows
+    import filelock
 
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another run is writing there; wait for its end or give another --out"
-            ) from None
-        for left in folder.glob(".*.partial"):
-            left.unlink()
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        raise UserError(
+            f"{folder}: another run is writing there; wait for its end or give another --out"
+        ) from None
+    try:
+        for partial in folder.glob(".*.partial"):
+            partial.unlink()
         yield
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file; what UTF-8 cannot hold, of a file's name, becomes JSON's own escape."""
+    """Write a JSON file; parts of a file name that are not UTF-8 become JSON escapes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with whole_file(path) as partial:
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path) -> dict:
     """Read a JSON object; raises UserError if the file holds anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=dict_of_once)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=dict_of_unique_keys)
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise UserError(f"{path}: expected JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
 
 
-def dict_of_once(pairs: list[tuple[str, object]]) -> dict:
-    """An object_pairs_hook for json: raises ValueError for a key given twice, of which Python would keep the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"{len(pairs) - len(found)} of its keys given twice")
-    return found
+def dict_of_unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """Build a JSON object; raises ValueError for a repeated key, of which json keeps the last."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError(f"{len(pairs) - len(result)} of its keys given twice")
+    return result

@@ -1,4 +1,4 @@
-"""Requests to stop: SIGINT and SIGTERM, seen by all processes of a run at the same step."""
+"""Requests to stop: SIGINT and SIGTERM, seen by all ranks after the same step."""
 
 from __future__ import annotations
 
@@ -8,29 +8,36 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .distributed import total, world
+from .distributed import all_reduce_sum, world_size
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """While this lasts, SIGINT and SIGTERM end nothing: the function it yields says, to all processes alike, if one came.
+    """Turn SIGINT and SIGTERM into requests to stop, and yield a function that asks for one.
 
-    All processes must call it at the same points. Alone, a second SIGINT does what the first would have done before.
+    That function returns the same answer on all ranks, which must call it at the same points. In
+    a single process, a second SIGINT is handled as it was before.
     """
-    came: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    received: list[int] = []
+    earlier_handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+    }
 
-    def note(number, frame) -> None:
-        earlier = before[number]
-        if came and number == signal.SIGINT and world() == 1 and callable(earlier):
+    def remember(number, frame) -> None:
+        earlier = earlier_handlers[number]
+        if received and number == signal.SIGINT and world_size() == 1 and callable(earlier):
             earlier(number, frame)
-        came.append(number)
+        received.append(number)
 
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # as for a shell's background jobs
-            signal.signal(number, note)
+    def stop_requested() -> bool:
+        any_rank = all_reduce_sum(torch.tensor(float(bool(received))))
+        return bool(any_rank.item())
+
+    for number, handler in earlier_handlers.items():
+        if handler != signal.SIG_IGN:  # A shell's background jobs ignore SIGINT.
+            signal.signal(number, remember)
     try:
-        yield lambda: bool(total(torch.tensor(float(bool(came)))).item())
+        yield stop_requested
     finally:
-        for number, handler in before.items():
+        for number, handler in earlier_handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,8 @@
-"""Work in processes of their own, which need not import torch: threads would wait for each other at Python's lock."""
+"""Work beside the main thread: worker processes, reading ahead in threads, writing behind.
+
+Workers are separate processes because Python threads would wait for each other at the global
+interpreter lock. They import only the module that their jobs need, which is never torch.
+"""
 
 from __future__ import annotations
 
@@ -7,90 +11,179 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import UserError
 
-MUCH = (
-    16 * 2**20
-)  # bytes of photos, from which on it takes longer to decode them than to start processes
-LEAST = 2**14  # bytes: what a photo takes that is smaller, as it too is opened and resized
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# From this many bytes of photos on, decoding takes longer than starting worker processes.
+WORTH_STARTING_BYTES = 16 * 2**20
+# A smaller photo counts as this many bytes, because it too has to be opened and resized.
+LEAST_PHOTO_BYTES = 2**14
+# Small photos that are read ahead, so that a device that takes many at once never waits.
+READ_AHEAD = 16
 
 
-def worth_starting(paths: Sequence[Path], workers: int) -> int:
-    """Return how many processes to decode photos in: none if that is done sooner, and never one for fewer than eight."""
-    sizes = (
-        max(LEAST, path.stat().st_size if path.is_file() else 0) for path in paths
-    )  # asked for until they are enough
-    return (
-        min(workers, len(paths) // 8)
-        if any(total >= MUCH for total in itertools.accumulate(sizes))
-        else 0
-    )
+def processes_worth_starting(paths: Sequence[Path], workers: int) -> int:
+    """Return how many worker processes to decode photos in.
 
-
-@contextlib.contextmanager
-def working(processes: int, module: str) -> Iterator[Callable[..., Callable[[], object]]]:
-    """Yield what begins a job, (function, *args, **kwargs), and returns what waits for its result; with 0, done right here.
-
-    The processes import the module while they have nothing else to do. Not too many jobs may be begun before they are waited
-    for: what is sent to and fro must fit into pipes. Raises UserError if a process is killed.
+    The answer is 0 where this process is done before workers would have started, and never more
+    than one worker for every eight photos.
     """
-    if not processes:
-        yield lambda job, *args, **kwargs: (lambda result: lambda: result)(job(*args, **kwargs))
-        return
-    own, pipes = (
-        multiprocessing.get_context("spawn"),
-        [],
-    )  # a fork would inherit the model's threads, held
-    with contextlib.ExitStack() as at_end:
-        for _ in range(processes):
-            ours, theirs = own.Pipe()
-            process = own.Process(target=work_for, args=(theirs, module), daemon=True)
-            process.start()
-            theirs.close()
-            at_end.callback(process.join)
-            pipes.append(
-                at_end.enter_context(ours)
-            )  # closed before it is waited for: so the process ends
-        turn = itertools.cycle(pipes)
+    sizes = (_file_size(path) for path in paths)
+    # accumulate() is lazy: sizes are read from the disk only until they are enough.
+    is_much = any(total >= WORTH_STARTING_BYTES for total in itertools.accumulate(sizes))
+    return min(workers, len(paths) // 8) if is_much else 0
 
-        def begin(job: Callable, *args, **kwargs) -> Callable[[], object]:
-            pipe = next(turn)
-            with noticing_its_end():
-                pipe.send((job, args, kwargs))
 
-            def wait() -> object:
-                with noticing_its_end():
-                    result, error = pipe.recv()  # a process answers in the order of its jobs
-                if error is not None:
-                    raise error
-                return result
-
-            return wait
-
-        yield begin
+def _file_size(path: Path) -> int:
+    try:
+        return max(LEAST_PHOTO_BYTES, path.stat().st_size)
+    except OSError:  # The photo has vanished; whoever decodes it will say so.
+        return LEAST_PHOTO_BYTES
 
 
 @contextlib.contextmanager
-def noticing_its_end() -> Iterator[None]:
+def worker_pool(num_processes: int, module: str) -> Iterator[Executor]:
+    """Yield an executor with `num_processes` worker processes; with 0, jobs run in this process.
+
+    Workers import `module` as soon as they start. They leave Ctrl-C to this process, and they end
+    when it ends, even if it is killed. Raises UserError if a worker is killed.
+    """
+    if num_processes == 0:
+        yield InlineExecutor()
+        return
+    _silence_resource_tracker()
+    # A forked process would inherit torch's threads with their locks held.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_processes, context, _start_worker, (module,))
     try:
-        yield
-    except (EOFError, ConnectionError):
-        raise UserError(
-            "a process at work was killed; if memory ran out, try fewer --workers"
-        ) from None
+        for _ in range(num_processes):
+            pool.submit(_do_nothing)  # The pool starts a process for each job until it is full.
+        yield pool
+    except BrokenProcessPool:
+        message = "a worker process was killed; if memory ran out, try fewer --workers"
+        raise UserError(message) from None
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    # All jobs are done. Workers that exit take half a second, for which nobody needs to wait.
+    pool.shutdown(wait=False)
 
 
-def in_turn(
-    begin: Callable[..., Callable[[], object]], jobs: Iterable[tuple], ahead: int
-) -> Iterator:
-    """Yield what (function, *args) give, in their order, so many begun ahead."""
-    waiting: deque[Callable[[], object]] = deque()
+class InlineExecutor(Executor):
+    """An executor that runs each job at once, in the calling thread."""
+
+    def submit(self, function: Callable[..., Result], /, *args, **kwargs) -> Future[Result]:
+        future: Future[Result] = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _start_worker(module: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    import_module(module)
+
+
+def _exit_with_parent() -> None:
+    """End this worker when its parent ends: a pool's own workers would wait for jobs forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _do_nothing() -> None:
+    pass
+
+
+def _silence_resource_tracker() -> None:
+    """Let Python's resource tracker clean up after this process without a word.
+
+    If this process ends at once, as on Ctrl-C, the tracker removes the semaphores of the pool.
+    It would also print a warning about them, below the one line that was meant to be the last.
+    """
+    filters = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, filters))
+
+
+def map_ahead(
+    executor: Executor, function: Callable[..., Result], jobs: Iterable[tuple], ahead: int
+) -> Iterator[Result]:
+    """Yield function(*job) for each job in order, while the next `ahead` jobs are under way."""
+    pending: deque[Future[Result]] = deque()
+    try:
+        for job in jobs:
+            pending.append(executor.submit(function, *job))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def read_ahead(
+    read: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Iterator[Result]:
+    """Yield read(item) for each item in order, read in threads and never far ahead.
+
+    Threads do for photos, because Pillow releases the interpreter lock while it decodes.
+    """
+    # The filters are set around all threads: each thread would restore what it happened to find.
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
+        warnings.simplefilter("ignore")
+        yield from map_ahead(pool, read, zip(items), ahead=2 * workers + READ_AHEAD)
+
+
+@contextlib.contextmanager
+def write_behind() -> Iterator[Callable[..., Future]]:
+    """Yield a function write_later(write, *args) that calls write(*args) in a thread.
+
+    It first waits for the call before, raises what that one raised, and returns a Future.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        pending: Future | None = None
+
+        def write_later(write: Callable[..., object], *args: object) -> Future:
+            nonlocal pending
+            if pending is not None:
+                pending.result()
+            pending = pool.submit(write, *args)
+            return pending
+
+        yield write_later
+        if pending is not None:
+            pending.result()
+
+
+# Names of before, until every caller has moved on.
+worth_starting = processes_worth_starting
+
+
+@contextlib.contextmanager
+def working(processes: int, module: str):
+    with worker_pool(processes, module) as pool:
+        yield lambda job, *args, **kwargs: pool.submit(job, *args, **kwargs).result
+
+
+def in_turn(begin, jobs, ahead):
+    waiting = deque()
     for job in jobs:
         waiting.append(begin(*job))
         if len(waiting) > ahead:
@@ -99,23 +192,5 @@ def in_turn(
         yield waiting.popleft()()
 
 
-def work_for(pipe: Connection, module: str) -> None:
-    """Do what another process sends, and answer (result, None) or (None, exception), until that process closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for that process to handle
-    import_module(module)
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            job, args, kwargs = pipe.recv()
-            try:
-                answer: tuple[object, Exception | None] = job(*args, **kwargs), None
-            except Exception as error:
-                answer = None, error
-            pipe.send(answer)
-    os._exit(
-        0
-    )  # all is answered, and Python's own end takes half a second where processes are many
-
-
-def call(module: str, function: str, *args, **kwargs) -> object:
-    """Call a module's function: a job whose module only the process that does it need import."""
+def call(module, function, *args, **kwargs):
     return getattr(import_module(module), function)(*args, **kwargs)

@@ -1,13 +1,18 @@
-"""What is frozen: held in the precision that it computes in, run without a graph, and computed once where it can be kept.
+"""Feature extraction by the frozen blocks, in low precision and without autograd.
 
-Shapes: A all photos, n of a split, B of a batch, N tokens, D embed_dim, C classes, K views, h, w pixels of the model's input.
+Features are the tokens that enter the cut, the first block that trains. Those of images without
+augmentation, and of kept views, are computed once for all epochs where memory allows.
+
+Shapes: n photos of a split, B images of a batch, N tokens, D embed_dim, C classes, h, w pixels of
+the model's input.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import overload
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,204 +22,240 @@ from ..data.augment import augment
 from ..data.datasets import Data
 from ..data.store import Pixels
 from ..model import ViT
-from ..system.prefetch import Job, read_ahead
+from ..system.workers import map_ahead
 
-REPLAYED = (
-    64  # photos at once, up to which a GPU waits for the host to launch its kernels one by one
-)
-Source = Pixels | Tensor  # pixels, uint8 (n, 3, h, w), by index
+# For batches up to this size, a GPU waits for the host to launch its kernels one by one.
+MAX_GRAPH_BATCH = 64
+Source = Pixels | Tensor  # pixels, uint8 (n, 3, h, w), or features (n, N, D)
+Job = TypeVar("Job")
 
 
-class Tail(nn.Module):
-    """What trains: logits (B, C) from the tokens (B, N, D) that enter block `cut`."""
+class TrainableLayers(nn.Module):
+    """The layers from the cut on: logits (B, C) from features (B, N, D)."""
 
     def __init__(self, model: ViT, cut: int) -> None:
         super().__init__()
-        self.model, self.cut = model, cut
+        self.model = model
+        self.cut = cut
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model.logits(tokens, start=self.cut)
-
-
-def take(source: Source, index: Tensor, device: torch.device) -> Tensor:
-    """Return source[index]: for CUDA in pinned memory, which is used again, as to touch new memory costs more than to copy."""
-    rows = source.stored if isinstance(source, Pixels) else source
-    if rows is None:
-        return source[index]
-    index = source.rows[index] if isinstance(source, Pixels) else index
-    out = torch.empty(
-        (len(index), *rows.shape[1:]), dtype=rows.dtype, pin_memory=device.type == "cuda"
-    )
-    return torch.index_select(rows, 0, index, out=out)
+    def forward(self, features: Tensor) -> Tensor:
+        return self.model.logits(features, start=self.cut)
 
 
-def on_device(
-    read: Callable[[Job], Sequence[Tensor]], jobs: Iterable[Job], device: torch.device
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield read(job) for each job, on the device: read ahead in a thread, and copied there while the device computes."""
-    if device.type != "cuda":
-        for tensors in read_ahead(read, jobs, workers=1, ahead=0, quiet=False):
-            yield tuple(tensor.to(device) for tensor in tensors)
-        return
-
-    def pinned(job: Job) -> list[Tensor]:
-        with torch.cuda.device(device):  # a thread of its own is on the first one
-            return [tensor.pin_memory() for tensor in read(job)]
-
-    side = torch.cuda.Stream(device)
-    for tensors in read_ahead(pinned, jobs, workers=1, ahead=0, quiet=False):
-        with torch.cuda.stream(side):
-            there = tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
-        torch.cuda.current_stream(device).wait_stream(side)
-        for tensor in there:
-            tensor.record_stream(torch.cuda.current_stream(device))
-        yield there
-
-
-class Frozen:
-    """The blocks before the cut at work: a model's tokens that enter block `cut`, up to `batch` photos at a time."""
+class FeatureExtractor:
+    """The layers before the cut: features from pixels, for up to `batch` photos at a time."""
 
     def __init__(self, model: ViT, cut: int, *, batch: int, compile: bool = False) -> None:
-        self.model, self.cut, self.batch, self.compiled = model, cut, batch, compile
-        self.run = torch.compile(model.tokens) if compile else model.tokens
-        self.last = 0
-        self.replay: Replay | None = None
+        self.model = model
+        self.cut = cut
+        self.batch = batch
+        self.compiled = compile
+        self.tokens = torch.compile(model.tokens) if compile else model.tokens
+        self.previous_size = 0
+        self.graph: CudaGraph | None = None
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Return the tokens (B, N, D) of pixels, uint8 (B, 3, h, w), augmented by draws (B, 5) if any.
+        """Return the features (B, N, D) of pixels, uint8 (B, 3, h, w).
 
-        With draws, the next call may write over them.
+        With `draws` (B, 5) the images are augmented, and the next call may overwrite the result.
         """
-        n, last, self.last = len(pixels), self.last, len(pixels)
-        if (
-            draws is None
-            or not self.cut
-            or self.compiled
-            or pixels.device.type != "cuda"
-            or n > REPLAYED
-        ):
-            return self.tokens(pixels, draws)
-        if self.replay is None or self.replay.size != n:
-            if n != last:  # perhaps the last batch of an epoch, which stands alone
-                return self.tokens(pixels, draws)
-            self.replay = None  # whose memory is free to be used again
-            self.replay = Replay(self.tokens, pixels, draws)
-        return self.replay(pixels, draws)
+        size = len(pixels)
+        same_size_again = size == self.previous_size
+        self.previous_size = size
+        if draws is None or not self._can_record(pixels):
+            return self.extract(pixels, draws)
+        if self.graph is None or self.graph.size != size:
+            if not same_size_again:
+                # This may be the short last batch of an epoch: it is not worth a recording.
+                return self.extract(pixels, draws)
+            self.graph = None  # Free the memory of the old recording before making a new one.
+            self.graph = CudaGraph(self.extract, pixels, draws)
+        return self.graph(pixels, draws)
 
-    def tokens(self, pixels: Tensor, draws: Tensor | None) -> Tensor:
+    def _can_record(self, pixels: Tensor) -> bool:
+        if self.compiled or self.cut == 0:
+            return False
+        return pixels.is_cuda and len(pixels) <= MAX_GRAPH_BATCH
+
+    def extract(self, pixels: Tensor, draws: Tensor | None) -> Tensor:
+        """Normalise and augment the images, and run the frozen blocks on them."""
         images = self.model.preprocess.normalize(pixels)
-        return self.run(
-            images if draws is None else augment(images, draws), stop=self.cut, only_read=True
-        )
+        if draws is not None:
+            images = augment(images, draws)
+        return self.tokens(images, stop=self.cut, only_read=True)
 
-    def view(
-        self, _: int, pixels: Source, draws: Tensor, stopped: Callable[[], bool]
-    ) -> Tensor | None:
-        """Return the tokens (n, N, D) of one view of all photos, augmented by its draws (n, 5)."""
-        return self.keep(pixels, torch.arange(len(draws)), draws, stopped)
-
-    @overload
-    def keep(self, pixels: Source, own: Tensor, draws: Tensor | None = None) -> Tensor: ...
-
-    @overload
-    def keep(
-        self, pixels: Source, own: Tensor, draws: Tensor | None, stopped: Callable[[], bool]
-    ) -> Tensor | None: ...
-
-    def keep(
+    def compute(
         self,
         pixels: Source,
-        own: Tensor,
+        indices: Tensor,
         draws: Tensor | None = None,
-        stopped: Callable[[], bool] = bool,
+        stop_requested: Callable[[], bool] | None = None,
     ) -> Tensor | None:
-        """Compute the tokens of photos, those of the indices `own` (n,), augmented by draws (n, 5) if any: (n, N, D).
+        """Compute the features of the photos `indices` (n,) into host memory: (n, N, D).
 
-        They lie in host memory. None if `stopped` says so in the meantime.
+        They are augmented by `draws` (n, 5) if there are any. Returns None if a stop was
+        requested in the meantime.
         """
-        weight, jobs, start = self.model.cls_token, own.split(self.batch), 0
-        shape = (len(own), *tokens_shape(self.model, self.cut))
-        # Touched by all cores at once: memory that a copy is the first to touch comes page by page. To pin it takes longer.
-        kept = torch.empty(shape, dtype=weight.dtype).fill_(0)
-        places = torch.arange(len(own)).split(self.batch)
-        read = lambda i: [
-            take(pixels, jobs[i], weight.device),
-            *(() if draws is None else [draws[places[i]]]),
-        ]
-        moved = on_device(read, range(len(jobs)), weight.device)
-        for found in tqdm(moved, "frozen blocks", len(jobs), unit="batch", leave=False):
-            tokens = self(*found)
-            kept[start : start + len(tokens)].copy_(tokens)
-            start += len(tokens)
-            if stopped():
+        weight = self.model.cls_token
+        shape = (len(indices), *features_shape(self.model, self.cut))
+        # fill_() touches the memory with all cores at once. Otherwise the copies below would be
+        # the first to touch it, page by page, and pinning it would take longer still.
+        features = torch.empty(shape, dtype=weight.dtype).fill_(0)
+
+        def read(rows: slice) -> list[Tensor]:
+            tensors = [gather_rows(pixels, indices[rows], weight.device)]
+            if draws is not None:
+                tensors.append(draws[rows])
+            return tensors
+
+        batches = [slice(i, i + self.batch) for i in range(0, len(indices), self.batch)]
+        on_device = to_device_ahead(read, batches, weight.device)
+        progress = tqdm(on_device, "frozen blocks", len(batches), unit="batch", leave=False)
+        for tensors, rows in zip(progress, batches):
+            features[rows].copy_(self(*tensors))
+            if stop_requested is not None and stop_requested():
                 return None
-        return kept
+        return features
 
     def evaluation(
-        self, pixels: Source, own: Tensor, *, keep: bool
+        self, pixels: Source, indices: Tensor, *, keep: bool
     ) -> Callable[[], Iterator[Tensor]]:
-        """Return a function that gives the tokens of photos as they are, in batches: computed once, or anew if not `keep`."""
-        parts = self.keep(pixels, own).split(self.batch) if keep else own.split(self.batch)
+        """Return a function that yields the features of images without augmentation, in batches.
 
-        def tokens() -> Iterator[Tensor]:
-            device = self.model.cls_token.device
-            for (found,) in on_device(
-                lambda part: [part if keep else take(pixels, part, device)], parts, device
-            ):
-                yield found if keep else self(found)
+        They are computed once, or anew in each call if not `keep`.
+        """
+        device = self.model.cls_token.device
+        if keep:
+            features = self.compute(pixels, indices)
+            assert features is not None  # Nobody could request a stop.
+            kept_batches = features.split(self.batch)
 
-        return tokens
+            def kept() -> Iterator[Tensor]:
+                for (batch,) in to_device_ahead(lambda batch: [batch], kept_batches, device):
+                    yield batch
+
+            return kept
+
+        def read(batch: Tensor) -> list[Tensor]:
+            return [gather_rows(pixels, batch, device)]
+
+        def computed_anew() -> Iterator[Tensor]:
+            for (batch,) in to_device_ahead(read, indices.split(self.batch), device):
+                yield self(batch)
+
+        return computed_anew
 
 
-class Replay:
-    """A function of CUDA tensors of one size: its kernels are recorded once, and started together each time.
+class CudaGraph:
+    """A function of CUDA tensors of one size, whose kernels are recorded once and then replayed.
 
-    A result is written over by the next. Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    Each call overwrites the result of the call before.
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
 
     def __init__(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
-        self.size, self.inputs, self.graph = (
-            len(inputs[0]),
-            [x.clone() for x in inputs],
-            torch.cuda.CUDAGraph(),
-        )
-        device = inputs[0].device  # which need not be the first
-        ours, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        side.wait_stream(ours)
-        with torch.cuda.stream(side):
-            function(*self.inputs)  # sets up what cannot be recorded
-            torch.cuda.empty_cache()  # as what is recorded has memory of its own
-            self.graph.capture_begin(
-                capture_error_mode="thread_local"
-            )  # other threads may copy to the device meanwhile
+        self.size = len(inputs[0])
+        self.inputs = [tensor.clone() for tensor in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        device = inputs[0].device  # which need not be the current one
+        current_stream = torch.cuda.current_stream(device)
+        side_stream = torch.cuda.Stream(device)
+        side_stream.wait_stream(current_stream)
+        with torch.cuda.stream(side_stream):
+            function(*self.inputs)  # The first call sets up what cannot be recorded.
+            torch.cuda.empty_cache()  # A recording has memory of its own.
+            # Other threads may copy to the device meanwhile.
+            self.graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self.result = function(*self.inputs)
             finally:
                 self.graph.capture_end()
-        ours.wait_stream(side)
+        current_stream.wait_stream(side_stream)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        for held, given in zip(self.inputs, inputs):
-            held.copy_(given)
+        for recorded, given in zip(self.inputs, inputs):
+            recorded.copy_(given)
         self.graph.replay()
         return self.result
 
 
-def tokens_shape(model: ViT, cut: int) -> tuple[int, int]:
-    """Return the shape (N, D) of a photo's tokens at the cut: behind all blocks, those that the head reads."""
-    c = model.config
-    return (1 if cut == c.depth and c.pool == "cls" else c.num_tokens), c.embed_dim
+def gather_rows(source: Source, indices: Tensor, device: torch.device) -> Tensor:
+    """Return source[indices] in host memory, pinned if it is to be copied to a CUDA device.
+
+    Pinned memory is used again, which matters: touching new memory costs more than copying.
+    """
+    if isinstance(source, Pixels):
+        if source.stored is None:  # Photos are decoded when they are asked for.
+            return source[indices]
+        rows = source.stored
+        indices = source.rows[indices]
+    else:
+        rows = source
+    shape = (len(indices), *rows.shape[1:])
+    out = torch.empty(shape, dtype=rows.dtype, pin_memory=device.type == "cuda")
+    return torch.index_select(rows, 0, indices, out=out)
 
 
-def held_gib(model: ViT, data: Data, cut: int, *, cache_gib: float, store_gib: float) -> float:
-    """Return what training holds in host memory: decoded photos, and the tokens to evaluate with, each if within its limit."""
-    scored = len(data.train) + len(data.val)
-    pixels = (scored + len(data.test)) * 3 * math.prod(model.config.img_size) / 2**30
-    tokens = token_gib(model, scored, cut)
-    return (pixels if pixels <= store_gib else 0) + (tokens if tokens <= cache_gib else 0)
+def to_device_ahead(
+    read: Callable[[Job], Sequence[Tensor]], jobs: Iterable[Job], device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield read(job) for each job, copied to the device.
+
+    Jobs are read ahead in a thread, and on CUDA copied while the device computes.
+    """
+    if device.type != "cuda":
+        with ThreadPoolExecutor(1) as pool:
+            for tensors in map_ahead(pool, read, zip(jobs), ahead=2):
+                yield tuple(tensor.to(device) for tensor in tensors)
+        return
+
+    def read_pinned(job: Job) -> list[Tensor]:
+        with torch.cuda.device(device):  # Another thread is on the first device by default.
+            return [tensor.pin_memory() for tensor in read(job)]
+
+    copy_stream = torch.cuda.Stream(device)
+    with ThreadPoolExecutor(1) as pool:
+        for tensors in map_ahead(pool, read_pinned, zip(jobs), ahead=2):
+            with torch.cuda.stream(copy_stream):
+                copies = tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+            current_stream = torch.cuda.current_stream(device)
+            current_stream.wait_stream(copy_stream)
+            for tensor in copies:
+                tensor.record_stream(current_stream)
+            yield copies
 
 
-def token_gib(model: ViT, n: int, cut: int = 0) -> float:
-    """Return what n photos' tokens take of host memory."""
-    return n * math.prod(tokens_shape(model, cut)) * model.cls_token.dtype.itemsize / 2**30
+def features_shape(model: ViT, cut: int) -> tuple[int, int]:
+    """Return the shape (N, D) of a photo's features.
+
+    Behind all blocks, those are only the tokens that the head reads.
+    """
+    config = model.config
+    only_class_token = cut == config.depth and config.pool == "cls"
+    return 1 if only_class_token else config.num_tokens, config.embed_dim
+
+
+def features_gib(model: ViT, n: int, cut: int = 0) -> float:
+    """Return how much host memory the features of n photos take, in GiB."""
+    bytes_per_photo = math.prod(features_shape(model, cut)) * model.cls_token.dtype.itemsize
+    return n * bytes_per_photo / 2**30
+
+
+def host_memory_gib(
+    model: ViT, data: Data, cut: int, *, cache_gib: float, store_gib: float
+) -> float:
+    """Return how much host memory training holds, in GiB.
+
+    That is the decoded photos and the features for evaluation, each if it is within its limit.
+    """
+    evaluated = len(data.train) + len(data.val)
+    photos = evaluated + len(data.test)
+    pixels_gib = photos * 3 * math.prod(model.config.img_size) / 2**30
+    evaluation_gib = features_gib(model, evaluated, cut)
+    held = 0.0
+    if pixels_gib <= store_gib:
+        held += pixels_gib
+    if evaluation_gib <= cache_gib:
+        held += evaluation_gib
+    return held

@@ -1,4 +1,4 @@
-"""Which parameters train, in which groups, how they step, and the learning rate of each step."""
+"""The optimizer: parameter groups, the learning rate of each step, and AdamW."""
 
 from __future__ import annotations
 
@@ -10,77 +10,97 @@ from torch.optim.adamw import adamw
 
 from ..model import ViT, trainable
 
-WARMUP = 0.1  # of all steps
+WARMUP = 0.1  # fraction of all steps
 
 
 def parameter_groups(model: ViT, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """Group what trains for AdamW: matrices decay, biases and the scales of norms and LayerScale do not.
+    """Group the trainable parameters for AdamW.
 
-    A group's learning rate is `lr_scale` times the step's: 1 for norm and head, and for block i `layer_decay` to the power
-    of how far it lies below them, as in timm and BEiT (https://arxiv.org/abs/2106.08254).
+    Weight matrices decay; biases and the scales of norms and LayerScale do not. The learning rate
+    of a group is `lr_scale` times that of the step: 1 for the final norm and the head, and
+    `layer_decay` to the power of a block's distance from them, as in timm and BEiT
+    (https://arxiv.org/abs/2106.08254).
     """
     groups: dict[tuple[bool, int], dict] = {}
     for name, parameter in trainable(model).items():
-        part, _, rest = name.partition(".")
-        below = (
-            len(model.blocks) - int(rest.partition(".")[0])
-            if part == "blocks" and layer_decay != 1
-            else 0
-        )
-        decays = parameter.ndim > 1
-        group = {"params": [], "weight_decay": weight_decay if decays else 0.0}
-        group |= {"lr": 0.0, "lr_scale": layer_decay**below}
-        groups.setdefault((decays, below), group)["params"].append(parameter)
+        is_matrix = parameter.ndim > 1
+        distance = 0
+        if name.startswith("blocks.") and layer_decay != 1:
+            block = int(name.split(".")[1])
+            distance = len(model.blocks) - block
+        if (is_matrix, distance) not in groups:
+            groups[is_matrix, distance] = {
+                "params": [],
+                "weight_decay": weight_decay if is_matrix else 0.0,
+                "lr": 0.0,
+                "lr_scale": layer_decay**distance,
+            }
+        groups[is_matrix, distance]["params"].append(parameter)
     return list(groups.values())
 
 
 def lr_at(step: int, *, peak: float, total: int) -> float:
-    """Return the learning rate of a step (0-based): linear warm-up to `peak`, then a cosine down to 0 at `total`."""
+    """Return the learning rate of a step, counted from 0.
+
+    It warms up linearly to `peak` and then follows a cosine down to 0 at step `total`.
+    """
     warmup = math.ceil(WARMUP * total)
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    progress = (step - warmup) / max(1, total - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class AdamW:
-    """torch's AdamW by its functional form, as its class imports torch's compiler, for one to three seconds a process.
+    """AdamW by torch's functional form.
 
-    Groups are parameter_groups', each with the `lr` of the step. `state` holds for each parameter, in the groups' order,
-    step, exp_avg and exp_avg_sq. Source: https://arxiv.org/abs/1711.05101
+    torch's own class imports torch's compiler, which takes one to three seconds in each process.
+    Groups are those of parameter_groups, with `lr` set for each step. `state` holds for each
+    parameter, in the order of the groups, its step, exp_avg and exp_avg_sq.
+    Source: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101
     """
 
     def __init__(self, groups: list[dict]) -> None:
-        self.param_groups, self.state = groups, []
-        for parameter in self._parameters():
-            counted = (
-                parameter.device if parameter.is_cuda else None
-            )  # where the fused kernel reads its step
-            zeros = {
-                name: torch.zeros_like(parameter, requires_grad=False)
-                for name in ("exp_avg", "exp_avg_sq")
-            }
-            self.state.append({"step": torch.zeros((), device=counted), **zeros})
+        self.param_groups = groups
+        self.state: list[dict[str, torch.Tensor]] = []
+        for parameter in self.parameters():
+            # The fused CUDA kernel reads the step on the device, the others on the CPU.
+            step_device = parameter.device if parameter.is_cuda else None
+            self.state.append(
+                {
+                    "step": torch.zeros((), device=step_device),
+                    "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+                }
+            )
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def zero_grad(self) -> None:
-        for parameter in self._parameters():
+        for parameter in self.parameters():
             parameter.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
-        states = iter(self.state)
+        first = 0
         for group in self.param_groups:
             parameters = group["params"]
-            of_each = [next(states) for _ in parameters]
-            steps, means, squares = (
-                [state[name] for state in of_each] for name in ("step", "exp_avg", "exp_avg_sq")
+            states = self.state[first : first + len(parameters)]
+            first += len(parameters)
+            adamw(
+                parameters,
+                [parameter.grad for parameter in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],  # max_exp_avg_sqs, which only AMSGrad has
+                [state["step"] for state in states],
+                fused=parameters[0].is_cuda or None,
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.999,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=1e-8,
+                maximize=False,
             )
-            how = {
-                "lr": group["lr"],
-                "weight_decay": group["weight_decay"],
-                "fused": parameters[0].is_cuda or None,
-            }
-            how |= {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
-            adamw(parameters, [p.grad for p in parameters], means, squares, [], steps, **how)
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]

@@ -1,4 +1,4 @@
-"""The folder of a run: held by one process, begun or gone on with, told in a row an epoch."""
+"""The folder of a run: locked by one process, begun or resumed, with a row for each epoch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from ..system import files
-from . import state
 from .metrics import overfits_from
+from .state import read_state
 
 RUN_FILES: tuple[str, ...] = (
     "model.safetensors",
     "config.json",
     "preprocessor_config.json",
     "tail.safetensors",
-)
-RUN_FILES += (
     "metrics.jsonl",
     "summary.json",
     "curves.png",
@@ -28,44 +28,58 @@ RUN_FILES += (
     "classes.csv",
     "README.md",
 )
-STATE = "state.safetensors"  # there until the run is finished
+STATE = "state.safetensors"  # This file is there until the run is finished.
 
 
-def claim(out: Path, held: contextlib.ExitStack, resume: bool) -> bool:
-    """Take hold of the folder, and say whether it holds a finished run that there is nothing to go on with."""
+def lock_folder(out: Path, stack: contextlib.ExitStack) -> None:
+    """Create the folder if need be, and hold its lock until the stack is closed."""
     out.mkdir(parents=True, exist_ok=True)
-    held.enter_context(files.locked(out))
-    finished = resume and (out / "summary.json").exists() and not (out / STATE).exists()
-    if finished:
-        print(f"{out} holds a finished run", file=sys.stderr)
-        print(result(files.read_json(out / "summary.json"), out))
-    return finished
+    stack.enter_context(files.locked(out))
 
 
-def begin(out: Path, resume: bool, settings: dict) -> tuple | None:
-    """Read the state to go on from, and let metrics.jsonl say what it says; else move what is there out of the way."""
-    if resume and (out / STATE).exists():
-        tensors, about = state.read(out / STATE, settings)
-        with files.whole_file(out / "metrics.jsonl") as partial:
-            partial.write_text(
-                "".join(json.dumps(row) + "\n" for row in about["rows"]), encoding="utf-8"
-            )
-        print(
-            f"{out}: going on in epoch {about['epoch']}, after {len(about['losses'])} of its steps",
-            file=sys.stderr,
-        )
-        return tensors, about
+def is_finished(out: Path) -> bool:
+    """Return whether the folder holds a run that there is nothing left to do for."""
+    return (out / "summary.json").exists() and not (out / STATE).exists()
+
+
+def report_finished(out: Path) -> None:
+    """Print the result of a finished run again."""
+    print(f"{out} holds a finished run", file=sys.stderr)
+    print(result_line(files.read_json(out / "summary.json"), out))
+
+
+def has_state(out: Path, resume: bool) -> bool:
+    """Return whether there is a saved state to resume from, and it is wanted."""
+    return resume and (out / STATE).exists()
+
+
+def resume_run(out: Path, fingerprint: Mapping[str, object]) -> tuple[dict[str, Tensor], dict]:
+    """Return the saved state, and make metrics.jsonl agree with it.
+
+    Raises UserError if the run began with another fingerprint.
+    """
+    tensors, about = read_state(out / STATE, fingerprint)
+    rows = "".join(json.dumps(row) + "\n" for row in about["rows"])
+    with files.whole_file(out / "metrics.jsonl") as partial:
+        partial.write_text(rows, encoding="utf-8")
+    steps = len(about["losses"])
+    print(f"{out}: going on in epoch {about['epoch']}, after {steps} of its steps", file=sys.stderr)
+    return tensors, about
+
+
+def begin_run(out: Path, resume: bool) -> None:
+    """Begin a new run: what an earlier run left is moved out of the way."""
     if resume:
-        print(f"{out}: no run to go on with, so it begins", file=sys.stderr)
+        print(f"{out}: there is no run to resume, so a new one begins", file=sys.stderr)
     keep_earlier_run(out)
-    return None
 
 
 def keep_earlier_run(out: Path) -> None:
-    """Move what an earlier run wrote into out/earlier-N, so that nothing is lost when a new run begins."""
+    """Move what an earlier run wrote into out/earlier-N, so that nothing is lost."""
     if not (out / "metrics.jsonl").exists() and not (out / STATE).exists():
         return
-    earlier = next(path for i in itertools.count(1) if not (path := out / f"earlier-{i}").exists())
+    folders = (out / f"earlier-{i}" for i in itertools.count(1))
+    earlier = next(folder for folder in folders if not folder.exists())
     earlier.mkdir()
     for name in (*RUN_FILES, STATE):
         if (out / name).exists():
@@ -74,25 +88,28 @@ def keep_earlier_run(out: Path) -> None:
 
 
 def report_epoch(rows: Sequence[Mapping[str, float]], epochs: int, out: Path) -> None:
-    """Add the last row to metrics.jsonl, and say it in a line."""
-    row, first = rows[-1], overfits_from(rows)
+    """Append the last row to metrics.jsonl, and print it as a line."""
+    row = rows[-1]
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+    gap = f"gap {100 * (row['train_accuracy'] - row['val_accuracy']):.1f} points"
+    first = overfits_from(rows)
+    if first is not None:
+        gap += f", overfitting since epoch {first}"
     print(
         f"epoch {row['epoch']}/{epochs} · loss {row['loss']:.4f} · "
         f"training {row['train_accuracy']:.4f} (loss {row['train_loss']:.4f}) · "
-        f"validation {row['val_accuracy']:.4f} (loss {row['val_loss']:.4f}) · "
-        f"gap {100 * (row['train_accuracy'] - row['val_accuracy']):.1f} points"
-        f"{f', overfitting since epoch {first}' if first else ''} · "
+        f"validation {row['val_accuracy']:.4f} (loss {row['val_loss']:.4f}) · {gap} · "
         f"{row['images_per_s']:.0f} images/s (MFU {row['mfu']:.0%}) · {row['seconds']:.1f} s",
         flush=True,
     )
 
 
-def result(summary: Mapping, out: Path) -> str:
-    """Return the last line of a run."""
-    photos, accuracy = summary["test_photos"], summary["test_accuracy"]
+def result_line(summary: Mapping, out: Path) -> str:
+    """Return the last line that a run prints."""
+    photos = summary["test_photos"]
+    accuracy = summary["test_accuracy"]
     return (
-        f"test accuracy {accuracy:.4f} ({round(accuracy * photos)}/{photos}) · macro F1 {summary['test_macro_f1']:.4f} · "
-        f"best epoch {summary['best_epoch']} · {out}"
+        f"test accuracy {accuracy:.4f} ({round(accuracy * photos)}/{photos}) · "
+        f"macro F1 {summary['test_macro_f1']:.4f} · best epoch {summary['best_epoch']} · {out}"
     )

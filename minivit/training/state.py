@@ -1,12 +1,12 @@
-"""Where a run stands, on disk: what is needed to go on as if it had never stopped. No pickle: safetensors and JSON.
+"""The state of a run, in memory and on disk: all that is needed to resume it exactly.
 
-Random states are not part of it, since each epoch's order and augmentation follow from the seed and the epoch alone.
+There is no pickle in the file, only safetensors and JSON. Random states are not part of it: the
+order of photos and the augmentation of an epoch follow from the seed and the epoch alone.
 """
 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,95 +18,127 @@ from torch import Tensor
 from ..checkpoints.tensors import save_tensors
 from ..errors import UserError
 from ..model import ViT, trainable
+from ..settings import list_changes
 from .optimizer import AdamW, parameter_groups
 
-PLAIN = ("epoch", "step", "losses", "lr", "rows", "seconds", "spent")  # what JSON holds of a State
+# The fields of a RunState that are saved as JSON.
+JSON_FIELDS = ("epoch", "step", "losses", "lr", "rows", "seconds", "spent")
 
 
 @dataclass
-class State:
+class RunState:
     """A run under way: the model, what trains it, and how far it has come."""
 
-    model: ViT
+    model: ViT  # the working copy that trains
+    cut: int  # the first block that trains
+    amp: torch.dtype | None  # autocast's dtype; None: float32
+    micro_batch: int  # photos per forward pass, halved when memory runs out
     optimizer: AdamW
     scaler: torch.amp.GradScaler
-    epoch: int = 1  # the one under way
-    losses: list[float] = field(
-        default_factory=list
-    )  # of its batches so far; not finite where the scaler skipped a step
-    step: int = 0  # optimiser steps taken; one that the scaler skips moves neither this nor the learning rate
+    # From here on, what is saved.
+    epoch: int = 1  # the epoch under way
+    # The loss of each batch of this epoch so far; not finite where the scaler skipped the step.
+    losses: list[float] = field(default_factory=list)
+    # Optimizer steps taken. A step that the scaler skips counts neither here nor in the schedule.
+    step: int = 0
     lr: float = 0.0  # of the last step
     rows: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl
-    best: dict[str, Tensor] = field(default_factory=dict)  # the best epoch's tail, on the CPU
+    best: dict[str, Tensor] = field(default_factory=dict)  # the best epoch's trainable weights
     seconds: float = 0.0  # spent on the epoch under way
-    spent: float = 0.0  # on the whole run
-    stopped: bool = False  # by a signal
+    spent: float = 0.0  # seconds spent on the whole run
+    stopped: bool = False  # by a signal; this is not saved
 
-    def tail(self) -> dict[str, Tensor]:
-        """Copy what trains to the CPU."""
-        return {name: p.detach().cpu().clone() for name, p in trainable(self.model).items()}
+    @property
+    def device(self) -> torch.device:
+        return self.model.cls_token.device
 
-    def free(self) -> None:
-        """Give back the device's memory; training cannot go on."""
+    def trainable_weights(self) -> dict[str, Tensor]:
+        """Copy the trainable weights to the CPU."""
+        parameters = trainable(self.model)
+        return {name: weight.detach().cpu().clone() for name, weight in parameters.items()}
+
+    def free_device_memory(self) -> None:
+        """Release the model and the optimizer's state; training cannot go on afterwards."""
         self.model.zero_grad(set_to_none=True)
         self.model.to("meta")
         self.optimizer.state.clear()
 
     def snapshot(
-        self, settings: Mapping[str, object], tail: dict[str, Tensor] | None = None
+        self, settings: Mapping[str, object], weights: dict[str, Tensor] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Copy everything to the CPU, for save_tensors: training may go on while that writes. `tail` may be there already."""
-        tail = tail or self.tail()
-        tensors = {f"tail.{name}": tensor for name, tensor in tail.items()}
-        if not all(torch.equal(tensor, tail[name]) for name, tensor in self.best.items()):
+        """Copy the whole state to the CPU as tensors and metadata, as save_tensors takes them.
+
+        Training may go on while they are written. `weights` are trainable_weights(), if the
+        caller has them already.
+        """
+        if weights is None:
+            weights = self.trainable_weights()
+        tensors = {f"tail.{name}": tensor for name, tensor in weights.items()}
+        best_is_current = all(
+            torch.equal(tensor, weights[name]) for name, tensor in self.best.items()
+        )
+        if not best_is_current:
             tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-        for i, of_one in enumerate(self.optimizer.state):
-            tensors |= {
-                f"optimizer.{i}.{key}": value.to("cpu", copy=True) for key, value in of_one.items()
-            }
-        plain = {name: getattr(self, name) for name in PLAIN}
-        about = plain | {"settings": dict(settings), "scaler": self.scaler.state_dict()}
+        for i, parameter_state in enumerate(self.optimizer.state):
+            for name, tensor in parameter_state.items():
+                tensors[f"optimizer.{i}.{name}"] = tensor.to("cpu", copy=True)
+        about: dict[str, object] = {name: getattr(self, name) for name in JSON_FIELDS}
+        about["settings"] = dict(settings)
+        about["scaler"] = self.scaler.state_dict()
         return tensors, {"state": json.dumps(about)}
 
-    def save(self, path: Path, settings: Mapping[str, object]) -> None:
-        """Write everything into one file, whole or not at all: the last good state stays until then."""
-        save_tensors(path, *self.snapshot(settings))
-
-    def load(self, tensors: Mapping[str, Tensor], about: Mapping) -> None:
-        """Become what `read` found."""
-        parts: dict[str, dict[str, Tensor]] = {"tail": {}, "best": {}, "optimizer": {}}
+    def restore(self, tensors: Mapping[str, Tensor], about: Mapping) -> None:
+        """Restore the run from what read_state returned."""
+        weights = {}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
-        set_tail(self.model, parts["tail"])
-        self.best = parts["best"] or (parts["tail"] if about["rows"] else {})
-        for name, tensor in parts["optimizer"].items():
-            i, _, key = name.partition(".")
-            self.optimizer.state[int(i)][key].copy_(tensor)
+            if part == "tail":
+                weights[rest] = tensor
+            elif part == "best":
+                self.best[rest] = tensor
+            else:
+                i, _, key = rest.partition(".")
+                self.optimizer.state[int(i)][key].copy_(tensor)
+        set_trainable(self.model, weights)
+        if about["rows"] and not self.best:  # The best epoch is the last one.
+            self.best = weights
         self.scaler.load_state_dict(about["scaler"])
-        for name in PLAIN:
+        for name in JSON_FIELDS:
             setattr(self, name, about[name])
 
 
+def new_state(
+    model: ViT,
+    *,
+    cut: int,
+    amp: torch.dtype | None,
+    micro_batch: int,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+) -> RunState:
+    """Return the state of a run that has taken no step: fresh AdamW, and a scaler for fp16."""
+    optimizer = AdamW(parameter_groups(model, weight_decay, layer_decay))
+    device = model.cls_token.device.type
+    scaler = torch.amp.GradScaler(device, enabled=amp is torch.float16)
+    return RunState(model, cut, amp, micro_batch, optimizer, scaler)
+
+
 @torch.no_grad()
-def set_tail(model: ViT, tensors: Mapping[str, Tensor]) -> None:
-    """Give what trains of a model its weights."""
+def set_trainable(model: ViT, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into the trainable parameters of a model."""
     for name, parameter in trainable(model).items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(weights[name])
 
 
-def begin(
-    model: ViT, *, amp: torch.dtype | None, weight_decay: float, layer_decay: float = 1.0
-) -> State:
-    """Return the state of a run that has taken no step: AdamW on what trains, and a gradient scaler for fp16."""
-    device, groups = model.cls_token.device.type, parameter_groups(model, weight_decay, layer_decay)
-    return State(model, AdamW(groups), torch.amp.GradScaler(device, enabled=amp is torch.float16))
+def save_state(path: Path, state: RunState, settings: Mapping[str, object]) -> None:
+    """Write the whole state into one file; the last good file stays until the new one is whole."""
+    save_tensors(path, *state.snapshot(settings))
 
 
-def read(path: Path, settings: Mapping[str, object]) -> tuple[dict[str, Tensor], dict]:
-    """Read a state's tensors and what JSON holds of it.
+def read_state(path: Path, settings: Mapping[str, object]) -> tuple[dict[str, Tensor], dict]:
+    """Read the tensors of a saved state, and what it holds as JSON.
 
-    Raises UserError, naming each, if settings that change the mathematics are not those the run began with.
+    Raises UserError if the run began with other settings, naming each of them.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -114,22 +146,10 @@ def read(path: Path, settings: Mapping[str, object]) -> tuple[dict[str, Tensor],
             about = json.loads(file.metadata()["state"])
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise UserError(
-            f"{path}: is no state of a run ({error}); without --resume, training begins anew"
+            f"{path}: is not the state of a run ({error}); without --resume, training begins anew"
         ) from error
-    now, then = json.loads(json.dumps(settings)), about["settings"]
-    changed = [
-        f"{name} was {then.get(name)}, now {value}"
-        for name, value in now.items()
-        if then.get(name) != value
-    ]
-    if changed:
-        raise UserError(f"{path}: cannot go on with other settings: {'; '.join(changed)}")
+    as_json = json.loads(json.dumps(settings))  # A tuple, for example, becomes a list.
+    changes = list_changes(about["settings"], as_json)
+    if changes:
+        raise UserError(f"{path}: cannot go on with other settings: {'; '.join(changes)}")
     return tensors, about
-
-
-def checksum(*tensors: Tensor) -> str:
-    """Return a short name for the contents of tensors."""
-    crc = 0
-    for tensor in tensors:
-        crc = zlib.crc32(tensor.detach().cpu().contiguous().numpy().data, crc)
-    return f"{crc:08x}"

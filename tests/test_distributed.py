@@ -12,11 +12,9 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
-from test_commands import run_train
-from test_resume import assert_same_end, rows_of
+from conftest import ROOT, assert_same_end, rows_of, run_train
 
-from minivit.system import distributed as parallel
+from minivit.system import distributed
 from minivit.training import run_folder as runs
 
 TORCHRUN = [
@@ -211,10 +209,10 @@ def test_rows_dealt_out_come_back_each_once_and_in_order(n, monkeypatch):
 
     rows, W = torch.arange(2 * n).view(n, 2).float(), 3
     shares = []
-    monkeypatch.setattr(parallel, "world", lambda: W)
+    monkeypatch.setattr(distributed, "world_size", lambda: W)
     for rank in range(W):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        shares.append(parallel.shard(rows))
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.shard(rows))
     assert all(len(share) for share in shares)  # a stand-in where there is none
 
     def all_gather(parts, padded):
@@ -223,20 +221,20 @@ def test_rows_dealt_out_come_back_each_once_and_in_order(n, monkeypatch):
             part.zero_()[: len(share)] = share
 
     monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
-    assert torch.equal(parallel.gather(shares[0], n), rows)
+    assert torch.equal(distributed.gather(shares[0], n), rows)
 
 
 def test_under_torchrun_each_process_has_the_gpu_of_its_local_rank(monkeypatch):
     import torch
 
-    assert parallel.own_device("auto") == "auto"
+    assert distributed.local_device("auto") == "auto"
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [parallel.own_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
+    assert [distributed.local_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
         "cuda:3",
         "cuda:3",
         "cuda:1",
         "cpu",
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert parallel.own_device("auto") == "auto"
+    assert distributed.local_device("auto") == "auto"

@@ -1,0 +1,240 @@
+"""The command lines of train.py and infer.py: their flags, and what runs once these are read.
+
+The jobs themselves are minivit/train.py and minivit/infer.py. They are imported only after the
+flags are read, because importing torch takes a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import NoReturn
+
+from . import cli
+from .settings import BASE_MODEL, RUN_DIR, InferSettings, TrainSettings
+
+TRAIN_DESCRIPTION = (
+    "Fine-tune the last blocks of a Vision Transformer on Oxford-IIIT Pet, "
+    "or on your own folders of photos."
+)
+INFER_DESCRIPTION = (
+    "Name what is in photos, and draw where each block of the Vision Transformer looks."
+)
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """Run train.py with these arguments and return its exit code."""
+    return cli.run(_train, train_parser(), argv)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .train import train
+
+    return train(TrainSettings(**vars(args)))
+
+
+def train_parser() -> cli.Parser:
+    parser = cli.Parser("train", description=TRAIN_DESCRIPTION)
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="ID|DIR|FILE|demo",
+        help="a Hub id, a folder, a file, or the checkpoint that comes with minivit",
+    )
+    add("--revision", metavar="REV", help="Hub revision; default: the repository's main branch")
+    add(
+        "--img-size",
+        type=cli.image_size,
+        metavar="N|HxW",
+        help="another input size in pixels; default: the checkpoint's",
+    )
+    add(
+        "--data",
+        metavar="DIR",
+        help="a folder that holds class folders, or oxford-iiit-pet, which is downloaded there "
+        "if it is absent",
+    )
+    add(
+        "--blocks",
+        metavar="RANGE",
+        help="blocks to train besides the final norm and the head: 8-11, 10,11, all, none",
+    )
+    add("--epochs", type=cli.at_least(1), help="few photos need more epochs")
+    add("--batch-size", type=cli.at_least(1), help="photos per optimizer step")
+    add(
+        "--micro-batch",
+        type=cli.at_least(1),
+        help="photos per forward pass; default: the whole batch, on a CPU 8, the fastest there",
+    )
+    add("--lr", type=cli.positive, help="peak learning rate")
+    add("--weight-decay", type=cli.between(0, 1), help="AdamW's decay of weight matrices")
+    add(
+        "--layer-decay",
+        type=cli.between(0, 1),
+        help="factor on the learning rate from each block to the block below it",
+    )
+    add(
+        "--label-smoothing",
+        type=cli.between(0, 1),
+        help="share of the target that is spread over all classes",
+    )
+    add(
+        "--cache-views",
+        type=cli.at_least(0),
+        metavar="K",
+        help="augment each photo in K ways only and reuse their features, so that later epochs "
+        "skip the frozen blocks; 0 augments anew in each epoch",
+    )
+    add(
+        "--patience",
+        type=cli.at_least(1),
+        metavar="N",
+        help="stop after N epochs without a better one; default: never",
+    )
+    parser.add_device_flags()
+    add(
+        "--memory-gib",
+        type=cli.positive,
+        metavar="X",
+        help="never use more of a CUDA device's memory; default: all that is free",
+    )
+    add(
+        "--cache-gib",
+        type=cli.positive,
+        metavar="X",
+        help="host memory for features of the frozen blocks",
+    )
+    add(
+        "--store-gib",
+        type=cli.positive,
+        metavar="X",
+        help="disk space for decoded photos, beside the data",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="use torch.compile: faster steps after a minute or two, so for long runs",
+    )
+    add(
+        "--deterministic",
+        action="store_true",
+        help="compute the same bits each time on CUDA too, a little slower",
+    )
+    parser.add_workers("processes that decode photos")
+    add(
+        "--seed",
+        type=cli.at_least(0),
+        help="seed of the validation split, the order of photos and the augmentation",
+    )
+    add("--skip-bad", action="store_true", help="go on without photos that cannot be read")
+    add("--out", metavar="DIR", help="folder that everything is written into")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out, or begin it if there is none",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print what would train, on which data and in how much memory, and train nothing",
+    )
+    add(
+        "--push-to-hub",
+        metavar="REPO",
+        help="upload the finished folder with its model card, as owner/name",
+    )
+    defaults = asdict(TrainSettings())
+    parser.set_defaults(**defaults | {"workers": cli.cores()})
+    return parser
+
+
+def infer(argv: Sequence[str] | None = None) -> int:
+    """Run infer.py with these arguments and return its exit code."""
+    return cli.run(_infer, infer_parser(), argv)
+
+
+def _infer(args: argparse.Namespace) -> int:
+    from .infer import infer
+
+    return infer(InferSettings(**vars(args) | {"photos": tuple(args.photos)}))
+
+
+def infer_parser() -> cli.Parser:
+    parser = cli.Parser("infer", description=INFER_DESCRIPTION)
+    add = parser.add_argument
+    add("photos", nargs="+", metavar="PHOTO|FOLDER", help="photos, or folders of photos")
+    add(
+        "--model",
+        metavar="ID|DIR|FILE|demo",
+        help=f"as in train.py; default: {RUN_DIR} if it is there, else {BASE_MODEL}",
+    )
+    add("--revision", metavar="REV", help="Hub revision; default: the repository's main branch")
+    add(
+        "--compare",
+        metavar="ID|DIR|demo",
+        help="another model, drawn above with the difference below: before and after",
+    )
+    add(
+        "--img-size",
+        type=cli.image_size,
+        metavar="N|HxW",
+        help="another input size in pixels; default: the checkpoint's",
+    )
+    add("--layers", metavar="RANGE", help="blocks to draw, counted from 0: 8-11, 10,11, all")
+    add(
+        "--method",
+        choices=("attention", "rollout", "relevance"),
+        help="what to draw of a block: its attention, the attention followed through all blocks "
+        "up to it, or what speaks for a class up to it",
+    )
+    add(
+        "--target",
+        metavar="NAME",
+        help="the class for relevance; default: each photo's first prediction",
+    )
+    add(
+        "--heads",
+        action="store_true",
+        help="draw a panel for each head and a row for each block, not the mean of the heads",
+    )
+    add(
+        "--query",
+        type=cli.pixel,
+        metavar="X,Y",
+        help="draw where the patch at this pixel looks; default: the class token",
+    )
+    add(
+        "--scale",
+        choices=("own", "row"),
+        help="colours span each map's own range, or one range along each row",
+    )
+    add("--top-k", type=cli.at_least(1), help="names to print for each photo")
+    add("--out", metavar="DIR", help="folder for the figures, named <photo's stem>.png")
+    add(
+        "--html",
+        action="store_true",
+        help="also write <stem>.html, to point at any patch in any block and head",
+    )
+    add(
+        "--npz",
+        action="store_true",
+        help="also write <stem>.npz, the rows of attention as arrays; with --html, all rows",
+    )
+    add("--json", action="store_true", help="print one JSON object a photo")
+    parser.add_workers("threads that decode, and processes that draw")
+    parser.add_device_flags()
+    defaults = asdict(InferSettings(photos=()))
+    del defaults["photos"]
+    parser.set_defaults(**defaults | {"workers": cli.cores()})
+    return parser
+
+
+def train_script() -> NoReturn:
+    """Run as a program: train.py, or minivit-train where minivit is installed."""
+    cli.start(train)
+
+
+def infer_script() -> NoReturn:
+    """Run as a program: infer.py, or minivit-infer where minivit is installed."""
+    cli.start(infer)

@@ -1,0 +1,101 @@
+"""What a training run and an inference are asked to do: every flag of train.py and infer.py.
+
+The defaults here are the defaults of the flags. Nothing slow is imported, so that `--help` and a
+mistyped flag are answered at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+BASE_MODEL = "google/vit-base-patch16-224"
+RUN_DIR = "runs/pets"
+MIN_STEPS = 60  # Fewer optimizer steps teach little.
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The settings of a training run."""
+
+    # What is trained, and on what.
+    model: str = BASE_MODEL  # a Hub id, a folder, a file, or "demo"
+    revision: str | None = None  # of the Hub repository
+    img_size: tuple[int, int] | None = None  # height, width in pixels; None: the checkpoint's
+    data: str = "data"
+    blocks: str = "10-11"  # the blocks to train, as cli.parse_blocks reads them
+    # How it is trained.
+    epochs: int = 5
+    batch_size: int = 64  # photos per optimizer step
+    micro_batch: int | None = None  # photos per forward pass; None: chosen for the device
+    lr: float = 1e-4  # the peak learning rate
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    label_smoothing: float = 0.0
+    cache_views: int = 0
+    patience: int | None = None  # epochs without a better one; None: never stop early
+    seed: int = 0
+    # On which machine.
+    device: str = "auto"
+    amp: str = "auto"
+    memory_gib: float | None = None  # of a CUDA device; None: all that is free
+    cache_gib: float = 4.0  # of host memory, for the features of the frozen blocks
+    store_gib: float = 32.0  # of disk, for decoded photos
+    compile: bool = False
+    deterministic: bool = False
+    workers: int = 1
+    # What becomes of it.
+    skip_bad: bool = False
+    out: str = RUN_DIR
+    resume: bool = False
+    dry_run: bool = False
+    push_to_hub: str | None = None
+
+    def mathematics(self) -> dict[str, object]:
+        """Return the settings that change the result, by flag; `--resume` keeps to them."""
+        names = ("epochs", "batch_size", "lr", "weight_decay", "layer_decay", "label_smoothing")
+        values = asdict(self)
+        return {flag(name): values[name] for name in (*names, "cache_views", "seed")}
+
+    def views_to_keep(self) -> int:
+        """Return how many views to keep features of: none if no view would come again."""
+        return self.cache_views if self.cache_views < self.epochs else 0
+
+
+@dataclass(frozen=True)
+class InferSettings:
+    """The settings of an inference."""
+
+    photos: tuple[str, ...]  # photos, or folders of photos
+    model: str | None = None  # None: the last run if there is one, else BASE_MODEL
+    revision: str | None = None
+    compare: str | None = None  # another model
+    img_size: tuple[int, int] | None = None
+    layers: str = "8-11"  # the blocks to draw, as cli.parse_blocks reads them
+    method: str = "attention"  # one of attention.METHODS
+    target: str | None = None  # the class for relevance; None: the first prediction
+    heads: bool = False
+    query: tuple[float, float] | None = None  # x, y of a pixel; None: the class token
+    scale: str = "own"
+    top_k: int = 5
+    out: str = "attention"
+    html: bool = False
+    npz: bool = False
+    json: bool = False
+    workers: int = 1
+    device: str = "auto"
+    amp: str = "auto"
+
+
+def flag(name: str) -> str:
+    """Return the flag of a setting: --batch-size for batch_size."""
+    return f"--{name.replace('_', '-')}"
+
+
+def list_changes(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """Say for each setting that has another value now what it was and what it is."""
+    return [
+        f"{name} was {before.get(name)}, now {value}"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
