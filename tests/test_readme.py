@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from minivit import __main__, cli
-from minivit.tools.demo.command import draw_pets
+from minivit.tools.demo.drawings import draw_pets
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 STANDS_FOR = {
