@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from minivit.training.metrics import (
@@ -126,11 +129,12 @@ def test_overfitting_is_validation_loss_that_rises_while_training_loss_falls(los
 
 def test_the_verdict_is_one_plain_sentence():
     assert verdict(rows_of(*OVERFITTING["rises while training falls"][0])) == (
-        "overfitting from epoch 3: training 99.8%, validation 92.1%; the weights of epoch 3 were kept; "
-        "try fewer blocks or more photos"
+        "overfitting from epoch 3: training 99.8%, validation 92.1%; "
+        "the weights of epoch 3 were kept; try fewer blocks or more photos"
     )
     assert verdict(rows_of((1.0, 1.0), (0.5, 0.6))) == (
-        "no overfitting: training 99.8%, validation 93.1%, a gap of 6.7 points; the weights of epoch 2 were kept"
+        "no overfitting: training 99.8%, validation 93.1%, a gap of 6.7 points; "
+        "the weights of epoch 2 were kept"
     )
 
 
@@ -140,8 +144,14 @@ def test_the_most_confused_pairs_come_first_and_right_ones_never():
     assert confused_pairs(confusion, 9) == [(1, 0, 5), (0, 2, 3), (2, 0, 1)]
 
 
+def test_workers_that_draw_figures_do_not_import_torch():
+    modules = "minivit.training.report, minivit.figures.plots"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_the_table_of_classes_is_scikit_learns(tmp_path):
-    """scikit-learn 1.5: precision_recall_fscore_support of the same predictions, zero_division=0."""
+    """The values are from scikit-learn 1.5: precision_recall_fscore_support, zero_division=0."""
     confusion = torch.tensor([[2, 1, 0], [0, 3, 0], [1, 0, 0]])
     write_classes(tmp_path / "classes.csv", confusion, ["a", 'b,"c"\n', "d"])
     assert list(csv.reader((tmp_path / "classes.csv").read_text().splitlines(keepends=True))) == [

@@ -1,4 +1,4 @@
-"""The model card of a finished run: README.md as the Hub reads it, its front matter with the measured results."""
+"""The model card of a finished run: a README.md whose front matter tells the Hub the results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import printable
 
-# What the makers of these checkpoints state on the Hub; of any other base, its own licence holds.
+# The makers of these checkpoints publish them under Apache-2.0 on the Hub. Any other base model
+# keeps its own licence.
 APACHE = (
     "google/vit-",
     "facebook/deit-",
@@ -17,89 +18,127 @@ APACHE = (
     "timm/deit_",
 )
 PETS = "https://www.robots.ox.ac.uk/~vgg/data/pets/"
-METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "precision": "precision", "recall": "recall"}
+# The Hub's name for each metric of summary.json.
+METRICS = {
+    "accuracy": "accuracy",
+    "macro_f1": "f1",
+    "precision": "precision",
+    "recall": "recall",
+}
+MAX_CLASSES = 50  # The card lists no more.
 
 
 def model_card(
     summary: Mapping, pairs: Sequence[tuple[str, str, int]] = (), *, name: str, pets: bool
 ) -> str:
-    """Write a card from summary.json's values: links, how it was trained, metrics as model-index, figures, limits, licence.
+    """Return the model card of a run.
 
-    `pairs` are the classes confused most: (true, predicted, photos).
+    `summary` is what summary.json holds, `pairs` are the classes confused most often (true,
+    predicted, number of photos), `name` is what the card calls the model, and `pets` says whether
+    the photos are those of Oxford-IIIT Pet.
     """
-    base, settings, classes = summary["base"], summary["settings"], summary["classes"]
-    on_hub, apache = summary["base_commit"] is not None, base.startswith(APACHE)
-    data = "Oxford-IIIT Pet" if pets else "photos in class folders"
-    said = json.dumps  # a JSON string is a YAML string
-    front = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: image-classification",
-        "license: apache-2.0" if apache else "license: other\nlicense_name: that-of-the-base-model",
-        *([f"base_model: {said(base)}"] if on_hub else []),
-        "tags: [vit, minivit, image-classification]",
-        "model-index:",
-        f"- name: {said(name)}",
-        "  results:",
-        "  - task: {type: image-classification}",
-        f"    dataset: {{name: {said(data)}, type: {said('oxford-iiit-pet' if pets else 'imagefolder')}, split: test}}",
-        "    metrics:",
-        *(
-            f"    - {{type: {kind}, name: {said(key)}, value: {summary[f'test_{key}']:.6f}}}"
-            for key, kind in METRICS.items()
-        ),
-        "---",
-    ]
-    link = _code(base.split("/")[-1])
-    if on_hub:
-        link = f"[{base}](https://huggingface.co/{base}) at commit `{summary['base_commit']}`"
-    shown = ", ".join([*map(_code, classes[:50]), *["..."][: len(classes) > 50]])
-    confused = "".join(
-        f"\n- {_code(true)} taken for {_code(predicted)}: {n}" for true, predicted, n in pairs
-    )
-    text = f"""
+    settings, classes = summary["settings"], summary["classes"]
+    base = _code(summary["base"].split("/")[-1])
+    if summary["base_commit"] is not None:
+        link = f"https://huggingface.co/{summary['base']}"
+        base = f"[{summary['base']}]({link}) at commit `{summary['base_commit']}`"
+    data = "photos in class folders"
+    licence = "The base model's licence applies."
+    if pets:
+        data = f"[Oxford-IIIT Pet]({PETS})"
+    if _is_apache(summary):
+        licence = "Apache-2.0, like the base model."
+    if pets:
+        licence += " The photos are under CC BY-SA 4.0."
+    confused = ""
+    for true, predicted, count in pairs:
+        confused += f"- {_code(true)} taken for {_code(predicted)}: {count}\n"
+    if pairs:
+        confused = f"\nConfused most often, with the number of photos:\n\n{confused}"
+    class_list = ", ".join(_code(label) for label in classes[:MAX_CLASSES])
+    if len(classes) > MAX_CLASSES:
+        class_list += ", ..."
+    return f"""{_front_matter(summary, name, pets)}
 # {printable(name)}
 
-A Vision Transformer that tells {len(classes)} classes apart, fine-tuned with minivit from {link} on
-{f"[{data}]({PETS})" if pets else data}.
+A Vision Transformer that distinguishes {len(classes)} classes. It was fine-tuned with minivit from
+{base} on {data}.
 
 | on {summary["test_photos"]:,} test photos | |
 |---|---|
 | accuracy | {summary["test_accuracy"]:.4f} |
 | macro F1 | {summary["test_macro_f1"]:.4f} |
-| precision, recall (weighted) | {summary["test_precision"]:.4f}, {summary["test_recall"]:.4f} |
+| precision (weighted) | {summary["test_precision"]:.4f} |
+| recall (weighted) | {summary["test_recall"]:.4f} |
 
-The test photos were used once, at the end; the epoch ({summary["best_epoch"]}) was chosen on a validation tenth of the rest.
-Training: {summary["verdict"]}. Each class's precision and recall are in classes.csv.{" Confused most:" if pairs else ""}
+The test photos were used once, at the end. The best epoch, {summary["best_epoch"]}, was chosen on
+the validation photos. Training: {summary["verdict"]}.
+The file classes.csv has the precision and recall of each class.
 {confused}
-
 ## How it was trained
 
-Blocks {settings["blocks"]}, the final norm and the head: {summary["trainable_parameters"]:,} of {summary["total_parameters"]:,}
-parameters; the rest is as in the base. {settings["epochs"]} epochs, {settings["batch_size"]} photos a step, peak learning rate
-{settings["lr"]:g}, seed {settings["seed"]}, {summary["precision"]} on {summary["device"]}, {summary["seconds"]:.0f} s.
+Blocks {settings["blocks"]}, the final norm and the head were trained:
+{summary["trainable_parameters"]:,} of {summary["total_parameters"]:,} parameters. The others are
+those of the base model. The settings were {settings["epochs"]} epochs, {settings["batch_size"]}
+photos per step, a peak learning rate of {settings["lr"]:g} and seed {settings["seed"]}. Training
+took {summary["seconds"]:.0f} seconds in {summary["precision"]} on {summary["device"]}.
 
-## Use
+## How to use it
 
-    python infer.py photo.jpg --model {name}    # minivit; transformers' pipeline("image-classification", "{name}") reads it too
+    python infer.py photo.jpg --model {name}
+
+The pipeline of transformers reads it as well: `pipeline("image-classification", "{name}")`.
 
 ![Loss and accuracy by epoch](curves.png)
-![Which classes are taken for which](confusion.png)
+![Confusion matrix](confusion.png)
 ![Right and wrong predictions](predictions.png)
 
 ## Limits
 
-It names one of its classes for any photo, also for photos of nothing it knows, and its probabilities are not calibrated.
-It was measured on photos like those that it was trained on; others may be harder. Classes: {shown}.
+The model answers with one of its classes for any photo, even if the photo shows none of them, and
+its probabilities are not calibrated. It was tested on photos like those it was trained on; others
+may be harder. Classes: {class_list}.
 
 ## Licence
 
-{"Apache-2.0, as the base model." if apache else "That of the base model."}
-{"The photos are under CC BY-SA 4.0." if pets else ""}
+{licence}
 """
-    return "\n".join(front) + "\n" + text
+
+
+def _is_apache(summary: Mapping) -> bool:
+    return summary["base"].startswith(APACHE)
+
+
+def _front_matter(summary: Mapping, name: str, pets: bool) -> str:
+    """Return the YAML block at the top of the card. A JSON string is a YAML string too."""
+    licence = "license: other\nlicense_name: that-of-the-base-model"
+    if _is_apache(summary):
+        licence = "license: apache-2.0"
+    base = ""
+    if summary["base_commit"] is not None:
+        base = f"base_model: {json.dumps(summary['base'])}\n"
+    dataset = '{name: "photos in class folders", type: "imagefolder", split: test}'
+    if pets:
+        dataset = '{name: "Oxford-IIIT Pet", type: "oxford-iiit-pet", split: test}'
+    results = ""
+    for key, kind in METRICS.items():
+        value = summary[f"test_{key}"]
+        results += f'\n    - {{type: {kind}, name: "{key}", value: {value:.6f}}}'
+    return f"""---
+library_name: transformers
+pipeline_tag: image-classification
+{licence}
+{base}tags: [vit, minivit, image-classification]
+model-index:
+- name: {json.dumps(name)}
+  results:
+  - task: {{type: image-classification}}
+    dataset: {dataset}
+    metrics:{results}
+---
+"""
 
 
 def _code(text: str) -> str:
-    """Names are data: shown as code, they are no markup."""
+    """Return text as inline code, so that nothing in a name is read as markup."""
     return "`" + printable(text).replace("`", "'") + "`"

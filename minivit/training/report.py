@@ -1,100 +1,124 @@
-"""What a finished run leaves to look at: its figures, a table of its classes, and its model card."""
+"""What a finished run leaves to read: its figures, a table of its classes, and its model card.
+
+Nothing is imported from torch, so that processes that draw figures start quickly.
+
+Shapes: n test photos, C classes.
+"""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from ..data.datasets import Data
 from ..system.files import whole_file
-from ..system.workers import call
 from . import metrics
 from .model_card import model_card
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..data.datasets import Data
+
 NUM_SHOWN = 24  # photos in predictions.png
-NUM_PAIRS = 8  # of classes that were confused most
+NUM_PAIRS = 8  # pairs of classes that are listed as confused most often
 
 
 def draw_figures(
+    executor: Executor,
     out: Path,
     rows: Sequence[Mapping[str, float]],
     data: Data,
-    logits: torch.Tensor,
-    begin: Callable[..., Callable[[], object]],
-) -> list[Callable[[], object]]:
-    """Begin to draw the three figures, from the test photos' logits (n, C), and return what waits for each.
+    logits: Tensor,
+    confusion: Tensor,
+) -> list[Future[None]]:
+    """Start drawing predictions.png, confusion.png and curves.png, and return their futures.
 
-    processes.working gives `begin`.
+    `rows` are those of metrics.jsonl; `logits` (n, C) and `confusion` (C, C) are the test photos'.
     """
-    labels = torch.tensor(data.test.labels)
-    confidence, predicted = logits.softmax(1).max(1)
-    wrong = (predicted != labels).nonzero()[:, 0]
-    right = (predicted == labels).nonzero()[:, 0]
-    # The most confident mistakes, up to half of the grid, and right ones from across the classes.
-    shown = wrong[confidence[wrong].argsort(descending=True)][: NUM_SHOWN // 2].tolist()
-    stride = max(1, len(right) // (NUM_SHOWN - len(shown)))
-    shown += right[::stride][: NUM_SHOWN - len(shown)].tolist()
-    captions = [
-        (data.classes[labels[i]], data.classes[predicted[i]], confidence[i].item()) for i in shown
-    ]
-    title = f"Test photos: the most confident of {len(wrong)} wrong, and some of {len(right)} right predictions"
-    confusion, pairs = confuse(data, logits)
-    of_all, best = (
-        f"{len(right)} of {len(labels)} test photos right",
-        metrics.best_row(rows)["epoch"],
+    num_photos = int(confusion.sum())
+    num_right = int(confusion.trace())
+    predictions_title = (
+        f"Test photos: the most confident of {num_photos - num_right} wrong predictions, "
+        f"and some of {num_right} right ones"
     )
-    figures = {
-        "predictions": ([data.test.paths[i] for i in shown], captions, title),
-        "confusion": (confusion.numpy(), data.classes, of_all, pairs),
-        "curves": (rows, best, metrics.overfits_from(rows), metrics.verdict(rows)),
+    confusion_title = f"{num_right} of {num_photos} test photos right"
+    pairs = _name_pairs(confusion, data.classes)
+    best_epoch = metrics.best_row(rows)["epoch"]
+    overfits_from = metrics.overfits_from(rows)
+    arguments = {
+        "predictions": (*_choose_predictions(data, logits), predictions_title),
+        "confusion": (confusion.numpy(), data.classes, confusion_title, pairs),
+        "curves": (rows, best_epoch, overfits_from, metrics.verdict(rows)),
     }
-    return [
-        begin(call, "minivit.figures.plots", f"draw_{what}", out / f"{what}.png", *args)
-        for what, args in figures.items()
-    ]
+    futures = []
+    for name, args in arguments.items():
+        futures.append(executor.submit(_draw, name, out / f"{name}.png", *args))
+    return futures
 
 
-def confuse(data: Data, logits: torch.Tensor) -> tuple[torch.Tensor, list[tuple[str, str, int]]]:
-    """Return the confusion matrix (C, C) and which classes were confused most: true, predicted, photos."""
-    confusion = metrics.confusion_matrix(
-        logits.argmax(1), torch.tensor(data.test.labels), len(data.classes)
-    )
-    return confusion, [
-        (data.classes[i], data.classes[j], n)
-        for i, j, n in metrics.confused_pairs(confusion, NUM_PAIRS)
-    ]
+def _draw(name: str, path: Path, *args) -> None:
+    """Draw one figure. This runs in a worker, so that only workers import matplotlib."""
+    from ..figures import plots
+
+    getattr(plots, f"draw_{name}")(path, *args)
 
 
-def write_tables(
-    out: Path, data: Data, logits: torch.Tensor, summary: Mapping, *, name: str, pets: bool
-) -> None:
-    """Write classes.csv and README.md, which calls the model `name`, and the photos Oxford-IIIT Pet's if they are `pets`."""
-    confusion, pairs = confuse(data, logits)
-    write_classes(out / "classes.csv", confusion, data.classes)
+def _choose_predictions(
+    data: Data, logits: Tensor
+) -> tuple[list[Path], list[tuple[str, str, float]]]:
+    """Choose test photos to show; return their paths and captions.
+
+    Up to half of them are the most confident mistakes. The rest are right predictions, spread
+    evenly over the test photos and thus over the classes. A caption is the true class, the
+    predicted class and its probability.
+    """
+    confidence, predicted = logits.softmax(1).max(1)
+    is_right = predicted == predicted.new_tensor(data.test.labels)
+    wrong = (~is_right).nonzero()[:, 0]
+    right = is_right.nonzero()[:, 0]
+    by_confidence = confidence[wrong].argsort(descending=True)
+    indices = wrong[by_confidence][: NUM_SHOWN // 2].tolist()
+    num_right = NUM_SHOWN - len(indices)
+    stride = max(1, len(right) // num_right)
+    indices += right[::stride][:num_right].tolist()
+    captions = []
+    for i in indices:
+        true_class = data.classes[data.test.labels[i]]
+        captions.append((true_class, data.classes[predicted[i]], confidence[i].item()))
+    return [data.test.paths[i] for i in indices], captions
+
+
+def _name_pairs(confusion: Tensor, classes: Sequence[str]) -> list[tuple[str, str, int]]:
+    """Return the pairs confused most often: (true class, predicted class, number of photos)."""
+    pairs = []
+    for true, predicted, count in metrics.confused_pairs(confusion, NUM_PAIRS):
+        pairs.append((classes[true], classes[predicted], count))
+    return pairs
+
+
+def write_tables(out: Path, summary: Mapping, confusion: Tensor, *, name: str, pets: bool) -> None:
+    """Write classes.csv, and the model card README.md, in which the model is called `name`.
+
+    `summary` is what summary.json holds; `pets` says whether the photos are Oxford-IIIT Pet's.
+    """
+    classes = summary["classes"]
+    write_classes(out / "classes.csv", confusion, classes)
+    card = model_card(summary, _name_pairs(confusion, classes), name=name, pets=pets)
     with whole_file(out / "README.md") as partial:
-        partial.write_text(
-            model_card(summary, pairs, name=name, pets=pets),
-            encoding="utf-8",
-            errors="backslashreplace",
-        )
+        partial.write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
-def write_classes(path: Path, confusion: torch.Tensor, classes: Sequence[str]) -> None:
-    """Write a line a class: its test photos, precision, recall and F1."""
-    columns = zip(
-        classes,
-        confusion.sum(1).tolist(),
-        *(column.tolist() for column in metrics.per_class(confusion)),
-    )
+def write_classes(path: Path, confusion: Tensor, classes: Sequence[str]) -> None:
+    """Write a row for each class: its number of test photos, precision, recall and F1."""
+    scores = [column.tolist() for column in metrics.per_class(confusion)]
     with (
         whole_file(path) as partial,
         partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["class", "photos", "precision", "recall", "f1"])
-        table.writerows(
-            [name, n, *(f"{value:.4f}" for value in scores)] for name, n, *scores in columns
-        )
+        for name, photos, *values in zip(classes, confusion.sum(1).tolist(), *scores):
+            table.writerow([name, photos, *(f"{value:.4f}" for value in values)])
