@@ -1,54 +1,70 @@
-"""The figure of study: accuracy, and how far training lies above validation, against photos a class."""
+"""The figure of a study: test accuracy, and how far training accuracy exceeds validation."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from ...figures.plots import save
+from .summary import Spread, Table
 
-MARKERS, DASHES = "os^Dv*", ("-", "--", "-.", ":", (0, (5, 1)))
+# Lines differ in more than their colours, for greyscale printers.
+MARKERS = "os^Dv*"
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)))
 
 
-def draw_study(
-    path: Path, table: Mapping[str, Mapping[str, Mapping[str, float]]], title: str
-) -> None:
-    """Draw a line for each choice of blocks, the seeds' mean, between their lowest and highest."""
+def draw_study(path: Path, table: Table, title: str) -> None:
+    """Draw two panels against photos per class, with a line for each choice of blocks.
+
+    A line is the mean over the seeds, between their lowest and their highest value.
+    """
     figure = Figure((11, 5.4), layout="constrained")
     figure.suptitle(textwrap.fill(title[:1].upper() + title[1:], 130), fontsize=10)
-    photos = {count: cell["photos"] for cells in table.values() for count, cell in cells.items()}
-    seeds = max(cell["seeds"] for cells in table.values() for cell in cells.values())
-    for ax, what in zip(figure.subplots(1, 2), ("test", "gap")):
-        for i, (blocks, cells) in enumerate(table.items()):
-            x, colour = (
-                [cell["photos"] for cell in cells.values()],
-                colormaps["viridis"](0.9 * i / max(1, len(table) - 1)),
-            )
-            mean, low, high = (
-                [100 * cell[what + end] for cell in cells.values()] for end in ("", "_low", "_high")
-            )
-            style = {
-                "color": colour,
-                "marker": MARKERS[i % len(MARKERS)],
-                "linestyle": DASHES[i % len(DASHES)],
-            }
-            ax.plot(x, mean, **style, label=blocks)
-            ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-            ax.vlines(
-                x, low, high, color=colour, linewidth=0.8
-            )  # all there is to see of one count of photos
+    tests, gaps = figure.subplots(1, 2)
+    for i, (name, summaries) in enumerate(table.items()):
+        photos = [summary.photos for summary in summaries.values()]
+        position = i / max(1, len(table) - 1)
+        style = {
+            "label": name,
+            "color": colormaps["viridis"](0.9 * position),
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": DASHES[i % len(DASHES)],
+        }
+        _draw_line(tests, photos, [summary.test for summary in summaries.values()], style)
+        _draw_line(gaps, photos, [summary.gap for summary in summaries.values()], style)
+    ticks = {}
+    num_seeds = 1
+    for summaries in table.values():
+        for shots, summary in summaries.items():
+            ticks[f"{shots}\n({summary.photos:g})"] = summary.photos
+            num_seeds = max(num_seeds, summary.seeds)
+    for ax in (tests, gaps):
         ax.set_xscale("log")
-        ax.set_xticks(list(photos.values()), [f"{count}\n({n:g})" for count, n in photos.items()])
+        ax.set_xticks(list(ticks.values()), list(ticks))
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_xlabel("training photos a class (in all)")
-        ax.set_ylabel("test accuracy, %" if what == "test" else "training above validation, points")
+        ax.set_xlabel("training photos per class (in all)")
         ax.grid(alpha=0.3)
-    ax.axhline(0, color="black", linewidth=0.8)
-    said = f"trained, mean and range of {seeds} seed{'s' * (seeds > 1)}"
-    figure.legend(*ax.get_legend_handles_labels(), title=said, loc="outside lower center", ncols=6)
+    tests.set_ylabel("test accuracy, %")
+    gaps.set_ylabel("training above validation, points")
+    gaps.axhline(0, color="black", linewidth=0.8)
+    seeds = "1 seed" if num_seeds == 1 else f"{num_seeds} seeds"
+    figure.legend(
+        *gaps.get_legend_handles_labels(),
+        title=f"trained, mean and range of {seeds}",
+        loc="outside lower center",
+        ncols=6,
+    )
     save(figure, path)
+
+
+def _draw_line(ax: Axes, photos: list[float], spreads: list[Spread], style: dict) -> None:
+    means, lows, highs = ([100 * value for value in values] for values in zip(*spreads))
+    ax.plot(photos, means, **style)
+    ax.fill_between(photos, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
+    # With a single number of photos, these bars are all there is to see of the range.
+    ax.vlines(photos, lows, highs, color=style["color"], linewidth=0.8)

@@ -1,0 +1,216 @@
+"""The grid of a study: its cells, an estimate of their time, and the training run of one cell."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...cli import parse_blocks
+from ...data.datasets import Data, Split
+from ...model import ViT, copy_trainable, freeze_except, working_copy
+from ...settings import MIN_STEPS, TrainSettings
+from ...system.device import pick_micro_batch
+from ...system.signals import stop_requests
+from ...training.features import TrainableLayers
+from ...training.state import RunState, new_state, set_trainable
+from ...training.step import (
+    EpochPhotos,
+    draw_epoch,
+    mean_loss,
+    predict,
+    score_predictions,
+    train_epoch,
+)
+from ...training.views import given_features
+from .features import StudyFeatures
+
+MIN_EPOCHS = 5  # Few photos get more epochs.
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    shots: str  # training photos per class, or "all"
+    cut: int
+    train: Split
+    settings: TrainSettings  # with the blocks, the seed and the epochs of this cell
+
+    def key(self) -> tuple[str, str, str]:
+        """Return what identifies the cell in study.csv: shots, blocks and seed."""
+        return self.shots, self.settings.blocks, str(self.settings.seed)
+
+
+def plan(
+    splits: Sequence[Data],
+    cuts: Mapping[str, int],
+    shots: Sequence[str],
+    epochs: int | None,
+    settings: TrainSettings,
+) -> list[Cell]:
+    """List the cells of the grid.
+
+    `splits` is the data as each seed splits it, `cuts` has the cut for each choice of blocks.
+    Without `epochs`, there are as many as MIN_STEPS steps take, and at least MIN_EPOCHS. For one
+    seed, the photos of a smaller number of shots are among those of a larger one. A number that
+    is not below the size of the smallest class is left out, with a note on stderr.
+    """
+    smallest = min(min(Counter(data.train.labels).values()) for data in splits)
+    counts = list(dict.fromkeys(shots))
+    left_out = [count for count in counts if count != "all" and int(count) >= smallest]
+    if left_out:
+        print(
+            f"left out: {', '.join(left_out)} photos per class; "
+            f"the smallest class has {smallest} to train on",
+            file=sys.stderr,
+        )
+    cells = []
+    for seed, data in enumerate(splits):
+        for count in counts:
+            if count in left_out:
+                continue
+            train = choose_photos(data.train, count, seed)
+            num_epochs = epochs
+            if num_epochs is None:
+                steps_per_epoch = math.ceil(len(train) / settings.batch_size)
+                num_epochs = max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch))
+            for blocks, cut in cuts.items():
+                cell_settings = replace(settings, blocks=blocks, seed=seed, epochs=num_epochs)
+                cells.append(Cell(count, cut, train, cell_settings))
+    return cells
+
+
+def choose_photos(train: Split, shots: str, seed: int) -> Split:
+    """Choose a number of photos of each class at random; the seed decides their order."""
+    order = random.Random(seed).sample(range(len(train)), len(train))
+    indices_of_class: dict[int, list[int]] = {}
+    for i in order:
+        indices_of_class.setdefault(train.labels[i], []).append(i)
+    count = len(train) if shots == "all" else int(shots)
+    chosen = []
+    for indices in indices_of_class.values():
+        chosen += indices[:count]
+    return train.take(sorted(chosen))
+
+
+def estimate_seconds(
+    model: ViT, cells: Sequence[Cell], splits: Sequence[Data], num_views: int
+) -> float:
+    """Estimate how long the cells take, from the speed of a forward pass on this device."""
+    images = torch.randn(32, 3, *model.config.img_size, device=model.cls_token.device)
+    with torch.inference_mode():
+        for _ in range(2):  # The first pass only warms up.
+            started = time.perf_counter()
+            model(images).float().sum().item()
+            seconds = time.perf_counter() - started
+    flops_per_second = len(images) * model.flops() / seconds
+    num_images = len(splits[0].paths()) + num_views * len(splits[0].train)
+    last_cut = max(cell.cut for cell in cells)
+    flops = num_images * (model.flops() - model.flops(last_cut))
+    for cell in cells:
+        data = splits[cell.settings.seed]
+        epochs = cell.settings.epochs
+        evaluations = math.ceil(epochs / evaluation_interval(epochs))
+        images_trained = 3 * epochs * len(cell.train)  # A backward pass takes as long as two.
+        images_evaluated = evaluations * len(data.val) + len(cell.train) + len(data.test)
+        flops += model.flops(cell.cut) * (images_trained + images_evaluated)
+    return flops / flops_per_second
+
+
+def evaluation_interval(epochs: int) -> int:
+    """Return after how many epochs to evaluate: few photos have many epochs.
+
+    A run of at least MIN_EPOCHS epochs is evaluated five to nine times.
+    """
+    return max(1, epochs // MIN_EPOCHS)
+
+
+def run_cell(
+    cell: Cell, model: ViT, data: Data, features: StudyFeatures, amp: torch.dtype | None
+) -> dict[str, object] | None:
+    """Fine-tune from the features as train.py does, and test the best epoch.
+
+    Returns a row of study.csv, or None if a stop was requested. The model is left as it was.
+    """
+    started = time.perf_counter()
+    settings = cell.settings
+    device = features.model.cls_token.device
+    freeze_except(model, parse_blocks(settings.blocks, model.config.depth))
+    state = new_state(
+        working_copy(model, device, amp, train=True),
+        cut=cell.cut,
+        amp=amp,
+        micro_batch=pick_micro_batch(None, settings.batch_size, device, amp),
+        weight_decay=settings.weight_decay,
+    )
+    weights_before = state.trainable_weights()
+    eval_model = working_copy(state.model, device, amp, train=False)
+    val_accuracy = train_cell(cell, state, eval_model, data.val, features)
+    if state.stopped:
+        return None
+    set_trainable(state.model, state.best)
+    copy_trainable(eval_model, state.model)
+    train_accuracy = accuracy(eval_model, cell.train, features)
+    test_accuracy = accuracy(eval_model, data.test, features)
+    # Weights in float32 on the CPU are shared with `model`.
+    set_trainable(state.model, weights_before)
+    return {
+        "shots": cell.shots,
+        "blocks": settings.blocks,
+        "seed": settings.seed,
+        "photos": len(cell.train),
+        "epochs": settings.epochs,
+        "train_accuracy": train_accuracy,
+        "val_accuracy": val_accuracy,
+        "test_accuracy": test_accuracy,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def train_cell(
+    cell: Cell, state: RunState, eval_model: ViT, val: Split, features: StudyFeatures
+) -> float:
+    """Train all epochs, keep the best one's weights in state.best, and return its accuracy.
+
+    Stops early, with state.stopped set, if a stop was requested.
+    """
+    settings = cell.settings
+    labels = torch.tensor(cell.train.labels)
+    layers = TrainableLayers(state.model, cell.cut)
+    num_views = min(settings.cache_views, settings.epochs)
+    views = [features.view(i, cell.train.paths) for i in range(num_views)]
+    interval = evaluation_interval(settings.epochs)
+    best_accuracy = 0.0
+    with stop_requests() as stop_requested:
+        while state.epoch <= settings.epochs and not state.stopped:
+            order, draws = draw_epoch(len(labels), settings.seed, state.epoch)
+            view = views[(state.epoch - 1) % num_views]
+            photos = EpochPhotos(view, given_features, labels, order, draws)
+            train_epoch(state, layers, photos, settings, stop_requested)
+            mean_loss(state, len(labels), settings)  # This raises if the loss is not finite.
+            if state.stopped:
+                break
+            if state.epoch % interval == 0 or state.epoch == settings.epochs:
+                copy_trainable(eval_model, state.model)
+                val_accuracy = accuracy(eval_model, val, features)
+                # Of equal epochs, the last is the best, as in train.py.
+                if val_accuracy >= best_accuracy:
+                    best_accuracy = val_accuracy
+                    state.best = state.trainable_weights()
+                state.stopped = stop_requested()
+            state.epoch += 1
+            state.losses = []
+    return best_accuracy
+
+
+def accuracy(model: ViT, split: Split, features: StudyFeatures) -> float:
+    """Return the accuracy on a split, from the features of its images without augmentation."""
+    logits = predict(model, features.batches(split.paths), cut=features.cut)
+    return score_predictions(logits, torch.tensor(split.labels))["accuracy"]
