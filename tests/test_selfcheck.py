@@ -3,16 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minivit import __main__, model
-from minivit.training import state
-from minivit.training import step as loop
+from minivit import __main__
+from minivit.model import Attention
+from minivit.tools.selfcheck import checks
+from minivit.training.state import RunState
 
 
-def check(capsys, *flags):
+def selfcheck(capsys, *flags):
     code = __main__.main(["selfcheck", "--device", "cpu", *flags])
-    return code, [
-        line for line in capsys.readouterr().out.splitlines() if line.endswith(("ok", "FAILED"))
-    ]
+    lines = capsys.readouterr().out.splitlines()
+    return code, [line for line in lines if line.endswith(("ok", "FAILED"))]
 
 
 @pytest.fixture(autouse=True)
@@ -22,43 +22,46 @@ def deterministic_only_here():
 
 
 def test_every_check_is_within_its_bound(tiny_folder, capsys):
-    code, lines = check(capsys, "--model", str(tiny_folder), "--amp", "bf16")
+    code, lines = selfcheck(capsys, "--model", str(tiny_folder), "--amp", "bf16")
     assert code == 0
     assert len(lines) == 7
     assert all(line.endswith("ok") for line in lines)
 
 
-def wrong_step(real):
-    def step(*args, micro_batch, **kwargs):
-        found = real(*args, micro_batch=micro_batch, **kwargs)
+def inexact_attention(forward):
+    return lambda self, *args: forward(self, *args) * (1 + 1e-4)
+
+
+def inexact_gradients_of_single_photos(train_step):
+    def step(network, *args, micro_batch, **kwargs):
+        result = train_step(network, *args, micro_batch=micro_batch, **kwargs)
         if micro_batch == 1:
-            args[0].head.weight.grad *= 1.001
-        return found
+            network.head.weight.grad *= 1.001
+        return result
 
     return step
 
 
+def forgets_its_step(restore):
+    return lambda self, tensors, about: restore(self, tensors, about | {"step": 0})
+
+
 DEFECTS = {
-    "accumulation": (loop, "train_step", wrong_step, "micro-batches of 1 "),
-    "resume": (
-        state.State,
-        "load",
-        lambda real: lambda self, tensors, about: real(self, tensors, about | {"step": 0}),
-        "went on",
+    "attention": (Attention, "forward", inexact_attention, "fused against explicit"),
+    "accumulation": (
+        checks,
+        "train_step",
+        inexact_gradients_of_single_photos,
+        "micro-batches of 1 ",
     ),
-    "attention": (
-        model.Attention,
-        "forward",
-        lambda real: lambda self, *args: real(self, *args) * (1 + 1e-4),
-        "fused against explicit",
-    ),
+    "resume": (RunState, "restore", forgets_its_step, "interrupted and resumed"),
 }
 
 
-@pytest.mark.parametrize("owner, name, broken, line", DEFECTS.values(), ids=DEFECTS)
-def test_a_defect_is_found(tiny_folder, capsys, monkeypatch, owner, name, broken, line):
+@pytest.mark.parametrize("owner, name, broken, check", DEFECTS.values(), ids=DEFECTS)
+def test_a_defect_is_found(tiny_folder, capsys, monkeypatch, owner, name, broken, check):
     monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
-    code, lines = check(capsys, "--model", str(tiny_folder), "--amp", "off")
+    code, lines = selfcheck(capsys, "--model", str(tiny_folder), "--amp", "off")
     assert code == 1
-    assert any(line in found for found in lines if found.endswith("FAILED"))
-    assert any(found.endswith("ok") for found in lines)
+    assert any(check in line for line in lines if line.endswith("FAILED"))
+    assert any(line.endswith("ok") for line in lines)

@@ -1,0 +1,1 @@
+"""The command `selfcheck`: numerical checks of attention and training on the user's device."""
