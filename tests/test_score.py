@@ -1,4 +1,4 @@
-"""Scores of attention against masks: each metric by hand, the masks' geometry, and the command from the outside."""
+"""Tests of score: each metric by hand, the geometry of masks, and the command as a user runs it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from torch.testing import assert_close
 
 from minivit import Preprocess, ViT, ViTConfig, query_maps, save_pretrained
 from minivit.attention import METHODS, class_relevance, rollout
-from minivit.system import workers as processes
-from minivit.tools.score import command as score
-from minivit.tools.score import gallery, measure
-from minivit.tools.score import masks as oxford
+from minivit.system import workers
+from minivit.tools.score import command, gallery, masks, measure, report, statistics
 from minivit.tools.score.region_scores import region_scores
 
 CROP = Preprocess(36, (32, 32), 3)
-XML = "<annotation><object><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object></annotation>"
+XML = (
+    "<annotation><object><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
+    "</bndbox></object></annotation>"
+)
 
 
 def read_regions(*args):
-    return torch.from_numpy(oxford.read_regions(*args))
+    return torch.from_numpy(masks.read_regions(*args))
 
 
 # Metrics
@@ -37,10 +38,8 @@ def read_regions(*args):
 
 def test_scores_of_a_map_by_hand():
     maps = torch.tensor([[[0.4, 0.3, 0.2, 0.1], [0.1, 0.4, 0.2, 0.3]]])
-    inside, outside = (
-        torch.tensor([[1, 0, 0.5, 0]]),
-        torch.tensor([[0, 1, 0.25, 1]]),
-    )  # a quarter of patch 2 is border
+    inside = torch.tensor([[1, 0, 0.5, 0]])
+    outside = torch.tensor([[0, 1, 0.25, 1]])  # A quarter of patch 2 is border.
     first, second = region_scores(maps, inside, outside)[0].tolist()
     assert first == pytest.approx(
         [0.5 / 0.95, 0.5 / 0.95 / 0.4, 1, (1 * 1 + 0.5 * 1.5 / 2.75) / 1.5]
@@ -54,9 +53,8 @@ def test_a_map_all_on_the_region_scores_1_and_all_around_it_0():
     inside = torch.tensor([[0.0, 1, 1, 0, 0, 0]])
     on, off = region_scores(torch.stack([inside, 1 - inside], 1), inside, 1 - inside)[0]
     assert on.tolist() == [1, 3, 1, 1]
-    assert off[:3].tolist() == [0, 0, 0] and off[3] == pytest.approx(
-        1 / 3
-    )  # what comes last is found among all
+    assert off[:3].tolist() == [0, 0, 0]
+    assert off[3] == pytest.approx(1 / 3)  # The region is found only when everything is.
 
 
 def test_the_border_is_neither_inside_nor_outside():
@@ -69,11 +67,9 @@ def test_the_border_is_neither_inside_nor_outside():
 @pytest.mark.parametrize(
     "maps", [torch.zeros(1, 1, 4), torch.full((1, 1, 4), 0.2), torch.tensor([[[0.0, 0, 0, 0.9]]])]
 )
-def test_an_even_map_is_chance_and_so_is_one_that_says_nothing_of_the_region(maps):
-    inside, outside = (
-        torch.tensor([[1.0, 0, 0.2, 0]]),
-        torch.tensor([[0.0, 1, 0.8, 0]]),
-    )  # patch 3 is all border
+def test_an_even_map_scores_as_chance_and_so_does_an_empty_one(maps):
+    inside = torch.tensor([[1.0, 0, 0.2, 0]])
+    outside = torch.tensor([[0.0, 1, 0.8, 0]])  # Patch 3 is all border.
     assert_close(region_scores(maps, inside, outside), torch.tensor([[[0.4, 1, 1 / 3, 0.4]]]))
 
 
@@ -116,15 +112,14 @@ def test_average_precision_and_pointing_are_those_of_the_pixels(levels):
 
 def test_intervals_are_those_of_the_mean_over_photos():
     values = np.random.default_rng(1).normal(3, 2, (400, 2, 3)).astype(np.float32)
-    mean, low, high = score.bootstrap(values)
+    mean, low, high = statistics.bootstrap(values)
     assert mean.shape == (2, 3)
     np.testing.assert_allclose(mean, values.mean(0), rtol=1e-5)
     half = 1.96 * values.std(0) / 20
-    np.testing.assert_allclose(
-        mean - low, half, rtol=0.15
-    )  # of 1,000 resamplings, each end errs by some 5%
+    # With 1,000 resamples, each end is off by some 5%.
+    np.testing.assert_allclose(mean - low, half, rtol=0.15)
     np.testing.assert_allclose(high - mean, half, rtol=0.15)
-    mean, low, high = score.bootstrap(values[:1])
+    mean, low, high = statistics.bootstrap(values[:1])
     assert (mean == values[0]).all() and np.isnan(low).all() and np.isnan(high).all()
 
 
@@ -168,22 +163,20 @@ def test_masks_go_through_the_photos_geometry(tmp_path, preprocess, size):
     assert_close(pet + around, torch.ones_like(pet))
     pixels = preprocess.pixels(Image.open(path)).float().mean(0) / 255  # white is pet
     seen = pixels.unflatten(0, (grid[0], 8)).unflatten(2, (grid[1], 8)).mean((1, 3)).flatten()
-    assert_close(
-        pet, seen, rtol=0, atol=0.07
-    )  # resampling blurs the edge across patches; another row or column is 0.2 off
+    # Resampling blurs the edge across patches. Another row or column would be 0.2 off.
+    assert_close(pet, seen, rtol=0, atol=0.07)
     assert pet.max() > 0.5
 
 
-def test_masks_are_averaged_by_area_and_the_border_counts_as_neither(tmp_path):
+def test_masks_are_averaged_by_area_without_their_border(tmp_path):
     rng = np.random.default_rng(0)
     mask = rng.integers(1, 4, (41, 53)).astype(np.uint8)
     path = write_pet(tmp_path, "a", mask, head=(10, 4, 30.0, 20))
     regions = read_regions(path, (53, 41), Preprocess((32, 48)), (4, 6))
     assert regions.shape == (2, 2, 24) and regions.dtype == torch.float32
     for found, value in zip(regions[0], (1, 2)):
-        fine = (
-            (mask == value).repeat(4, 0).repeat(6, 1)
-        )  # now each patch is a whole number of these
+        # Each patch covers a whole number of these finer pixels.
+        fine = (mask == value).repeat(4, 0).repeat(6, 1)
         assert_close(
             found.double(),
             torch.from_numpy(fine.reshape(4, 41, 6, 53).mean((1, 3))).flatten(),
@@ -201,7 +194,7 @@ def test_masks_are_averaged_by_area_and_the_border_counts_as_neither(tmp_path):
     assert_close(regions[1].sum(0), torch.ones(24))
 
 
-def test_a_head_box_outside_of_what_is_seen_or_absent_has_no_area(tmp_path):
+def test_a_head_box_that_is_absent_or_not_seen_has_no_area(tmp_path):
     path = write_pet(tmp_path, "a", blob(100, 40, (40, 10, 60, 30)), head=(0, 0, 9, 9))
     assert (read_regions(path, (100, 40), CROP, (4, 4))[1] == 0).all()
     assert (read_regions(path, (100, 40), Preprocess((32, 32)), (4, 4))[1].sum(0) == 1).all()
@@ -226,8 +219,9 @@ def test_random_attention_is_chance_on_real_masks(pets3):
         .softmax(-1)
     )
     rows = region_scores(maps, inside, outside).numpy()
-    mean, low, high = (part[:, 1] for part in score.bootstrap(rows))
-    assert ((low < 1) & (high > 1)).mean() > 0.88  # 95% by right, give or take 2.2%
+    mean, low, high = (part[:, 1] for part in statistics.bootstrap(rows))
+    # About 95% of the intervals should contain 1, give or take 2.2%.
+    assert ((low < 1) & (high > 1)).mean() > 0.88
     assert abs(mean.mean() - 1) < 0.01
     area = (inside.sum(1) / (inside + outside).sum(1)).mean().item()
     np.testing.assert_allclose(rows.mean((0, 1))[[0, 2]], area, atol=0.02)
@@ -237,9 +231,10 @@ def test_random_attention_is_chance_on_real_masks(pets3):
 
 
 def looking_model(sign: float) -> ViT:
-    """Build a ViT of 2 blocks whose block 0 looks evenly and whose block 1 looks at what is white, or black if sign is -1.
+    """Build a ViT whose block 0 looks evenly and whose block 1 looks at white patches.
 
-    Both leave the tokens as they are: dimensions 0 and 1 say how white a patch is, 2 and 3 which token is the class token.
+    If `sign` is -1, block 1 looks at black patches instead. Both blocks leave the tokens as they
+    are: dimensions 0 and 1 say how white a patch is, 2 and 3 which token is the class token.
     """
     model = ViT(
         ViTConfig(
@@ -259,19 +254,23 @@ def looking_model(sign: float) -> ViT:
             block.norm1.weight.fill_(1)
         model.patch_embed.proj.weight[0] = 1 / 192
         model.patch_embed.proj.weight[1] = -1 / 192
-        model.cls_token[0, 0, 2], model.cls_token[0, 0, 3] = 1, -1
+        model.cls_token[0, 0, 2] = 1
+        model.cls_token[0, 0, 3] = -1
         qkv = model.blocks[1].attn.qkv.weight.view(3, 2, 4, 8)
-        qkv[0, :, 0, 2], qkv[1, :, 0, 0] = (
-            20,
-            20 * sign,
-        )  # queries and keys: scores of 4 x 400 / 2, or minus that
-    model.labels, model.preprocess = ("Cat Breed", "Dog Breed"), Preprocess((32, 32))
+        # Queries and keys whose products are 4 x 400 / 2 for white patches, or minus that.
+        qkv[0, :, 0, 2] = 20
+        qkv[1, :, 0, 0] = 20 * sign
+    model.labels = ("Cat Breed", "Dog Breed")
+    model.preprocess = Preprocess((32, 32))
     return model
 
 
 @pytest.fixture
 def pets(tmp_path):
-    """Photos of 32 x 32 in Oxford-IIIT Pet's layout, the pet white on black: 2 breeds, 6 to train with and 4 to test."""
+    """Write photos of 32 x 32 pixels in Oxford-IIIT Pet's layout, with a white pet on black.
+
+    Each of the 2 breeds has 6 photos for training and 4 for testing.
+    """
     folder = tmp_path / "data" / "oxford-iiit-pet"
     for split, ids in (("trainval", range(6)), ("test", range(6, 10))):
         lines = []
@@ -306,63 +305,63 @@ def run(pets, *flags):
         "--out",
         str(pets.parent / "out"),
     ]
-    return score.main([*known, *map(str, flags)])
+    return command.main([*known, *map(str, flags)])
 
 
 def test_amp_is_the_precision_that_the_models_compute_in(pets, folders, monkeypatch):
-    seen, measure_all = [], measure.measure
-    monkeypatch.setattr(
-        measure,
-        "measure",
-        lambda models, *args, **how: (
-            seen.append(models["model"].head.weight.dtype) or measure_all(models, *args, **how)
-        ),
-    )
+    dtypes = []
+    measure_all = measure.measure
+
+    def measure_and_note_dtype(models, *args, **kwargs):
+        dtypes.append(models["model"].head.weight.dtype)
+        return measure_all(models, *args, **kwargs)
+
+    monkeypatch.setattr(measure, "measure", measure_and_note_dtype)
     assert run(pets, "--model", folders[0], "--amp", "bf16") == 0
-    assert seen == [torch.bfloat16]
+    assert dtypes == [torch.bfloat16]
 
 
 def read_csv(pets):
     with (pets.parent / "out" / "score.csv").open() as file:
         rows = list(csv.DictReader(file))
     return {
-        tuple(row[k] for k in ("of", "region", "group", "method", "block", "head")): row
+        tuple(row[k] for k in ("model", "region", "group", "method", "block", "head")): row
         for row in rows
     }
 
 
-def test_a_model_made_to_look_at_the_pet_scores_1_and_at_the_background_0(pets, folders, capsys):
+def test_looking_at_the_pet_scores_1_and_at_the_background_0(pets, folders, capsys):
     assert run(pets, "--model", folders[0], "--compare", folders[1], "--methods", "all") == 0
     printed, rows = capsys.readouterr().out, read_csv(pets)
     for head in ("0", "1", "mean"):
-        for of, mass, times in (
-            ("model", 1, 8),
-            ("base", 0, 0),
-            ("change", 1, 8),
-        ):  # a pet is 2 of 16 patches
-            row = rows[of, "pet", "all", "attention", "1", head]
+        # A pet covers 2 of 16 patches.
+        for model, mass, times in (("model", 1, 8), ("base", 0, 0), ("change", 1, 8)):
+            row = rows[model, "pet", "all", "attention", "1", head]
             found = [
                 float(row[key])
                 for key in ("mass", "mass_low", "mass_high", "times_chance", "photos")
             ]
             assert found == pytest.approx([mass, mass, mass, times, 8])
         even = rows["model", "pet", "all", "attention", "0", head]
-        assert [float(even[m]) for m in score.METRICS] == pytest.approx([1 / 8, 1, 1 / 8, 1 / 8])
-    # Block 0 leaves half of each token its own and spreads the rest; then half of the class token's is of the pet's two.
-    pet, rest = 2 * (0.25 / 17 + 0.25 / 2 + 0.25 / 17), 14 * (0.25 / 17 + 0.25 / 17)
+        assert [float(even[m]) for m in statistics.METRICS] == pytest.approx(
+            [1 / 8, 1, 1 / 8, 1 / 8]
+        )
+    # In rollout, block 0 keeps half of each token and spreads the other half evenly. Then block 1
+    # gives half of the class token to the pet's two patches.
+    pet = 2 * (0.25 / 17 + 0.25 / 2 + 0.25 / 17)
+    rest = 14 * (0.25 / 17 + 0.25 / 17)
     assert float(rows["model", "pet", "all", "rollout", "1", "mean"]["mass"]) == pytest.approx(
         pet / (pet + rest)
     )
-    # Nothing that was looked at reaches the logits, so nothing is relevant, which counts as even.
+    # No patch that is looked at reaches the logits. So no patch is relevant: an even map.
     assert float(
         rows["model", "pet", "all", "relevance", "1", "mean"]["times_chance"]
     ) == pytest.approx(1)
-    assert (
-        float(rows["model", "pet", "right", "attention", "1", "0"]["photos"]) == 4
-    )  # it always says Cat Breed
+    # The model always says Cat Breed.
+    assert float(rows["model", "pet", "right", "attention", "1", "0"]["photos"]) == 4
     assert not any(key[1] == "head box" for key in rows)
-    assert "8 photos of test: 4 cats, 4 dogs, 4 right, 4 wrong" in printed
-    assert "block 0 has equal weights, 1 of them scored: identical maps, photo by photo" in printed
+    assert "8 photos of the test split: 4 right, 4 wrong, 4 cats, 4 dogs" in printed
+    assert "block 0 has the same weights in both models and, where scored (1 of 1)" in printed
     assert "block 1 of" in printed and "puts 8.00 times chance on the pet" in printed
     assert "before tuning 0.00: more (+8.00, +8.00 to +8.00)" in printed
     summary = json.loads((pets.parent / "out" / "score.json").read_text())
@@ -382,9 +381,8 @@ def test_head_boxes_are_scored_where_there_are_some(pets, folders, capsys):
         rows["model", region, "all", "attention", "1", "mean"] for region in ("head box", "pet")
     )
     assert (head["photos"], pet["photos"]) == ("11", "12")
-    assert [float(head[m]) for m in ("mass", "times_chance")] == pytest.approx(
-        [0.5, 8]
-    )  # the upper half of the pet
+    # The head is the upper half of the pet.
+    assert [float(head[m]) for m in ("mass", "times_chance")] == pytest.approx([0.5, 8])
     assert (
         "attention on the head box, times chance, with 95% intervals over 11 photos"
         in capsys.readouterr().out
@@ -392,11 +390,11 @@ def test_head_boxes_are_scored_where_there_are_some(pets, folders, capsys):
 
 
 def test_photos_without_a_pet_to_look_at_are_counted_and_named(pets, folders, capsys):
-    masks = pets / "annotations" / "trimaps"
-    (masks / "cat_breed_6.png").unlink()
-    Image.new("L", (32, 32), 2).save(masks / "cat_breed_7.png")
-    Image.new("L", (32, 31), 1).save(masks / "cat_breed_8.png")
-    (masks / "dog_breed_6.png").write_bytes(b"\x89PNG no more")
+    trimaps = pets / "annotations" / "trimaps"
+    (trimaps / "cat_breed_6.png").unlink()
+    Image.new("L", (32, 32), 2).save(trimaps / "cat_breed_7.png")
+    Image.new("L", (32, 31), 1).save(trimaps / "cat_breed_8.png")
+    (trimaps / "dog_breed_6.png").write_bytes(b"\x89PNG no more")
     (pets / "images" / "dog_breed_7.jpg").write_bytes(b"no photo")
     assert run(pets, "--model", folders[0]) == 0
     printed, summary = (
@@ -414,9 +412,8 @@ def test_photos_without_a_pet_to_look_at_are_counted_and_named(pets, folders, ca
     assert "left out, no pet in the mask: 1 (cat_breed_7.jpg)" in printed
     rows = read_csv(pets)
     assert float(rows["model", "pet", "all", "attention", "1", "mean"]["mass"]) == 1
-    one = rows[
-        "model", "pet", "cats", "attention", "1", "mean"
-    ]  # of which no interval can be given
+    # A single photo has no interval.
+    one = rows["model", "pet", "cats", "attention", "1", "mean"]
     assert (one["photos"], float(one["mass"]), one["mass_low"]) == ("1", 1, "")
     alone = [row for row in summary["scores"] if (row["group"], row["block"]) == ("cats", 1)]
     assert alone[0]["mass_high"] is None
@@ -427,15 +424,15 @@ def test_photos_without_a_pet_to_look_at_are_counted_and_named(pets, folders, ca
     [
         (["--blocks", "none"], "expected at least one block"),
         (["--blocks", "2"], "this model has blocks 0 to 1"),
-        (["--compare", "TINY"], "its embed_dim is 24, not 8; expected what"),
-        (["--compare", "OTHER"], "prepares photos otherwise than"),
+        (["--compare", "TINY"], "its embed_dim is 24, not 8; expected the model that"),
+        (["--compare", "OTHER"], "its preprocessing differs from that of"),
         (
             ["--model", "BARE", "--methods", "all"],
-            "without a classifier there is no class to be relevant for",
+            "relevance needs a classifier, and this model has none",
         ),
         (["--model", "BARE", "--gallery", "2"], "does not know these breeds"),
         (["--gallery", "51"], "expected at most 50 photos of each kind"),
-        (["--data", "SHAPES"], "no photo of test has a mask"),
+        (["--data", "SHAPES"], "no photo of the test split has a mask"),
         (["--model", "nowhere"], "nowhere"),
         (["--out", "FILE"], "File exists"),
     ],
@@ -463,17 +460,18 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(
 
 def test_methods_that_do_not_exist_are_refused(capsys):
     with pytest.raises(SystemExit) as ended:
-        score.main(["--methods", "attention,gradcam"])
+        command.main(["--methods", "attention,gradcam"])
     assert ended.value.code == 2 and "found 'gradcam'; see" in capsys.readouterr().err
 
 
-def test_help_answers_without_torch():
-    code = "import sys; from minivit.tools.score import command as score\n"
-    code += "try: score.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+def test_help_answers_without_torch_and_numpy():
+    code = "import sys; from minivit.tools.score import command\n"
+    code += "try: command.main(['--help'])\n"
+    code += "finally: assert not {'torch', 'numpy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_photos_are_grouped_by_species_as_listed_whatever_their_names(pets):
+def test_photos_are_grouped_by_the_species_in_the_listings(pets):
     listing = pets / "annotations" / "test.txt"
     listing.write_text(
         "# stem class species breed\n\n"
@@ -483,7 +481,7 @@ def test_photos_are_grouped_by_species_as_listed_whatever_their_names(pets):
         pets / "images" / f"{stem}.jpg"
         for stem in ("cat_breed_6", "cat_breed_7", "dog_breed_6", "dog_breed_0")
     ]
-    groups = score.group_photos(paths, np.array([True, True, True, False]))
+    groups = statistics.group_photos(paths, ["A", "A", "B", "B"], ["A", "A", "B", "A"])
     assert {name: list(np.flatnonzero(chosen)) for name, chosen in groups.items()} == {
         "all": [0, 1, 2, 3],
         "cats": [0],
@@ -491,7 +489,7 @@ def test_photos_are_grouped_by_species_as_listed_whatever_their_names(pets):
         "right": [0, 1, 2],
         "wrong": [3],
     }
-    assert "right" not in score.group_photos(paths, None)
+    assert "right" not in statistics.group_photos(paths, ["A", "A", "B", "B"], None)
 
 
 def test_a_table_names_the_best_head_and_says_what_is_the_same():
@@ -500,9 +498,9 @@ def test_a_table_names_the_best_head_and_says_what_is_the_same():
     base = rows.copy()
     base[:, 5] = 0
     keys = measure.map_keys([3, 7], 2, ("attention",))
-    scores = score.summarize({"model": rows, "base": base}, keys, {"all": np.ones(4, bool)})
+    scores = statistics.summarize({"model": rows, "base": base}, keys, {"all": np.ones(4, bool)})
     first, second = (
-        "\n".join(score.tables(scores, ("attention",))).split("\nblock")[1].splitlines()[1:3]
+        "\n".join(report.tables(scores, ("attention",))).split("\nblock")[1].splitlines()[1:3]
     )
     assert first.split()[0] == "3" and first.endswith("   1: 5.00") and " same " in first
     assert (
@@ -521,6 +519,8 @@ def test_equal_blocks_are_counted_up_to_the_first_that_differs(tiny):
     other.norm.weight.data += 1
     other.head.weight.data += 1
     assert measure.count_equal_blocks(tiny, other) == 12
+    other.reset_head(0)
+    assert measure.count_equal_blocks(tiny, other) == 12
     other.blocks[10].mlp.fc2.bias.data[0] += 1e-3
     other.blocks[3].norm1.weight.data[0] += 1e-3
     assert measure.count_equal_blocks(tiny, other) == 3
@@ -528,7 +528,7 @@ def test_equal_blocks_are_counted_up_to_the_first_that_differs(tiny):
     assert measure.count_equal_blocks(tiny, other) == 0
 
 
-def test_maps_that_differ_under_equal_weights_are_a_loud_failure(pets, folders, monkeypatch):
+def test_different_maps_from_equal_weights_are_an_error(pets, folders, monkeypatch):
     honest = measure.model_maps
 
     def odd(model, *args):
@@ -543,7 +543,7 @@ def test_maps_that_differ_under_equal_weights_are_a_loud_failure(pets, folders, 
         run(pets, "--model", folders[0], "--compare", folders[1])
 
 
-def test_maps_are_those_of_the_functions_that_are_tested_by_themselves(tiny):
+def test_maps_equal_those_of_query_maps_rollout_and_relevance(tiny):
     images, blocks = torch.randn(2, 3, 32, 32), [2, 5]
     with torch.inference_mode():
         logits, maps = measure.model_maps(tiny, images, blocks, METHODS)
@@ -561,24 +561,23 @@ def test_maps_are_those_of_the_functions_that_are_tested_by_themselves(tiny):
         assert_close(found, expected.flatten(1), rtol=1e-4, atol=1e-6)
 
 
-def test_photos_are_read_a_little_ahead_and_scored_alike_in_batches_of_any_size(
-    pets, folders, monkeypatch
-):
+def test_photos_are_read_ahead_and_scored_alike_in_any_batch(pets, folders, monkeypatch):
     model = looking_model(1)
     paths = sorted((pets / "images").iterdir())
-    opened, honest = [], oxford.open_photo
-    monkeypatch.setattr(oxford, "open_photo", lambda path: opened.append(path) or honest(path))
+    opened, honest = [], masks.open_photo
+    monkeypatch.setattr(masks, "open_photo", lambda path: opened.append(path) or honest(path))
     whole = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
     monkeypatch.setattr(measure, "BATCH", 3)
     parts = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
-    np.testing.assert_allclose(parts.rows["model"], whole.rows["model"], atol=1e-6)
+    np.testing.assert_allclose(parts.scores["model"], whole.scores["model"], atol=1e-6)
     assert parts.photos == whole.photos == list(range(20))
     opened.clear()
     monkeypatch.setattr(measure, "CHUNK", 2)
     batches = measure.read_photos(paths, model, workers=1, left_out={})
-    assert [i for i, *_ in next(batches)] == [0, 1, 2]
-    assert len(opened) == 4 + 2 * 2  # a batch, read two by two, and two times two ahead
-    assert [[i for i, *_ in batch] for batch in batches][-1] == [18, 19]
+    assert next(batches).indices == [0, 1, 2]
+    # The first batch needs two chunks of two photos, and two more chunks are read ahead.
+    assert len(opened) == 4 + 2 * 2
+    assert [batch.indices for batch in batches][-1] == [18, 19]
 
 
 def test_processes_read_the_same_and_leave_out_the_same(pets, monkeypatch):
@@ -586,13 +585,13 @@ def test_processes_read_the_same_and_leave_out_the_same(pets, monkeypatch):
     (pets / "annotations" / "trimaps" / f"{paths[3].stem}.png").unlink()
     paths[5].write_bytes(b"no photo")
     here = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
-    monkeypatch.setattr(processes, "MUCH", 1)
+    monkeypatch.setattr(workers, "WORTH_STARTING_BYTES", 1)
     there = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
-    np.testing.assert_array_equal(here.rows["model"], there.rows["model"])
+    np.testing.assert_array_equal(here.scores["model"], there.scores["model"])
     assert (
         here.left_out
         == there.left_out
-        == {"mask missing": [paths[3]], "photo cannot be read": [paths[5]]}
+        == {"mask missing": [paths[3].name], "photo cannot be read": [paths[5].name]}
     )
 
 
@@ -604,9 +603,8 @@ def test_nothing_of_a_batch_is_kept_but_its_scores_and_one_map(pets, monkeypatch
         alive.add(id(values))
         weakref.finalize(values, alive.discard, id(values))
         most.append(len(alive))
-        return torch.zeros(len(images), 2), torch.from_numpy(
-            values
-        )  # of whose memory any view is a part
+        # A view of the tensor would keep the array alive.
+        return torch.zeros(len(images), 2), torch.from_numpy(values)
 
     monkeypatch.setattr(measure, "model_maps", made)
     monkeypatch.setattr(measure, "BATCH", 2)
@@ -615,34 +613,42 @@ def test_nothing_of_a_batch_is_kept_but_its_scores_and_one_map(pets, monkeypatch
         {"model": looking_model(1)}, paths, blocks=[1], methods=("attention",), workers=2
     )
     assert len(most) == 10 and max(most) <= 2
-    mean = np.random.default_rng(0).random((2, 3, 16), np.float32)[
-        :, 2
-    ]  # after the block's two heads
-    np.testing.assert_array_equal(
-        whole.maps["model"].numpy(), np.tile(mean.reshape(2, 4, 4), (10, 1, 1))
-    )
-    np.testing.assert_array_equal(whole.times["model"], whole.rows["model"][:, 2, 0, 1])
+    # The mean comes after the maps of the block's two heads.
+    mean = np.random.default_rng(0).random((2, 3, 16), np.float32)[:, 2]
+    np.testing.assert_array_equal(whole.maps["model"], np.tile(mean.reshape(2, 4, 4), (10, 1, 1)))
+    np.testing.assert_array_equal(whole.times_chance["model"], whole.scores["model"][:, 2, 0, 1])
 
 
 # The gallery
 
 
-def found(times, base=None, probability=None):
-    times = {"model": np.array(times), **({"base": np.array(base)} if base else {})}
-    n = len(times["model"])
+def measured(times_chance, base=None, probability=None):
+    """Return the results of photos that have these scores and probabilities, and no maps."""
+    times_chance = {"model": np.array(times_chance)}
+    if base is not None:
+        times_chance["base"] = np.array(base)
+    n = len(times_chance["model"])
     return measure.Measured(
-        [*range(n)], {}, {}, {}, times, None, None, np.array(probability or [0.5] * n), 0
+        photos=list(range(n)),
+        left_out={},
+        map_keys=[],
+        equal_blocks=0,
+        scores={},
+        maps={},
+        times_chance=times_chance,
+        pet_area=None,
+        predicted=None,
+        probability=np.array(probability or [0.5] * n),
     )
 
 
 def test_each_kind_holds_its_photos_the_most_telling_first():
     right = np.array([True, False, True, False, True])
-    chosen = gallery.choose(
-        found([0.5, 2, 0.2, 1, 3], [0.6, 1, 0.9, 1, 4], [0.9, 0.6, 0.8, 0.7, 0.9]), right, 2
-    )
-    assert list(chosen.values()) == [[3, 1], [2, 0], [1], [4, 2]]
-    assert list(gallery.choose(found([0.5, 2]), None, 2)) == []
-    assert len(gallery.choose(found([0.5, 2], [1, 1]), None, 2)) == 2
+    results = measured([0.5, 2, 0.2, 1, 3], [0.6, 1, 0.9, 1, 4], [0.9, 0.6, 0.8, 0.7, 0.9])
+    kinds = gallery.choose_photos(results, right, 2)
+    assert list(kinds.values()) == [[3, 1], [2, 0], [1], [4, 2]]
+    assert list(gallery.choose_photos(measured([0.5, 2]), None, 2)) == []
+    assert len(gallery.choose_photos(measured([0.5, 2], [1, 1]), None, 2)) == 2
 
 
 class Tags(HTMLParser):
@@ -658,7 +664,7 @@ class Tags(HTMLParser):
         self.text.append(data)
 
 
-def test_the_gallery_shows_names_as_text_and_needs_nothing_from_elsewhere(pets, tmp_path, capsys):
+def test_the_gallery_shows_names_as_text_and_loads_nothing(pets, tmp_path, capsys):
     for path in [*pets.glob("images/dog*"), *pets.glob("annotations/*/dog*")]:
         path.rename(path.with_name(path.name.replace("dog_breed", "<b>&$dog$")))
     for listing in pets.glob("annotations/*.txt"):
@@ -678,14 +684,15 @@ def test_the_gallery_shows_names_as_text_and_needs_nothing_from_elsewhere(pets, 
     tags = [tag for tag, _ in page.tags]
     assert "b" not in tags and "script" not in tags
     pictures = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert len(pictures) == 3 + 0 + 3 + 0  # wrong, none looks elsewhere, improved, none worsened
+    # Three are wrong, none looks elsewhere, three have improved, none has worsened.
+    assert len(pictures) == 3 + 0 + 3 + 0
     assert all(
         attrs["src"].startswith("data:image/jpeg;base64,") and "onerror" not in attrs
         for attrs in pictures
     )
     text = "".join(page.text)
     assert (
-        "cat_breed_6.jpg\n<B>&$Dog$ 0.73, in truth Cat Breed\n0.00 → 8.00 times chance on the pet"
+        "cat_breed_6.jpg\n<B>&$Dog$ 0.73 (true: Cat Breed)\n0.00 → 8.00 times chance on the pet"
         in text
     )
     assert "most worsened by fine-tuning: none" in text
@@ -698,12 +705,12 @@ def test_the_gallery_shows_names_as_text_and_needs_nothing_from_elsewhere(pets, 
         assert min(figure.size) > 300
 
 
-def test_a_gallery_strip_is_the_photo_and_each_models_look_with_the_pet_outlined(pets):
-    result = found([1.0], [1.0])
-    result.maps = {"model": torch.eye(4)[None], "base": torch.eye(4).flip(1)[None]}
-    picture = np.asarray(
-        gallery.strip(pets / "images" / "cat_breed_6.jpg", result, 0, Preprocess((32, 32)))
-    )
+def test_a_gallery_strip_is_the_photo_and_the_map_of_each_model(pets):
+    path = pets / "images" / "cat_breed_6.jpg"
+    after = np.eye(4, dtype=np.float32)
+    before = after[:, ::-1].copy()
+    strip = gallery.draw_strip(path, [before, after], Preprocess((32, 32)))
+    picture = np.asarray(strip)
     assert picture.shape == (240, 3 * 240 + 2 * 4, 3)
     photo, before, after = picture[:, :240], picture[:, 244:484], picture[:, 488:]
     assert (photo[60, 30] == 255).all() and (photo[60, 200] == 0).all()

@@ -1,1 +1,1 @@
-"""Score: how much of a model's attention falls on the pet."""
+"""The command `score`: how much of a model's attention falls on the pet."""

@@ -1,93 +1,121 @@
-"""The figure of score: heads and blocks against chance."""
+"""The figure of `score`: how the attention of each head and each block compares to chance.
+
+Shapes: L blocks, H heads.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 
 from ...figures.plots import HEAT, save, shorten
+from .statistics import Score, ScoreKey
+
+GRID_COLUMNS = 6  # so that a row can be divided among one, two or three panels
+# The marker, line and colour of each model, by its label.
+STYLES = {"before": ("s--", "#5aae61"), "after": ("o-", "#40004b"), "model": ("o-", "#40004b")}
 
 
 def draw_scores(
-    path: Path, scores: Mapping[tuple, Mapping[str, float]], names: Mapping[str, str], title: str
+    path: Path, scores: Mapping[ScoreKey, Score], names: Mapping[str, str], title: str
 ) -> None:
-    """Draw how the class token's attention falls on the pet: heads by blocks, and blocks with intervals for each method.
+    """Draw how much of the class token's attention falls on the pet, in times chance.
 
-    `scores` are score.summarize's; `names` are the model's and, if it is compared, the base's.
+    The upper row has a heat map of heads by blocks for each model. The lower row has a plot for
+    each method, of the mean over heads by block, with intervals. `names` has the name of the
+    "model" and, if there is one, of its "base".
     """
-    pet = {
-        (of, *key): row
-        for (of, region, group, *key), row in scores.items()
-        if (region, group) == ("pet", "all")
+    labels = {"model": "model"}
+    if "base" in names:
+        labels = {"base": "before", "model": "after"}
+    blocks = sorted({key.block for key in scores})
+    heads = sorted({key.head for key in scores} - {"mean"})
+    methods = list(dict.fromkeys(key.method for key in scores))
+    on_pet = {
+        (key.model, key.method, key.block, key.head): score.times_chance
+        for key, score in scores.items()
+        if key.region == "pet" and key.group == "all"
     }
-    blocks, heads = sorted({key[2] for key in pet}), sorted({key[3] for key in pet} - {"mean"})
-    methods = list(dict.fromkeys(key[1] for key in pet))
-    which = {
-        "base": ("before", "s--", "#5aae61"),
-        "model": ("after" if "base" in names else "model", "o-", "#40004b"),
-    }
-    which = {of: style for of, style in which.items() if of in names}
-    wide = max(1.5 + 0.42 * len(blocks), 4)
-    columns = max(len(which), len(methods))
-    figure = Figure(
-        (columns * wide + 0.8, 1.6 + 0.3 * len(heads) + 3.2), layout="constrained", dpi=110
-    )
-    grid = figure.add_gridspec(2, 6, height_ratios=[0.3 * len(heads) + 0.7, 3.2])
-    maps = {
-        of: np.array([[pet[of, "attention", b, h]["times_chance"] for b in blocks] for h in heads])
-        for of in which
-    }
-    shades = Normalize(min(m.min() for m in maps.values()), max(m.max() for m in maps.values()))
-    axes = []
-    for k, of in enumerate(which):
-        axes.append(
-            ax := figure.add_subplot(grid[0, 6 // len(which) * k : 6 // len(which) * (k + 1)])
-        )
-        ax.imshow(maps[of], cmap=HEAT, norm=shades, aspect="auto")
-        ax.set(xlabel="block", ylabel="head")
-        ax.set_xticks(range(len(blocks)), blocks, fontsize=8)
-        ax.set_yticks(range(len(heads)), heads, fontsize=8)
-        ax.set_title(f"{which[of][0]}: {shorten(names[of], 30)}", fontsize=10, parse_math=False)
-        for (i, j), value in np.ndenumerate(maps[of]):
-            colour = "black" if shades(value) > 0.6 else "white"
-            ax.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(
-        ScalarMappable(shades, HEAT),
-        ax=axes,
-        label="attention on the pet,\ntimes chance",
-        fraction=0.05,
-    )
-    for k, method in enumerate(methods):
-        ax = figure.add_subplot(grid[1, 6 // len(methods) * k : 6 // len(methods) * (k + 1)])
-        for shift, (of, (label, line, colour)) in zip((-0.06, 0.06), which.items()):
-            rows = [pet[of, method, block, "mean"] for block in blocks]
-            mean, low, high = (
-                np.array([row["times_chance" + end] for row in rows])
-                for end in ("", "_low", "_high")
-            )
-            at = (
-                np.arange(len(blocks)) + shift
-            )  # beside each other, so that intervals do not hide one another
-            ends = [
-                (mean - low).tolist(),
-                (high - mean).tolist(),
-            ]  # lists: of arrays of one block, matplotlib 3.10 warns
-            ax.errorbar(
-                at, mean, ends, fmt=line, color=colour, capsize=3, markersize=4, label=label
-            )
-        ax.axhline(1, color="0.4", linestyle=":", label="chance")
-        ax.set_xticks(range(len(blocks)), blocks, fontsize=8)
-        ax.set(
-            xlabel="block",
-            ylabel="times chance, with 95% intervals",
-            title=f"{method}, mean of heads",
-        )
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
+
+    panel_width = max(1.5 + 0.42 * len(blocks), 4)
+    width = max(len(labels), len(methods)) * panel_width + 0.8
+    upper_height = 0.3 * len(heads) + 0.7
+    figure = Figure((width, upper_height + 4.1), layout="constrained", dpi=110)
+    grid = figure.add_gridspec(2, GRID_COLUMNS, height_ratios=[upper_height, 3.2])
+
+    maps = {}
+    for model, label in labels.items():
+        rows = [[on_pet[model, "attention", b, head].mean for b in blocks] for head in heads]
+        maps[f"{label}: {shorten(names[model], 30)}"] = np.array(rows)
+    draw_heat_maps(add_panels(figure, grid, 0, len(maps)), maps, blocks, heads)
+    for method, ax in zip(methods, add_panels(figure, grid, 1, len(methods))):
+        lines = {
+            label: np.array([on_pet[model, method, block, "mean"] for block in blocks])
+            for model, label in labels.items()
+        }
+        draw_lines(ax, lines, blocks)
+        ax.set_title(f"{method}, mean of heads")
     figure.suptitle(title, fontsize=10, wrap=True, parse_math=False)
     save(figure, path)
+
+
+def add_panels(figure: Figure, grid: GridSpec, row: int, count: int) -> list[Axes]:
+    """Divide a row of the grid among `count` panels."""
+    span = GRID_COLUMNS // count
+    return [figure.add_subplot(grid[row, i * span : (i + 1) * span]) for i in range(count)]
+
+
+def draw_heat_maps(
+    panels: Sequence[Axes],
+    maps: Mapping[str, np.ndarray],
+    blocks: Sequence[int],
+    heads: Sequence[int | str],
+) -> None:
+    """Draw maps (H, L), keyed by title, on one colour scale and with the value in each cell."""
+    values = np.stack(list(maps.values()))
+    scale = Normalize(values.min(), values.max())
+    for ax, (title, times_chance) in zip(panels, maps.items()):
+        ax.imshow(times_chance, cmap=HEAT, norm=scale, aspect="auto")
+        ax.set(xlabel="block", ylabel="head")
+        ax.set_xticks(range(len(blocks)), map(str, blocks), fontsize=8)
+        ax.set_yticks(range(len(heads)), map(str, heads), fontsize=8)
+        ax.set_title(title, fontsize=10, parse_math=False)
+        for (i, j), value in np.ndenumerate(times_chance):
+            colour = "black" if scale(value) > 0.6 else "white"
+            ax.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)
+    colours = ScalarMappable(scale, HEAT)
+    label = "attention on the pet,\ntimes chance"
+    panels[0].figure.colorbar(colours, ax=panels, label=label, fraction=0.05)
+
+
+def draw_lines(ax: Axes, lines: Mapping[str, np.ndarray], blocks: Sequence[int]) -> None:
+    """Draw the estimates (L, 3) of each model by block: the mean and the ends of its interval."""
+    for i, (label, estimates) in enumerate(lines.items()):
+        style, colour = STYLES[label]
+        mean, low, high = estimates.T
+        # Points of different models lie beside each other, so that no interval hides another.
+        x = np.arange(len(blocks)) + (-0.06, 0.06)[i]
+        # Lists, because matplotlib 3.10 warns about arrays that hold a single block's errors.
+        errors = [(mean - low).tolist(), (high - mean).tolist()]
+        ax.errorbar(
+            x,
+            mean,
+            errors,
+            fmt=style,
+            color=colour,
+            capsize=3,
+            markersize=4,
+            label=label,
+        )
+    ax.axhline(1, color="0.4", linestyle=":", label="chance")
+    ax.set_xticks(range(len(blocks)), map(str, blocks), fontsize=8)
+    ax.set(xlabel="block", ylabel="times chance, with 95% intervals")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)

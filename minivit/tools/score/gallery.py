@@ -1,6 +1,7 @@
-"""The gallery: the photos most worth a look after scoring, as one picture and one page of HTML.
+"""The gallery: the scored photos that are most worth a look, as a picture and as an HTML page.
 
-File names and class names are data: the page has no script, reaches nothing, and shows them as text.
+File names and class names are untrusted data. The page, whose frame is gallery.html, has no script,
+loads nothing, and shows names as text.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ import base64
 import html
 import io
 import math
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 
@@ -21,126 +25,162 @@ from ...data.preprocess import Preprocess
 from ...errors import printable
 from ...figures.plots import HEAT, overlay, save, show, value_range
 from ...system.files import whole_file
-from .masks import read_mask
+from .masks import PET, read_mask
 from .measure import Measured
 
-SIDE = 240  # pixels of a photo's longer side
-COLUMNS = 3  # of the picture
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>minivit: photos worth a look</title>
-<style>
-body { margin: 1rem auto; max-width: 90rem; padding: 0 1rem; font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: anywhere }
-section { display: grid; gap: 1rem; align-items: start;
-  grid-template-columns: repeat(auto-fill, minmax(min(28rem, 100%), 1fr)) }
-figure { margin: 0 } img { width: 100%; display: block } figcaption { white-space: pre-line; font-size: .9rem }
-</style>
-"""
+LONGER_SIDE = 240  # of each panel in a strip, in pixels
+GAP = 4  # between the panels of a strip, in pixels
+COLUMNS = 3  # of strips in gallery.png
 
 
-def choose(found: Measured, right: np.ndarray | None, count: int) -> dict[str, list[int]]:
-    """Return up to `count` photos of each kind, as indices into found's n, the most telling first."""
-    kinds, times = {}, found.times["model"]
+class CaptionedStrip(NamedTuple):
+    image: Image.Image
+    caption: str
+
+
+def choose_photos(measured: Measured, right: np.ndarray | None, count: int) -> dict[str, list[int]]:
+    """Return the rows of up to `count` photos of each kind, the most telling photos first.
+
+    `right` (n,) says whether each prediction is right; without it, there are no such kinds.
+    """
+    times_chance = measured.times_chance["model"]
 
     def pick(order: np.ndarray, allowed: np.ndarray) -> list[int]:
-        return [int(i) for i in np.argsort(order, kind="stable") if allowed[i]][:count]
+        rows = np.argsort(order, kind="stable")
+        return rows[allowed[rows]][:count].tolist()
 
+    kinds = {}
     if right is not None:
-        kinds["wrong and confident"] = pick(-found.probability, ~right)
-        kinds["right, but looking elsewhere (below chance)"] = pick(times, right & (times < 1))
-    if "base" in found.times:
-        change = times - found.times["base"]
+        kinds["wrong and confident"] = pick(-measured.probability, ~right)
+        kinds["right, but looking elsewhere (below chance)"] = pick(
+            times_chance, right & (times_chance < 1)
+        )
+    if "base" in measured.times_chance:
+        change = times_chance - measured.times_chance["base"]
         kinds["most improved by fine-tuning"] = pick(-change, change > 0)
         kinds["most worsened by fine-tuning"] = pick(change, change < 0)
     return kinds
 
 
+def photo_captions(
+    measured: Measured,
+    paths: Sequence[Path],
+    true_names: Sequence[str],
+    predicted_names: Sequence[str] | None,
+) -> list[str]:
+    """Return three lines about each photo: its file, its prediction, the attention on the pet."""
+    captions = []
+    for row, (path, true_name) in enumerate(zip(paths, true_names)):
+        answer = printable(true_name)
+        if predicted_names is not None:
+            predicted_name = predicted_names[row]
+            answer = f"{printable(predicted_name)} {measured.probability[row]:.2f}"
+            if predicted_name != true_name:
+                answer += f" (true: {printable(true_name)})"
+        looks = f"{measured.times_chance['model'][row]:.2f} times chance on the pet"
+        if "base" in measured.times_chance:
+            looks = f"{measured.times_chance['base'][row]:.2f} → {looks}"
+        captions.append(f"{printable(path.name)}\n{answer}\n{looks}")
+    return captions
+
+
 def write_gallery(
     out: Path,
     kinds: Mapping[str, Sequence[int]],
-    found: Measured,
+    measured: Measured,
     paths: Sequence[Path],
-    truth: Sequence[str],
-    names: Sequence[str],
+    captions: Sequence[str],
     preprocess: Preprocess,
     block: int,
 ) -> None:
-    """Write gallery.png and gallery.html into `out`: each photo, then where the base and the model look, pet outlined.
+    """Write gallery.png and gallery.html into `out`, with a strip for each photo of each kind.
 
-    `paths` and `truth` are of found's n photos; `names` are the model's classes, empty if it does not know these.
+    `kinds` has the rows of photos as choose_photos returns them. `paths` and `captions` are those
+    of all n photos. `block` is the block whose maps were measured.
     """
-    about = f"each: the photo with the pet's outline, then where block {block} looks, mean of heads, bright where most"
-    about += ": before and after" * ("base" in found.maps) + (
-        "; pale: not seen" if preprocess.crop else ""
+    models = [model for model in ("base", "model") if model in measured.maps]
+    sections: dict[str, list[CaptionedStrip]] = {}
+    for kind, rows in kinds.items():
+        sections[kind] = []
+        for row in rows:
+            maps = [measured.maps[model][row] for model in models]
+            strip = draw_strip(paths[row], maps, preprocess)
+            sections[kind].append(CaptionedStrip(strip, captions[row]))
+    explanation = (
+        f"Each strip shows the photo with the pet outlined, then where block {block} looks"
     )
-    sections, page = {}, f"{PAGE}<h1>Photos worth a look</h1>\n<p>{html.escape(about)}</p>\n"
-    for kind, chosen in kinds.items():
-        sections[kind] = [
-            (strip(paths[i], found, i, preprocess), caption(paths[i], found, i, truth[i], names))
-            for i in chosen
-        ]
-        page += f"<h2>{html.escape(kind)}{'' if chosen else ': none'}</h2>\n<section>\n"
-        for picture, text in sections[kind]:
-            picture.save(file := io.BytesIO(), "JPEG", quality=85)
-            source, said = base64.b64encode(file.getvalue()).decode(), html.escape(text)
-            page += f'<figure><img src="data:image/jpeg;base64,{source}" alt="{said}">'
-            page += f"<figcaption>{said}</figcaption></figure>\n"
-        page += "</section>\n"
-    draw_gallery(out / "gallery.png", sections, about)
+    if "base" in models:
+        explanation += " before and after fine-tuning"
+    explanation += ".\nThe brighter, the more attention (mean of the heads)."
+    if preprocess.crop:
+        explanation += " Pale areas are outside of what the model sees."
+    draw_gallery(out / "gallery.png", sections, explanation)
     with whole_file(out / "gallery.html") as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(gallery_page(sections, explanation), encoding="utf-8")
 
 
-def strip(path: Path, found: Measured, i: int, preprocess: Preprocess) -> Image.Image:
-    """Return a small photo and, side by side with it, where each model looks, the pet's outline over all."""
+def draw_strip(path: Path, maps: Sequence[np.ndarray], preprocess: Preprocess) -> Image.Image:
+    """Return a small photo and, beside it, each map (gh, gw) over it; all with the pet outlined."""
     photo = open_photo(path)
-    W, H = (max(1, round(length * SIDE / max(photo.size))) for length in photo.size)
-    small = np.asarray(photo.resize((W, H)))
-    looks = [found.maps[which][i] for which in ("base", "model") if which in found.maps]
-    heats = [preprocess.to_photo(values, photo.size, (H, W)) for values in looks]
-    panels = [small, *(overlay(small, heat, *value_range([heat]), HEAT) for heat in heats)]
-    mask = Image.fromarray((read_mask(path, photo.size) == 1).astype(np.uint8)).resize(
-        (W, H), Image.Resampling.NEAREST
+    scale = LONGER_SIDE / max(photo.size)
+    w, h = (max(1, round(side * scale)) for side in photo.size)
+    small = photo.resize((w, h))
+    panels = [np.array(small)]
+    for values in maps:
+        heat = preprocess.to_photo(torch.from_numpy(values), photo.size, (h, w))
+        low, high = value_range([heat])
+        panels.append(overlay(panels[0], heat, low, high, HEAT))
+
+    is_pet = (read_mask(path, photo.size) == PET).astype(np.uint8)
+    mask = Image.fromarray(is_pet).resize((w, h), Image.Resampling.NEAREST)
+    inner_edge = np.asarray(mask) != np.asarray(mask.filter(ImageFilter.MinFilter(3)))
+    outer_edge = np.asarray(mask) != np.asarray(mask.filter(ImageFilter.MaxFilter(3)))
+    strip = Image.new("RGB", (len(panels) * (w + GAP) - GAP, h), "white")
+    for i, panel in enumerate(panels):
+        # A white line beside a black one can be seen on any photo.
+        panel[inner_edge] = 255
+        panel[outer_edge] = 0
+        strip.paste(Image.fromarray(panel), (i * (w + GAP), 0))
+    return strip
+
+
+def gallery_page(sections: Mapping[str, Sequence[CaptionedStrip]], explanation: str) -> str:
+    """Return gallery.html with its strips, each as a JPEG in the page itself."""
+    lines = []
+    for kind, strips in sections.items():
+        none = "" if strips else ": none"
+        lines += [f"<h2>{html.escape(kind)}{none}</h2>", "<section>"]
+        for strip in strips:
+            jpeg = io.BytesIO()
+            strip.image.save(jpeg, "JPEG", quality=85)
+            source = f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
+            caption = html.escape(strip.caption)
+            lines.append(
+                f'<figure><img src="{source}" alt="{caption}">'
+                f"<figcaption>{caption}</figcaption></figure>"
+            )
+        lines.append("</section>")
+    frame = Path(__file__).with_name("gallery.html").read_text(encoding="utf-8")
+    return string.Template(frame).substitute(
+        explanation=html.escape(explanation), sections="\n".join(lines)
     )
-    edge = np.asarray(mask) != np.asarray(mask.filter(ImageFilter.MinFilter(3)))
-    rim = np.asarray(mask) != np.asarray(mask.filter(ImageFilter.MaxFilter(3)))
-    joined = Image.new("RGB", (len(panels) * (W + 4) - 4, H), "white")
-    for k, panel in enumerate(panels):
-        panel = np.where(
-            edge[..., None], 255, np.where(rim[..., None], 0, panel)
-        )  # white in black, to be seen on anything
-        joined.paste(Image.fromarray(panel.astype(np.uint8)), (k * (W + 4), 0))
-    return joined
 
 
-def caption(path: Path, found: Measured, i: int, truth: str, names: Sequence[str]) -> str:
-    """Say in three lines which photo it is, what it was taken for, and how much of the attention is on the pet."""
-    answer = names[found.predicted[i]] if names else truth
-    said = printable(answer) + (f" {found.probability[i]:.2f}" if names else "")
-    said += "" if answer == truth else f", in truth {printable(truth)}"
-    times = f"{found.times['model'][i]:.2f} times chance on the pet"
-    if "base" in found.times:
-        times = f"{found.times['base'][i]:.2f} → {times}"
-    return f"{printable(path.name)}\n{said}\n{times}"
-
-
-def draw_gallery(
-    path: Path, sections: Mapping[str, Sequence[tuple[Image.Image, str]]], title: str
-) -> None:
-    """Draw pictures with captions, section by section."""
-    lines = [math.ceil(len(shown) / COLUMNS) for shown in sections.values()]
-    heights = [2.3 * n + 0.5 for n in lines]
+def draw_gallery(path: Path, sections: Mapping[str, Sequence[CaptionedStrip]], title: str) -> None:
+    """Draw the strips with their captions, section by section."""
+    num_rows = [math.ceil(len(strips) / COLUMNS) for strips in sections.values()]
+    heights = [2.3 * n + 0.5 for n in num_rows]
     figure = Figure((COLUMNS * 4.4, sum(heights) + 0.5), layout="constrained", dpi=100)
-    parts = figure.subfigures(len(lines), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for part, count, (kind, shown) in zip(parts, lines, sections.items()):
-        part.suptitle(
-            kind + "\n" if shown else f"{kind}: none", x=0.01, ha="left", weight="bold", fontsize=11
-        )
-        axes = part.subplots(count, COLUMNS, squeeze=False).ravel() if shown else []
+    parts = figure.subfigures(len(sections), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, n, (kind, strips) in zip(parts, num_rows, sections.items()):
+        heading = f"{kind}\n" if strips else f"{kind}: none"
+        part.suptitle(heading, x=0.01, ha="left", weight="bold", fontsize=11)
+        if not strips:
+            continue
+        axes = part.subplots(n, COLUMNS, squeeze=False).ravel()
         for ax in axes:
             ax.axis("off")
-        for ax, (picture, text) in zip(axes, shown):
-            show(ax, np.asarray(picture), text, size=8)
+        for ax, strip in zip(axes, strips):
+            show(ax, np.asarray(strip.image), strip.caption, size=8)
     figure.suptitle(title, fontsize=10, parse_math=False)
     save(figure, path)

@@ -1,49 +1,62 @@
-"""Measuring where photos' maps fall: the masks on the patch grid, the maps of each model, their scores, photo by photo.
+"""Measure where the maps of each photo fall: read masks, compute each model's maps, score them.
 
-Shapes: n photos, B of a batch, P = gh x gw patches, L blocks, H heads, M maps of a photo: each block's heads and their
-mean, L (H + 1), then L of rollout and L of relevance where asked for.
+Shapes: n photos, B of a batch, P = gh x gw patches, L blocks, H heads, M maps of a photo: each
+block's heads and their mean, L (H + 1), then L of rollout and L of relevance where asked for.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...attention import CLASS_TOKEN, class_relevance, method_rows, query_maps
+from ...attention import CLASS_TOKEN, class_relevance, forward_with_rollout, query_maps
 from ...errors import UserError
 from ...model import ViT
-from ...system import workers as processes
+from ...system.workers import map_ahead, processes_worth_starting, worker_pool
 from .masks import read_pets
 from .region_scores import region_scores
 
-BATCH, CHUNK = 64, 8  # photos that the model takes at once; that a process reads in one go
+BATCH = 64  # photos that go through a model at once
+CHUNK = 8  # photos that a worker reads in one job
+EMBEDDINGS = ("cls_token", "reg_token", "pos_embed", "patch_embed")  # the weights before block 0
+
+MapKey = tuple[str, int, int | str]  # method, block, and head or "mean"
+
+
+class PhotoBatch(NamedTuple):
+    """Decoded photos and their regions, which masks.read_regions describes."""
+
+    indices: list[int]
+    pixels: Tensor  # uint8 (B, 3, h, w)
+    regions: Tensor  # (B, 2, 2, P)
 
 
 @dataclass
 class Measured:
-    """What measure finds. A photo takes 5 kB of rows and 0.8 kB of its map for each model of ViT-B/16's size."""
+    """The results of all photos that can be scored.
 
-    photos: list[int]  # which of those given have a mask, in order
-    left_out: dict[str, list[Path]]  # the others, by reason
-    rows: dict[
-        str, np.ndarray
-    ]  # by model: (n, M, 2 regions, 4 metrics), NaN where there is no head box
-    maps: dict[str, Tensor]  # by model: (n, gh, gw), mean of the last block's heads
-    times: dict[str, np.ndarray]  # by model: (n,), times chance of these maps on the pet
-    area: np.ndarray  # (n,), the pet's share of what the model sees, the mask's border aside
-    predicted: np.ndarray  # (n,) classes of the first model, and their probabilities
-    probability: np.ndarray
-    equal_blocks: (
-        int  # from block 0, those of the same weights in all models; their maps are the same too
-    )
+    Of a model of ViT-B/16's size, a photo takes 5 kB of scores and 0.8 kB of its map. Dictionaries
+    are keyed like the models: "model" and, if there is one, "base".
+    """
+
+    photos: list[int]  # the indices of these photos
+    left_out: dict[str, list[str]]  # the file names of the other photos, by reason
+    map_keys: list[MapKey]
+    equal_blocks: int  # how many blocks, from block 0 on, have the same weights in all models
+    scores: dict[str, np.ndarray]  # (n, M, 2 regions, 4 metrics), NaN where there is no head box
+    maps: dict[str, np.ndarray]  # (n, gh, gw), the mean over the last block's heads
+    times_chance: dict[str, np.ndarray]  # (n,), the score of these maps on the pet
+    pet_area: np.ndarray  # (n,), the pet's share of what the model sees, without the mask's border
+    predicted: np.ndarray  # (n,), the class that "model" predicts
+    probability: np.ndarray  # (n,), the probability of that class
 
 
 def measure(
@@ -54,147 +67,183 @@ def measure(
     methods: Sequence[str],
     workers: int,
 ) -> Measured:
-    """Score models of one shape on photos, which are decoded meanwhile; blocks are sorted.
+    """Score the maps that a "model", and a "base" of the same architecture, make of photos.
 
-    Raises UserError if no photo has a mask, and RuntimeError if blocks whose weights, and those before, are equal do not
-    give equal maps.
+    Workers decode photos in the meantime. `blocks` are sorted. Raises UserError if no photo can be
+    scored, and RuntimeError if the maps of blocks with the same weights differ.
     """
-    model, *others = models.values()
-    equal = min((count_equal_blocks(model, other) for other in others), default=0)
-    per_block = 1 + model.config.num_heads
-    num_equal, last = (
-        per_block * sum(b < equal for b in blocks),
-        per_block * len(blocks) - 1,
-    )  # of the maps
-    device, areas, answers = model.cls_token.device, [], []
-    kept: list[int] = []
-    left_out: dict[str, list[Path]] = {}
-    num_maps = len(map_keys(blocks, model.config.num_heads, methods))
-    # At once, since kept tensors in between those of batches would keep the memory in pieces, and growing.
-    rows = {which: torch.empty(len(paths), num_maps, 2, 4, device=device) for which in models}
-    maps = {which: torch.empty(len(paths), *model.config.grid, device=device) for which in models}
-    differ = torch.zeros(num_equal, dtype=torch.bool, device=device)
+    model = models["model"]
+    equal_blocks = count_equal_blocks(model, models["base"]) if "base" in models else 0
+    keys = map_keys(blocks, model.config.num_heads, methods)
+    results: dict[str, Tensor] = {}
+    photos: list[int] = []
+    left_out: dict[str, list[str]] = {}
     with torch.inference_mode(), tqdm(total=len(paths), unit="photo", leave=False) as progress:
         for batch in read_photos(paths, model, workers=workers, left_out=left_out):
-            indices, pixels, shares = zip(*batch)
-            images, regions = (
-                model.preprocess.normalize(torch.stack(pixels).to(device)),
-                torch.stack(shares),
-            )
-            absent, regions, found = (
-                not regions[:, 1].any(),
-                regions.to(device),
-                {},
-            )  # (B, 2, 2, P); no head box at all
-            here = slice(len(kept), len(kept) + len(batch))
-            for which, each in models.items():
-                logits, found[which] = model_maps(each, images, blocks, methods)
-                pet = region_scores(found[which], *regions[:, 0].unbind(1))
-                head = (
-                    torch.full_like(pet, torch.nan)
-                    if absent
-                    else region_scores(found[which], *regions[:, 1].unbind(1))
-                )
-                rows[which][here] = torch.stack([pet, head], 2)  # (B, M, 2, 4)
-                maps[which][here] = found[which][:, last].unflatten(1, model.config.grid)
-                if each is model:
-                    answers.append(logits.float().softmax(1).max(1))
-                else:
-                    differ |= (
-                        (found[which][:, :num_equal] != found["model"][:, :num_equal]).any(2).any(0)
-                    )
-            areas.append(regions[:, 0, 0].sum(1) / regions[:, 0].sum((1, 2)))
-            kept += indices
-            progress.update(indices[-1] + 1 - progress.n)
-    if not kept:
+            rows = slice(len(photos), len(photos) + len(batch.indices))
+            for name, values in measure_batch(models, batch, blocks, methods).items():
+                # The memory for all photos is allocated at once. Small tensors that are kept after
+                # each batch would fragment the device's memory, which would then grow.
+                if name not in results:
+                    results[name] = values.new_empty(len(paths), *values.shape[1:])
+                results[name][rows] = values
+            photos += batch.indices
+            progress.update(batch.indices[-1] + 1 - progress.n)
+    if not photos:
+        reasons = ", ".join(sorted(left_out))
         raise UserError(
-            f"{paths[0].parents[1]}: none of {len(paths)} photos can be scored: {', '.join(sorted(left_out))}"
+            f"{paths[0].parents[1]}: none of {len(paths)} photos can be scored: {reasons}"
         )
-    if differ.any():
-        block = blocks[int(differ.nonzero()[0]) // per_block]
-        raise RuntimeError(
-            f"block {block}: its maps differ, though it and all before it have equal weights"
-        )
-    probability, predicted = (torch.cat(parts).cpu().numpy() for parts in zip(*answers))
-    scores = {which: values[: len(kept)].cpu().numpy() for which, values in rows.items()}
-    maps = {which: values[: len(kept)].cpu() for which, values in maps.items()}
-    times = {which: values[:, last, 0, 1] for which, values in scores.items()}
+    results = {name: values[: len(photos)].cpu() for name, values in results.items()}
+    for (method, block, _), differ in zip(keys, results["differ"].any(0)):
+        if method == "attention" and block < equal_blocks and differ:
+            raise RuntimeError(
+                f"block {block}: its maps differ, though it and all before it have equal weights"
+            )
+
+    def by_model(name: str) -> dict[str, np.ndarray]:
+        return dict(zip(models, results[name].transpose(0, 1).numpy()))
+
     return Measured(
-        kept,
-        left_out,
-        scores,
-        maps,
-        times,
-        torch.cat(areas).cpu().numpy(),
-        predicted,
-        probability,
-        equal,
+        photos=photos,
+        left_out=dict(sorted(left_out.items())),
+        map_keys=keys,
+        equal_blocks=equal_blocks,
+        scores=by_model("scores"),
+        maps=by_model("maps"),
+        times_chance=by_model("times_chance"),
+        pet_area=results["pet_area"].numpy(),
+        predicted=results["predicted"].numpy(),
+        probability=results["probability"].numpy(),
     )
+
+
+def measure_batch(
+    models: Mapping[str, ViT], batch: PhotoBatch, blocks: Sequence[int], methods: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return the results of B photos by name, as in Measured, with the K models in dimension 1.
+
+    There is one more, "differ" (B, M): whether the models' maps differ.
+    """
+    model = models["model"]
+    config = model.config
+    device = model.cls_token.device
+    images = model.preprocess.normalize(batch.pixels.to(device))
+    outputs = [model_maps(each, images, blocks, methods) for each in models.values()]
+    logits, _ = outputs[0]  # "model" comes first.
+    probability, predicted = logits.float().softmax(1).max(1)
+    maps = torch.stack([each for _, each in outputs], 1)  # (B, K, M, P)
+    last = len(blocks) * (config.num_heads + 1) - 1  # the mean over the last block's heads
+
+    regions = batch.regions.to(device)
+    inside, outside = regions.unbind(2)  # (B, 2, P)
+    flat = maps.flatten(1, 2)
+    pet = region_scores(flat, inside[:, 0], outside[:, 0])
+    head = torch.full_like(pet, torch.nan)
+    if batch.regions[:, 1].any():
+        head = region_scores(flat, inside[:, 1], outside[:, 1])
+    scores = torch.stack([pet, head], 2).unflatten(1, maps.shape[1:3])  # (B, K, M, 2, 4)
+    return {
+        "scores": scores,
+        "maps": maps[:, :, last].unflatten(2, config.grid),
+        "times_chance": scores[:, :, last, 0, 1],
+        "pet_area": inside[:, 0].sum(1) / regions[:, 0].sum((1, 2)),
+        "predicted": predicted,
+        "probability": probability,
+        "differ": (maps != maps[:, :1]).any(3).any(1),
+    }
 
 
 def model_maps(
     model: ViT, images: Tensor, blocks: Sequence[int], methods: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """Return the logits of images (B, 3, h, w) and how the class token looks: maps (B, M, P), in the order of map_keys."""
-    c = model.config
-    to_maps = partial(query_maps, grid=c.grid, num_registers=c.num_registers)
+    """Return the logits of images (B, 3, h, w) and the class token's maps (B, M, P) of them.
+
+    The maps are in the order of map_keys.
+    """
     logits, attn = model.forward_with_attention(images, blocks, queries=[CLASS_TOKEN])
-    heads = torch.stack([to_maps(attn[b]).flatten(2) for b in blocks], 1)  # (B, L, H, P)
-    maps, others = [torch.cat([heads, heads.mean(2, keepdim=True)], 2).flatten(1, 2)], {}
+    heads = patch_maps(model, attn, blocks)
+    maps = [torch.cat([heads, heads.mean(2, keepdim=True)], 2)]
     if "rollout" in methods:
-        _, others["rollout"] = method_rows(model, images, blocks, method="rollout")  # (B, 1, 1, N)
+        _, rows = forward_with_rollout(model, images, blocks, queries=[CLASS_TOKEN])
+        maps.append(patch_maps(model, rows, blocks))
     if "relevance" in methods:
-        others["relevance"] = class_relevance(model, images, logits.argmax(1), blocks)  # (B, 1, N)
-    maps += [
-        torch.stack([to_maps(rows[b]).flatten(1) for b in blocks], 1) for rows in others.values()
-    ]
-    return logits, torch.cat(maps, 1)
+        # method_rows would compute the logits again.
+        relevance = class_relevance(model, images, logits.argmax(1), blocks)
+        rows = {block: of_block[:, None] for block, of_block in relevance.items()}
+        maps.append(patch_maps(model, rows, blocks))
+    return logits, torch.cat([each.flatten(1, 2) for each in maps], 1)
 
 
-def map_keys(
-    blocks: Sequence[int], num_heads: int, methods: Sequence[str]
-) -> list[tuple[str, int, int | str]]:
-    """Name the M maps that model_maps returns: method, block, and head or "mean"."""
-    keys = [("attention", block, head) for block in blocks for head in (*range(num_heads), "mean")]
-    return keys + [
-        (method, block, "mean") for method in methods if method != "attention" for block in blocks
+def patch_maps(model: ViT, rows: Mapping[int, Tensor], blocks: Sequence[int]) -> Tensor:
+    """Turn each block's rows (B, H, 1, N) of the class token into maps (B, L, H, P)."""
+    config = model.config
+    maps = [
+        query_maps(rows[block], config.grid, num_registers=config.num_registers) for block in blocks
     ]
+    return torch.stack(maps, 1).flatten(3)
+
+
+def map_keys(blocks: Sequence[int], num_heads: int, methods: Sequence[str]) -> list[MapKey]:
+    """Return the keys of the M maps that model_maps returns, in their order."""
+    keys: list[MapKey] = []
+    for block in blocks:
+        for head in range(num_heads):
+            keys.append(("attention", block, head))
+        keys.append(("attention", block, "mean"))
+    for method in methods:
+        if method != "attention":
+            keys += [(method, block, "mean") for block in blocks]
+    return keys
 
 
 def count_equal_blocks(model: ViT, other: ViT) -> int:
-    """Return how many blocks, from the first on, have equal weights in two models, and equal embeddings before them."""
-    theirs, unequal = other.state_dict(), set()
+    """Return how many blocks, from block 0 on, have the same weights in both models.
+
+    The answer is 0 if the embeddings differ, because then every block has another input.
+    """
+    other_weights = other.state_dict()
+    first_unequal = model.config.depth
     for name, tensor in model.state_dict().items():
-        if name.startswith("blocks.") and not tensor.equal(theirs[name]):
-            unequal.add(int(name.split(".")[1]))
-        elif name.startswith(("cls_token", "pos_embed", "patch_embed")) and not tensor.equal(
-            theirs[name]
-        ):
+        if not name.startswith(("blocks.", *EMBEDDINGS)):
+            continue  # The other model may have another head, or none.
+        if tensor.equal(other_weights[name]):
+            continue
+        if name.startswith(EMBEDDINGS):
             return 0
-    return min(unequal, default=model.config.depth)
+        first_unequal = min(first_unequal, int(name.split(".")[1]))
+    return first_unequal
 
 
 def read_photos(
-    paths: Sequence[Path], model: ViT, *, workers: int, left_out: dict[str, list[Path]]
-) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
-    """Yield batches of photos' indices, pixels (3, h, w) and regions (2, 2, P), read a little ahead of their use.
+    paths: Sequence[Path], model: ViT, *, workers: int, left_out: dict[str, list[str]]
+) -> Iterator[PhotoBatch]:
+    """Yield photos in batches, which are read a little ahead of their use.
 
-    What cannot be scored goes into `left_out`, by reason.
+    The names of photos that cannot be scored are added to `left_out`, by reason.
     """
-    n, grid = len(paths), model.config.grid
-    jobs = ((read_pets, paths[i : i + CHUNK], model.preprocess, grid) for i in range(0, n, CHUNK))
+    jobs = (
+        (paths[start : start + CHUNK], model.preprocess, model.config.grid)
+        for start in range(0, len(paths), CHUNK)
+    )
+    num_processes = processes_worth_starting(paths, workers)
+    with worker_pool(num_processes, "minivit.tools.score.masks") as pool:
+        chunks = map_ahead(pool, read_pets, jobs, ahead=2 * workers)
+        batch = []
+        for index, result in enumerate(itertools.chain.from_iterable(chunks)):
+            if isinstance(result, str):
+                left_out.setdefault(result, []).append(paths[index].name)
+                continue
+            batch.append((index, *result))
+            if len(batch) == BATCH:
+                yield stack_photos(batch)
+                batch = []
+        if batch:
+            yield stack_photos(batch)
 
-    def scorable(begin: Callable) -> Iterator[tuple[int, Tensor, Tensor]]:
-        read = processes.in_turn(begin, jobs, ahead=2 * workers)
-        for i, found in enumerate(itertools.chain.from_iterable(read)):
-            if isinstance(found, str):
-                left_out.setdefault(found, []).append(paths[i])
-            else:
-                yield i, torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
-    with processes.working(
-        processes.worth_starting(paths, workers), "minivit.tools.score.masks"
-    ) as begin:
-        found = scorable(begin)
-        while batch := list(itertools.islice(found, BATCH)):
-            yield batch
+def stack_photos(photos: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> PhotoBatch:
+    indices, pixels, regions = zip(*photos)
+    return PhotoBatch(
+        list(indices), torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(regions))
+    )

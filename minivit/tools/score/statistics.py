@@ -1,0 +1,120 @@
+"""From each photo's scores to means over groups of photos, with bootstrap intervals.
+
+Shapes: n photos, M maps of each (measure.py), 2 regions, 4 metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ...data.pets import SPLITS, read_listing
+
+REGIONS = ("pet", "head box")
+METRICS = ("mass", "times_chance", "pointing", "average_precision")
+RESAMPLES = 1000
+
+
+class ScoreKey(NamedTuple):
+    """What a score is about. The fields are the first columns of score.csv."""
+
+    model: str  # "model", "base", or "change" for the difference between the two
+    region: str  # one of REGIONS
+    group: str  # the photos: see group_photos
+    method: str
+    block: int
+    head: int | str  # "mean" for the mean over heads
+
+
+class Estimate(NamedTuple):
+    """A mean over photos and the ends of its 95% interval, which are NaN for a single photo."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one map falls on a region, averaged over a group of photos."""
+
+    photos: int
+    mass: Estimate
+    times_chance: Estimate
+    pointing: Estimate
+    average_precision: Estimate
+
+
+def group_photos(
+    paths: Sequence[Path], true_names: Sequence[str], predicted_names: Sequence[str] | None
+) -> dict[str, np.ndarray]:
+    """Return which photos belong to each group, as boolean arrays (n,), in the order of reports.
+
+    Without predicted names, as from a model with other classes, there are no groups "right" and
+    "wrong". Cats and dogs are told apart by Oxford-IIIT Pet's listings.
+    """
+    cat_stems = set()
+    for split in SPLITS:
+        for stem, _, species in read_listing(paths[0].parents[1], split):
+            if species == "cat":
+                cat_stems.add(stem)
+    cats = np.array([path.stem in cat_stems for path in paths])
+    groups = {"all": np.ones(len(paths), bool)}
+    if predicted_names is not None:
+        right = np.array([name == true for name, true in zip(predicted_names, true_names)])
+        groups |= {"right": right, "wrong": ~right}
+    return groups | {"cats": cats, "dogs": ~cats}
+
+
+def summarize(
+    scores: Mapping[str, np.ndarray],
+    map_keys: Sequence[tuple[str, int, int | str]],
+    groups: Mapping[str, np.ndarray],
+) -> dict[ScoreKey, Score]:
+    """Average each model's scores (n, M, 2, 4) over each group of photos that has any.
+
+    `map_keys` names the M maps by method, block and head. With a "base" beside the "model", the
+    difference of the two on each photo is averaged in the same way, as "change".
+    """
+    scores = dict(scores)
+    if "base" in scores:
+        scores["change"] = scores["model"] - scores["base"]
+    summary = {}
+    for model, values in scores.items():
+        for r, region in enumerate(REGIONS):
+            for group, members in groups.items():
+                selected = values[members, :, r]  # (n, M, 4)
+                selected = selected[~np.isnan(selected[:, 0, 0])]  # without a head box: NaN
+                if len(selected) == 0:
+                    continue
+                estimates = np.stack(bootstrap(selected), -1).tolist()  # (M, 4, 3)
+                for map_key, of_map in zip(map_keys, estimates):
+                    key = ScoreKey(model, region, group, *map_key)
+                    metrics = [Estimate(*estimate) for estimate in of_map]
+                    summary[key] = Score(len(selected), *metrics)
+    return summary
+
+
+def bootstrap(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the mean over n photos of values (n, ...) and the two ends of its 95% interval.
+
+    The interval is the percentile bootstrap's. For a single photo its ends are NaN.
+    Source: Efron 1979, https://doi.org/10.1214/aos/1176344552
+    """
+    n = len(values)
+    shape = values.shape[1:]
+    flat = values.reshape(n, -1)
+    mean = flat.mean(0).reshape(shape)
+    if n == 1:
+        unknown = np.full(shape, np.nan)
+        return mean, unknown, unknown
+    rng = np.random.default_rng(0)
+    counts = np.empty((RESAMPLES, n), np.float32)  # how often each resample draws each photo
+    for row in counts:
+        row[:] = np.bincount(rng.integers(n, size=n), minlength=n)
+    low, high = np.quantile(counts @ flat / n, (0.025, 0.975), axis=0)
+    return mean, low.reshape(shape), high.reshape(shape)
