@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import UserError, printable
-from .settings import BASE_MODEL, MIN_STEPS, RUN_DIR, TrainSettings
-from .system.files import unfinished
-
-LR, WEIGHT_DECAY, STORE_GIB = 1e-4, 0.05, 32.0  # TEMPORARY: use TrainSettings.lr and so on
+from .settings import BASE_MODEL, RUN_DIR
+from .system.files import remove_unfinished
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -211,8 +209,7 @@ def start(main: Callable[[], int]) -> NoReturn:
 
     def stop(*_) -> NoReturn:
         try:
-            for path in unfinished:
-                path.unlink(missing_ok=True)
+            remove_unfinished()
             os.write(2, b"\ninterrupted\n")
         finally:  # even if the reader of stderr was interrupted first
             os._exit(130)

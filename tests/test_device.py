@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minivit import train
+from minivit.commands import train_parser
 from minivit.errors import UserError
 from minivit.system import device
 
@@ -70,7 +70,7 @@ def test_as_many_workers_as_this_process_may_use_cores():
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     try:
-        assert train.make_parser().parse_args([]).workers == 1
+        assert train_parser().parse_args([]).workers == 1
     finally:
         os.sched_setaffinity(0, allowed)
-    assert train.make_parser().parse_args([]).workers == len(allowed)
+    assert train_parser().parse_args([]).workers == len(allowed)

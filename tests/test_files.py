@@ -9,7 +9,8 @@ import torch
 
 from minivit.checkpoints.weights import save_tensors
 from minivit.errors import UserError
-from minivit.system.files import read_json, unfinished, whole_file, write_json
+from minivit.system.files import _unfinished as unfinished
+from minivit.system.files import read_json, remove_unfinished, whole_file, write_json
 
 
 @pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt])
@@ -79,3 +80,10 @@ def test_what_is_no_json_object_is_refused(tmp_path, data, message):
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(UserError, match=rf"a\.json: .*{message}"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_process_that_ends_at_once_removes_its_unfinished_files(tmp_path):
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "a.txt") as partial:
+        partial.write_text("half")
+        remove_unfinished()
+        assert not list(tmp_path.iterdir())

@@ -10,8 +10,14 @@ from pathlib import Path
 
 from ..errors import UserError
 
-# Files that are being written. A process that ends at once must remove them.
-unfinished: set[Path] = set()
+# Files that are being written.
+_unfinished: set[Path] = set()
+
+
+def remove_unfinished() -> None:
+    """Remove the files that are being written, before a process ends at once."""
+    for path in list(_unfinished):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -22,7 +28,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     # The name is short because `path` may have the longest name that the file system allows.
     partial = path.with_name(f".{os.getpid()}.partial")
-    unfinished.add(partial)
+    _unfinished.add(partial)
     try:
         yield partial
         with partial.open("rb+") as file:
@@ -30,7 +36,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-        unfinished.discard(partial)
+        _unfinished.discard(partial)
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from ..errors import UserError
+from .files import remove_unfinished
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -95,6 +96,7 @@ class InlineExecutor(Executor):
 
 def _start_worker(module: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _exit_at_once)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     import_module(module)
 
@@ -104,6 +106,13 @@ def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        _exit_at_once()
+
+
+def _exit_at_once(*_) -> NoReturn:
+    try:
+        remove_unfinished()
+    finally:
         os._exit(1)
 
 
@@ -170,27 +179,3 @@ def write_behind() -> Iterator[Callable[..., Future]]:
         yield write_later
         if pending is not None:
             pending.result()
-
-
-# Names of before, until every caller has moved on.
-worth_starting = processes_worth_starting
-
-
-@contextlib.contextmanager
-def working(processes: int, module: str):
-    with worker_pool(processes, module) as pool:
-        yield lambda job, *args, **kwargs: pool.submit(job, *args, **kwargs).result
-
-
-def in_turn(begin, jobs, ahead):
-    waiting = deque()
-    for job in jobs:
-        waiting.append(begin(*job))
-        if len(waiting) > ahead:
-            yield waiting.popleft()()
-    while waiting:
-        yield waiting.popleft()()
-
-
-def call(module, function, *args, **kwargs):
-    return getattr(import_module(module), function)(*args, **kwargs)

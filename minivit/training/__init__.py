@@ -1,1 +1,1 @@
-"""Training: one optimizer step, the frozen blocks' features, the state of a run and what it leaves behind."""
+"""Training: one optimizer step, the frozen blocks' features, a run's state and its results."""
