@@ -92,9 +92,9 @@ def spoil_base(folder, tail):
 
 def retag(tail, change):
     with safe_open(tail, "pt") as file:
-        metadata = file.metadata()
-    change(metadata)
-    save_file(load_file(tail), tail, metadata)
+        about = json.loads(file.metadata()["minivit"])
+    change(about)
+    save_file(load_file(tail), tail, {"minivit": json.dumps(about)})
 
 
 def retensor(tail, change):
@@ -116,11 +116,11 @@ SPOILT = {
         "not that of a minivit tail",
     ),
     "labels that are no list": (
-        lambda _, tail: retag(tail, lambda m: m.update(labels="7")),
+        lambda _, tail: retag(tail, lambda m: m.update(labels=7)),
         "not that of a minivit tail",
     ),
     "fewer labels": (
-        lambda _, tail: retag(tail, lambda m: m.update(labels='["a"]')),
+        lambda _, tail: retag(tail, lambda m: m.update(labels=["a"])),
         "2 misshapen",
     ),
     "no head": (
@@ -148,6 +148,25 @@ def test_a_tail_without_its_own_base_is_refused(spoil, message, run, tiny_folder
     spoil(tiny_folder, run[1] / "tail.safetensors")
     with pytest.raises(UserError, match=message):
         load_pretrained(run[1] / "tail.safetensors")
+
+
+def test_a_tail_is_written_in_the_same_bytes_each_time(run, tmp_path):
+    model, folder = run[0], run[1]
+    save_tail(model, tmp_path / "tail.safetensors")
+    again = (tmp_path / "tail.safetensors").read_bytes()
+    assert again == (folder / "tail.safetensors").read_bytes()
+    with safe_open(tmp_path / "tail.safetensors", "pt") as file:
+        assert file.metadata().keys() == {"minivit"}
+
+
+def test_a_tail_of_before_with_a_key_for_each_fact_is_read(run, tmp_path):
+    with safe_open(run[1] / "tail.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["minivit"])
+    for name in ("labels", "preprocess"):
+        about[name] = json.dumps(about[name])
+    old = tmp_path / "old.safetensors"
+    save_file(load_file(run[1] / "tail.safetensors"), old, about)
+    assert torch.equal(load_pretrained(old).head.weight, run[0].head.weight)
 
 
 def test_what_is_frozen_is_hashed_once(tiny_folder, tmp_path, monkeypatch):

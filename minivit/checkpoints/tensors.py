@@ -133,6 +133,11 @@ def _from_flax(name: str, array: np.ndarray) -> Tensor:
     return tensor.contiguous()
 
 
+# The key of a tail's metadata. safetensors writes several keys in random order, which would give
+# the same tail other bytes each time.
+TAIL_KEY = "minivit"
+
+
 def tail_metadata(path: Path) -> dict[str, str] | None:
     """Return the metadata of a file that save_tail wrote, or None for any other file."""
     if path.suffix != ".safetensors" or not path.is_file():
@@ -142,7 +147,8 @@ def tail_metadata(path: Path) -> dict[str, str] | None:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, "safetensors", error) from error
-    return metadata if "base" in metadata else None
+    is_tail = TAIL_KEY in metadata or "base" in metadata
+    return metadata if is_tail else None
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -29,7 +29,7 @@ from .configs import (
 )
 from .families import KINDS, TIMM_REGISTERS, Family, layout, mismatches, num_blocks, recognise
 from .hub import Files, Origin, fetch
-from .tensors import content_hash, read_tensors, save_tensors, tail_metadata
+from .tensors import TAIL_KEY, content_hash, read_tensors, save_tensors, tail_metadata
 
 
 def load_pretrained(
@@ -206,11 +206,12 @@ def _load_with_tail(
     Raises UserError if the base cannot be loaded, or if it is not the same as in training.
     """
     try:
-        base = metadata["base"]
-        commit = metadata["commit"] or None
-        frozen_hash = metadata["sha256"]
-        labels = tuple(json.loads(metadata["labels"]))
-        preprocess = Preprocess.from_config(json.loads(metadata["preprocess"]))
+        about = _tail_description(metadata)
+        base = about["base"]
+        commit = about["commit"] or None
+        frozen_hash = about["sha256"]
+        labels = tuple(about["labels"])
+        preprocess = Preprocess.from_config(about["preprocess"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{source}: its metadata is not that of a minivit tail ({error}); train again"
@@ -243,6 +244,17 @@ def _load_with_tail(
         )
     model.load_state_dict(model.state_dict() | tensors, assign=True)
     return model
+
+
+def _tail_description(metadata: Mapping[str, str]) -> dict:
+    """Return what a tail's metadata says of it: base, commit, sha256, labels, preprocess."""
+    if TAIL_KEY in metadata:
+        return json.loads(metadata[TAIL_KEY])
+    # Tails of minivit before 2026-11-28 have a key for each of these.
+    about: dict = dict(metadata)
+    for name in ("labels", "preprocess"):
+        about[name] = json.loads(metadata[name])
+    return about
 
 
 def _align(model: ViT) -> None:
@@ -325,15 +337,15 @@ def save_tail(model: ViT, path: Path) -> None:
     base = Path(os.path.expanduser(source))
     if source != "demo" and base.exists():
         source = str(base.resolve())
-    metadata = {
+    about = {
         "base": source,
         "commit": model.origin.commit or "",
         "sha256": hash_frozen(model),
-        "labels": json.dumps(model.labels),
-        "preprocess": json.dumps(model.preprocess.to_config()),
+        "labels": model.labels,
+        "preprocess": model.preprocess.to_config(),
     }
     tail = {name: tensor.detach().cpu().contiguous() for name, tensor in trainable(model).items()}
-    save_tensors(path, tail, metadata)
+    save_tensors(path, tail, {TAIL_KEY: json.dumps(about, sort_keys=True)})
 
 
 def hash_frozen(model: ViT) -> str:
