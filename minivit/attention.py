@@ -113,11 +113,11 @@ def shares(maps: Tensor) -> Tensor:
 
 
 def difference(maps: Tensor, others: Tensor) -> Tensor:
-    """Return the differences between two models' maps (..., gh, gw), each divided by its sum.
+    """Return `maps` minus `others` (..., gh, gw), after dividing every map by its own sum.
 
-    The sum of a map does not say where a model looked: it depends on what the class token keeps, or
-    on how steep a logit is. Differences are from -1 to 1, and those of a map add up to 0.
-    Raises UserError if the shapes differ.
+    A map's sum is left out because it does not say where a model looked. It depends on how much
+    attention the class token pays to itself or, for relevance, on the size of the gradients. The
+    differences lie between -1 and 1 and sum to 0 over a map. Raises UserError if the shapes differ.
     """
     if maps.shape != others.shape:
         raise UserError(

@@ -208,7 +208,10 @@ def place_figures(photos: Sequence[Path], out: Path) -> Iterator[Job]:
 
 
 def load_models(settings: InferSettings) -> list[ViT]:
-    """Load the model, after the model to compare it with if there is one."""
+    """Load the models: first the one to compare with, if there is one, as it is drawn on top.
+
+    Under torchrun, each process loads them, but only rank 0 says which model it takes.
+    """
     source = default_model(settings.model)
     if distributed.launched_rank() == 0:
         say(f"model: {source}", sys.stderr)
@@ -308,7 +311,10 @@ def answer_photo(
     explanations: Sequence[Explanation],
     pool: Executor,
 ) -> Answer:
-    """Start to draw a photo's figure, write the page and the arrays beside it, and answer."""
+    """Start drawing a photo's figure, and return the answer to the photo.
+
+    With settings.html and settings.npz, the explorer's page and the arrays are written beside it.
+    """
     method = settings.method
     rows = explain.figure_rows(photo, explanations, method, plan.blocks, heads=settings.heads)
     report_dominant_tokens(job.photo, rows, is_compared=len(explanations) > 1)
@@ -351,7 +357,7 @@ def answer_photo(
 
 
 def report_dominant_tokens(path: Path, rows: Sequence[plots.Row], *, is_compared: bool) -> None:
-    """Say on stderr in which maps one token dominates."""
+    """Warn on stderr about maps in which one token has most of the attention."""
     dominated = []
     for row in rows:
         of_model = f" of {row.label.splitlines()[0]}" if is_compared else ""

@@ -155,7 +155,10 @@ class Attention(nn.Module):
         return q
 
     def project_with_rows(self, x: Tensor, rows: slice) -> tuple[Tensor, ...]:
-        """Project tokens with some rows of qkv's weight (3 D, D): q's, then k's, then v's."""
+        """Return q, k, v, or only some of them: those that `rows` of the qkv weight compute.
+
+        The rows of that weight (3 D, D) are the D rows for q, then those for k, then those for v.
+        """
         bias = None if self.qkv.bias is None else self.qkv.bias[rows]
         return self.split_heads(F.linear(x, self.qkv.weight[rows], bias))
 

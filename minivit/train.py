@@ -447,7 +447,10 @@ def finish(
 
 
 def check_validation_loss(state: RunState, eval_model: ViT, val_split: Split, batch: int) -> None:
-    """Make sure that the weights to be tested validate as the best epoch did."""
+    """Check that the weights about to be tested reproduce the best epoch's validation loss.
+
+    Raises RuntimeError if they do not.
+    """
     pixels, labels = val_split
     best = metrics.best_row(state.rows)
     loss = score_predictions(predict_photos(eval_model, pixels, batch=batch), labels)["loss"]

@@ -35,7 +35,7 @@ from minivit.training.step import (
     Batch,
     predict_photos,
     score_predictions,
-    train_step_in_memory,
+    train_step_that_fits,
 )
 
 SCALER_OFF = torch.amp.GradScaler("cpu", enabled=False)
@@ -55,7 +55,7 @@ def step(network, optimizer, images, labels, *, micro_batch, scaler=SCALER_OFF, 
     on_cpu = SimpleNamespace(cls_token=images)
     state = RunState(on_cpu, 10, amp, micro_batch, optimizer, scaler, **settings)
     taken = Batch(images.__getitem__, labels, size)
-    return *train_step_in_memory(network, state, taken, smoothing), state.micro_batch
+    return *train_step_that_fits(network, state, taken, smoothing), state.micro_batch
 
 
 def sgd(model):

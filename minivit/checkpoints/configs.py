@@ -292,7 +292,9 @@ def hub_config(model: ViT, *, use_mask_token: bool) -> dict:
     """Return the config.json of transformers for a model: the inverse of spec_from_hub."""
     sizes = model.config
     kind = hub_family(sizes).kind
-    dinov2 = kind != VIT.kind
+    is_dinov2 = kind != VIT.kind
+    # image_size tells transformers which grid the positions are for. They are written as they were
+    # learned if transformers resamples them as we do, and resampled to this input size if not.
     rows, columns = model.pos_grid if keeps_positions(sizes) else sizes.grid
     height, width = rows * sizes.patch_size, columns * sizes.patch_size
     config: dict = {
@@ -307,7 +309,7 @@ def hub_config(model: ViT, *, use_mask_token: bool) -> dict:
         "num_hidden_layers": sizes.depth,
         "num_attention_heads": sizes.num_heads,
     }
-    if dinov2:
+    if is_dinov2:
         config["mlp_ratio"] = sizes.mlp_dim // sizes.embed_dim
     else:
         config["intermediate_size"] = sizes.mlp_dim
@@ -320,7 +322,7 @@ def hub_config(model: ViT, *, use_mask_token: bool) -> dict:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
-    if dinov2:
+    if is_dinov2:
         config |= {"use_mask_token": use_mask_token, "use_swiglu_ffn": False}
     return config | {
         "torch_dtype": str(model.cls_token.dtype).removeprefix("torch."),

@@ -184,7 +184,8 @@ def recognise(kind: str, names: Collection[str], source: str) -> Family:
     """Return the family of a checkpoint from the kind in its config and its tensors' names.
 
     Several families may share a kind; the names decide between them. Raises UserError if the names
-    belong to a family of another kind, or to none; the message names what differs.
+    belong to a family of another kind, or to none. Its message lists how they differ from the
+    nearest family.
     """
     differences = {family: _differences(family, names) for family in FAMILIES}
 

@@ -73,7 +73,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _is_entry(item: tuple[object, object]) -> bool:
-    """Return whether an item of a pickled dictionary is a name and an ordinary tensor."""
+    """Return whether an item of a state dict maps a name to a dense tensor on the CPU."""
     name, tensor = item
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
         return False
@@ -83,7 +83,8 @@ def _is_entry(item: tuple[object, object]) -> bool:
 def _check_header(path: Path) -> None:
     """Raise ValueError if the header of a safetensors file names a tensor twice.
 
-    safetensors would keep the last one. It has already checked the header's length.
+    safetensors would silently keep the last of them. The file must have been opened by safetensors
+    before, which checks the length of the header.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

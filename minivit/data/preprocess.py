@@ -212,7 +212,7 @@ class Preprocess:
         processor = config.get("image_processor_type") or config.get("feature_extractor_type")
         is_deit = str(processor).startswith("DeiT")
         resize, crop = _read_sizes(config, is_deit)
-        # Google's checkpoints, which do not give them, use a mean and std of 0.5.
+        # A mean and std of 0.5 are those of Google's checkpoints, whose configs leave them out.
         mean = tuple(map(float, config.get("image_mean", (0.5, 0.5, 0.5))))
         std = tuple(map(float, config.get("image_std", (0.5, 0.5, 0.5))))
         resample = config.get("resample", 3 if is_deit else 2)

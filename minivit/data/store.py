@@ -168,7 +168,7 @@ def _digest(value: object) -> str:
 
 
 def _folders(root: Path) -> tuple[Path, Path]:
-    """Return the folders where a store may lie: beside the photos, and in the user's cache."""
+    """Return the two folders that can hold a store: one in `root`, one in the user's cache."""
     cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     digest = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
     return root / ".minivit", cache / "minivit" / digest[:16]

@@ -55,7 +55,10 @@ def local_device(name: str) -> str:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started, if it did; only rank 0 prints from then on."""
+    """Set up the process group if torchrun started this process; else do nothing.
+
+    Inside the context, only rank 0 prints. The group is taken down when the context ends.
+    """
     if launched_world_size() == 1:
         yield
         return

@@ -154,10 +154,12 @@ def read_ahead(
 
     Threads do for photos, because Pillow releases the interpreter lock while it decodes.
     """
-    # The filters are set around all threads: each thread would restore what it happened to find.
+    # Warning filters belong to the whole process. If each thread changed and restored them, one
+    # thread would restore what another had set; so they are changed once, around all threads.
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         warnings.simplefilter("ignore")
-        yield from map_ahead(pool, read, zip(items), ahead=2 * workers + READ_AHEAD)
+        jobs = ((item,) for item in items)
+        yield from map_ahead(pool, read, jobs, ahead=2 * workers + READ_AHEAD)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from ..system import distributed
 from ..system.device import peak_gib
 from .features import FeatureExtractor, TrainableLayers
 from .state import new_state
-from .step import Batch, train_step_in_memory
+from .step import Batch, train_step_that_fits
 
 
 def rehearse(
@@ -36,7 +36,7 @@ def rehearse(
     labels = torch.zeros(share, dtype=torch.long, device=device)
     batch = Batch(features, labels, share)
     for _ in range(2):  # In the second step, the frozen blocks may be replayed from a recording.
-        train_step_in_memory(TrainableLayers(model, cut), state, batch)
+        train_step_that_fits(TrainableLayers(model, cut), state, batch)
     peak = peak_gib(device)
     model.zero_grad(set_to_none=True)
     if device.type == "cuda":

@@ -83,7 +83,7 @@ def train_step(
             )
             part_loss = part_loss / batch.size
             # DistributedDataParallel takes the mean over ranks where the sum is wanted.
-            ranks = distributed.world_size() if _is_shared(network) else 1
+            ranks = distributed.world_size() if _is_distributed(network) else 1
             scaler.scale(part_loss * ranks).backward()
         loss += part_loss.detach()
     # A scaler is typed for torch's optimizers, but needs only what AdamW has: groups and a step.
@@ -96,13 +96,14 @@ def train_step(
     return loss, norm
 
 
-def train_step_in_memory(
+def train_step_that_fits(
     network: nn.Module, state: RunState, batch: Batch, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Take a step as train_step does, with half the micro-batch each time memory runs out.
+    """Take a step as train_step does, in micro-batches that fit into memory.
 
-    The forward and backward passes are what runs out of memory. They change no weights, so that
-    the step can be redone. Raises UserError if not even one photo fits.
+    Each time memory runs out, the micro-batch is halved and the step is redone from its start.
+    That is safe because the forward and backward passes, in which memory runs out, change no
+    weights, and train_step clears the gradients first. Raises UserError if not one photo fits.
     """
     while True:
         try:
@@ -116,8 +117,8 @@ def train_step_in_memory(
                 label_smoothing=label_smoothing,
             )
         except torch.OutOfMemoryError as error:
-            # Other ranks would not redo the step.
-            if state.micro_batch == 1 or _is_shared(network):
+            # With several ranks, the others would not redo the step.
+            if state.micro_batch == 1 or _is_distributed(network):
                 raise UserError(
                     f"{state.device}: out of memory; try a lower --batch-size or --micro-batch"
                 ) from error
@@ -131,7 +132,7 @@ def train_step_in_memory(
         )
 
 
-def _is_shared(network: nn.Module) -> bool:
+def _is_distributed(network: nn.Module) -> bool:
     return isinstance(network, DistributedDataParallel)
 
 
@@ -199,7 +200,7 @@ def train_epoch(
         state.lr = lr_at(state.step, peak=settings.lr, total=total_steps)
         for group in state.optimizer.param_groups:
             group["lr"] = state.lr * group["lr_scale"]
-        loss, norm = train_step_in_memory(network, state, batch, settings.label_smoothing)
+        loss, norm = train_step_that_fits(network, state, batch, settings.label_smoothing)
         losses.append(loss)
         # Looking at the norm makes the host wait for the device, so only fp16 does it.
         was_skipped = state.scaler.is_enabled() and not bool(norm.isfinite())

@@ -41,6 +41,7 @@ class TrainingPhotos:
         view = (epoch - 1) % self.num_views
         is_new = view not in self.views
         if is_new:
+            # View 0 has the augmentation of epoch 1, and so on, also in a resumed run.
             _, view_draws = draw_epoch(n, self.seed, view + 1)
             features = self.extractor.compute(
                 self.pixels, torch.arange(n), view_draws, stop_requested

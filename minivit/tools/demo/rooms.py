@@ -106,12 +106,12 @@ def _window_or_picture(rng: Generator, pale_wall: Colour, dark_wood: Colour) -> 
         ("box", FRAME, left - 1.5, top - 2, right + 1.5, bottom + 2),
         ("box", view, left, top, right, bottom),
     ]
-    if rng.random() < 0.6:
+    if rng.random() < 0.6:  # a window: a vertical and a horizontal bar across the view
         middle = left + width / 2
         centre = top + height / 2
         shapes.append(("line", FRAME, 1.2, middle, top, middle, bottom))
         shapes.append(("line", FRAME, 1.2, left, centre, right, centre))
-    else:
+    else:  # a picture: a mountain, and a sun in the colours of the room
         peak = (left + width / 3, top + height / 3)
         shapes.append(("poly", dark_wood, left, bottom, *peak, right, bottom))
         shapes.append(("oval", pale_wall, left + width * 0.6, top + 2, left + width * 0.8, top + 7))

@@ -97,12 +97,12 @@ def draw_heat_maps(
 
 def draw_lines(ax: Axes, lines: Mapping[str, np.ndarray], blocks: Sequence[int]) -> None:
     """Draw the estimates (L, 3) of each model by block: the mean and the ends of its interval."""
-    for i, (label, estimates) in enumerate(lines.items()):
+    # The points of two models lie beside each other, so that no interval hides another.
+    for offset, (label, estimates) in zip((-0.06, 0.06), lines.items()):
         style, colour = STYLES[label]
         mean, low, high = estimates.T
-        # Points of different models lie beside each other, so that no interval hides another.
-        x = np.arange(len(blocks)) + (-0.06, 0.06)[i]
-        # Lists, because matplotlib 3.10 warns about arrays that hold a single block's errors.
+        x = np.arange(len(blocks)) + offset
+        # These are lists because matplotlib 3.10 warns about arrays for a single block.
         errors = [(mean - low).tolist(), (high - mean).tolist()]
         ax.errorbar(
             x,

@@ -45,9 +45,11 @@ def choose_photos(measured: Measured, right: np.ndarray | None, count: int) -> d
     """
     times_chance = measured.times_chance["model"]
 
-    def pick(order: np.ndarray, allowed: np.ndarray) -> list[int]:
-        rows = np.argsort(order, kind="stable")
-        return rows[allowed[rows]][:count].tolist()
+    def pick(sort_key: np.ndarray, allowed: np.ndarray) -> list[int]:
+        """Return the rows of up to `count` allowed photos, those of the lowest key first."""
+        sorted_rows = np.argsort(sort_key, kind="stable")
+        is_allowed = allowed[sorted_rows]
+        return sorted_rows[is_allowed][:count].tolist()
 
     kinds = {}
     if right is not None:

@@ -52,10 +52,11 @@ class Score:
 def group_photos(
     paths: Sequence[Path], true_names: Sequence[str], predicted_names: Sequence[str] | None
 ) -> dict[str, np.ndarray]:
-    """Return which photos belong to each group, as boolean arrays (n,), in the order of reports.
+    """Return a boolean array (n,) for each group of photos: the photos that belong to it.
 
-    Without predicted names, as from a model with other classes, there are no groups "right" and
-    "wrong". Cats and dogs are told apart by Oxford-IIIT Pet's listings.
+    The groups have the order in which reports show them. Without predicted names there are no
+    groups "right" and "wrong": the model has other classes. Cats and dogs are told apart by
+    Oxford-IIIT Pet's listings.
     """
     cat_stems = set()
     for split in SPLITS:

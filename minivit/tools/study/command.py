@@ -173,8 +173,8 @@ def check_memory(
     gib = features_gib(model, num_photos + num_views * num_train)
     if gib > cache_gib:
         raise UserError(
-            f"the features of all photos take {gib:.1f} GiB; raise --cache-gib {cache_gib:g}, "
-            f"or lower --views {num_views}"
+            f"the features of all photos take {gib:.1f} GiB, more than --cache-gib "
+            f"{cache_gib:g}; allow more, or keep fewer than {num_views} --views"
         )
 
 

@@ -135,7 +135,9 @@ def evaluation_interval(epochs: int) -> int:
 def run_cell(
     cell: Cell, model: ViT, data: Data, features: StudyFeatures, amp: torch.dtype | None
 ) -> dict[str, object] | None:
-    """Fine-tune from the features as train.py does, and test the best epoch.
+    """Fine-tune as train.py does, but from the kept features, and test the best epoch's weights.
+
+    A cell is one run of the study's grid.
 
     Returns a row of study.csv, or None if a stop was requested. The model is left as it was.
     """
