@@ -4,7 +4,7 @@ IMAGE ?= cat.jpg
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo train infer test coverage mutants fuzz bench lint clean
+.PHONY: help setup demo train infer test coverage mutants fuzz figures bench lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -35,6 +35,9 @@ mutants: .venv/installed-dev ## break the code in 150 small ways, and see whethe
 
 fuzz: .venv/installed-dev ## open 20,000 broken photos, for ten minutes at most (ARGS="--seed 1")
 	$(BIN)/python tests/test_fuzz.py --cases 20000 --minutes 10 $(ARGS)
+
+figures: .venv/installed-dev ## make the figures of README.md and docs/ again, from what `make demo` leaves
+	$(BIN)/python benchmarks/figures.py $(ARGS)
 
 bench: .venv/installed-dev ## measure speed on this machine's CPU, against transformers (ARGS="--train 3680 --test 3669")
 	$(BIN)/python benchmarks/finetune.py --device cpu --train 20 --test 20 --runs 1 --no-record \
