@@ -1,32 +1,96 @@
-"""What attention costs beside the logits: ViT-B/16, blocks 8 to 11, a batch of 64, on a GPU if there is one.
+"""What attention costs on top of the logits: ViT-B/16, blocks 8 to 11, on a GPU if there is one.
 
     python benchmarks/attention_cost.py [--batch 64] [--rounds 15]
 
-In each round every way runs three times, and the ways take turns; times are medians, ratios medians of rounds.
-Weights and photos are random.
+In each round every variant runs three times, one variant after the other. Times are medians, and
+ratios are medians over the rounds. Weights and images are random.
 """
+
+from __future__ import annotations
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from minivit import ViT, ViTConfig
 from minivit.attention import method_rows
 
 FORWARDS = 3  # between two waits for the device
-WAYS = {
-    "logits alone": lambda model, x: model(x),
-    "and the class token's rows": lambda model, x: model.forward_with_attention(
-        x, range(8, 12), queries=[0]
-    ),
-    "and all rows": lambda model, x: model.forward_with_attention(x, range(8, 12)),
-    "and rollout of all blocks": lambda model, x: method_rows(
-        model, x, range(8, 12), method="rollout"
-    ),
-    "and relevance": lambda model, x: method_rows(model, x, range(8, 12), method="relevance"),
+WARM_UP = 3  # rounds that do not count
+BLOCKS = range(8, 12)
+
+
+def logits_alone(model: ViT, images: Tensor) -> tuple[Tensor, None]:
+    return model(images), None
+
+
+def class_token_rows(model: ViT, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    return model.forward_with_attention(images, BLOCKS, queries=[0])
+
+
+def all_rows(model: ViT, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    return model.forward_with_attention(images, BLOCKS)
+
+
+def rollout(model: ViT, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    return method_rows(model, images, BLOCKS, method="rollout")
+
+
+def relevance(model: ViT, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    return method_rows(model, images, BLOCKS, method="relevance")
+
+
+VARIANTS = {
+    "logits alone": logits_alone,
+    "and the class token's rows": class_token_rows,
+    "and all rows": all_rows,
+    "and rollout of all blocks": rollout,
+    "and relevance": relevance,
 }
+
+
+def measure(compute: Callable, model: ViT, images: Tensor) -> tuple[float, float, Tensor]:
+    """Return the seconds of a forward pass, the GPU's peak memory in GiB, and the logits."""
+    if images.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    with torch.inference_mode():
+        for _ in range(FORWARDS):
+            result = compute(model, images)
+    peak_gib = 0.0
+    if images.is_cuda:
+        torch.cuda.synchronize()
+        peak_gib = torch.cuda.max_memory_allocated() / 2**30
+    seconds = (time.perf_counter() - started) / FORWARDS
+    return seconds, peak_gib, result[0]
+
+
+def compare(model: ViT, images: Tensor, rounds: int) -> None:
+    """Measure all variants in turn, and print a line for each."""
+    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    peaks: dict[str, float] = {}
+    logits: dict[str, Tensor] = {}
+    for i in range(WARM_UP + rounds):
+        for name, compute in VARIANTS.items():
+            seconds, peaks[name], logits[name] = measure(compute, model, images)
+            if i >= WARM_UP:
+                times[name].append(seconds)
+    dtype = str(model.cls_token.dtype).removeprefix("torch.")
+    for name in VARIANTS:
+        ratios = [a / b for a, b in zip(times[name], times["logits alone"])]
+        speed = len(images) / statistics.median(times[name])
+        memory = f", {peaks[name]:.2f} GiB" if images.is_cuda else ""
+        same = torch.equal(logits[name], logits["logits alone"])
+        print(
+            f"{dtype:9} {name:27} {speed:8,.1f} images/s, "
+            f"{statistics.median(ratios):.2f} of the time{memory}, "
+            f"logits {'identical' if same else 'DIFFER'}"
+        )
 
 
 def main() -> None:
@@ -36,49 +100,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device.type == "cuda"
-    print(
-        f"{time.strftime('%Y-%m-%d')}, {torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, ViT-B/16"
-    )
+    device = torch.device("cpu")
+    device_name = "CPU"
+    dtypes = [torch.float32]
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        device_name = torch.cuda.get_device_name()
+        dtypes += [torch.bfloat16, torch.float16]
+    date = time.strftime("%Y-%m-%d")
+    print(f"{date}, {device_name}, torch {torch.__version__}, ViT-B/16")
     torch.manual_seed(0)
-    model, images = (
-        ViT(ViTConfig()).eval().to(device),
-        torch.randn(args.batch, 3, 224, 224, device=device),
-    )
-    for precision in (None, torch.bfloat16, torch.float16) if on_gpu else (None,):
-        model.to(
-            precision or torch.float32
-        )  # the last is float16, from bfloat16's rounding: no matter for random weights
-        times, peaks, logits = {name: [] for name in WAYS}, {}, {}
-        for i in range(args.rounds + 3):
-            for name, way in WAYS.items():
-                if on_gpu:
-                    torch.cuda.reset_peak_memory_stats()
-                    torch.cuda.synchronize()
-                started = time.perf_counter()
-                with torch.inference_mode():
-                    for _ in range(FORWARDS):
-                        result = way(model, images)
-                if on_gpu:
-                    torch.cuda.synchronize()
-                    peaks[name] = torch.cuda.max_memory_allocated() / 2**30
-                if i >= 3:
-                    times[name].append((time.perf_counter() - started) / FORWARDS)
-                logits[name] = result if name == "logits alone" else result[0]
-                del result
-        plain = times["logits alone"]
-        for name, seconds in times.items():
-            ratio = statistics.median(a / b for a, b in zip(seconds, plain))
-            same = torch.equal(logits[name], logits["logits alone"])
-            speed, memory = (
-                args.batch / statistics.median(seconds),
-                f", {peaks[name]:.2f} GiB" if on_gpu else "",
-            )
-            print(
-                f"{str(precision or torch.float32).removeprefix('torch.'):9} {name:27} {speed:8,.1f} images/s, "
-                f"{ratio:.2f} of the time{memory}, logits {'identical' if same else 'DIFFER'}"
-            )
+    model = ViT(ViTConfig()).eval().to(device)
+    images = torch.randn(args.batch, 3, 224, 224, device=device)
+    for dtype in dtypes:
+        # The weights in float16 are rounded to bfloat16 before, which is no matter for random ones.
+        model.to(dtype)
+        compare(model, images, args.rounds)
 
 
 if __name__ == "__main__":

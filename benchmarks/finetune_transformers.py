@@ -1,8 +1,11 @@
-"""What a user of transformers writes to fine-tune blocks 10 and 11 of a ViT on the photos in DATA/train and DATA/test.
+"""What a user of transformers writes to fine-tune blocks 10 and 11 of a ViT on class folders.
 
-The flags tune it: mixed precision, larger batches, more workers that stay between epochs, photos made small before they are
-turned, and only one evaluation. Prints a line of JSON at the end.
+It trains on the photos in DATA/train and evaluates those in DATA/test. The flags tune it: mixed
+precision, larger batches, more workers that stay between epochs, photos resized before they are
+rotated, and only one evaluation. It prints a line of JSON at the end.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -19,15 +22,25 @@ from torchvision.transforms import (
     Resize,
     ToTensor,
 )
-from transformers import Trainer, TrainingArguments, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    EvalPrediction,
+    Trainer,
+    TrainingArguments,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 
 def freeze(model: nn.Module) -> None:
-    """Let only blocks 10 and 11, the final norm and the classifier train, whatever version or library named them."""
+    """Freeze all but blocks 10 and 11, the final norm and the classifier.
+
+    It knows the names of all versions of transformers, and timm's.
+    """
     for name, parameter in model.named_parameters():
         block = re.search(r"\b(?:layers?|blocks)\.(\d+)\.", name)
-        last = name.startswith(("vit.layernorm.", "classifier.", "norm.", "head."))
-        parameter.requires_grad_(last or bool(block and int(block[1]) in (10, 11)))
+        is_last_block = block is not None and int(block[1]) in (10, 11)
+        is_after_blocks = name.startswith(("vit.layernorm.", "classifier.", "norm.", "head."))
+        parameter.requires_grad_(is_last_block or is_after_blocks)
 
 
 def collate(examples: list) -> dict[str, torch.Tensor]:
@@ -35,8 +48,22 @@ def collate(examples: list) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.stack(images), "labels": torch.tensor(labels)}
 
 
-def accuracy(predicted) -> dict[str, float]:
-    return {"accuracy": float((predicted.predictions.argmax(1) == predicted.label_ids).mean())}
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    is_right = prediction.predictions.argmax(1) == prediction.label_ids
+    return {"accuracy": float(is_right.mean())}
+
+
+def load_photos(
+    data: str, processor: ViTImageProcessor, resize_first: bool
+) -> tuple[ImageFolder, ImageFolder]:
+    """Return the training photos, with augmentation, and the test photos."""
+    resize = Resize((processor.size["height"], processor.size["width"]))
+    to_tensor = [ToTensor(), Normalize(processor.image_mean, processor.image_std)]
+    augment = [RandomHorizontalFlip(), RandomRotation(10)]
+    augment = [resize, *augment] if resize_first else [*augment, resize]
+    train = ImageFolder(f"{data}/train", Compose([*augment, *to_tensor]))
+    test = ImageFolder(f"{data}/test", Compose([resize, *to_tensor]))
+    return train, test
 
 
 def main() -> None:
@@ -52,10 +79,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument(
-        "--persistent", action="store_true", help="workers stay from one epoch to the next"
+        "--persistent", action="store_true", help="keep the workers from one epoch to the next"
     )
     parser.add_argument(
-        "--resize-first", action="store_true", help="turn small photos, not large ones"
+        "--resize-first", action="store_true", help="rotate small photos, not large ones"
     )
     parser.add_argument(
         "--eval-once", action="store_true", help="evaluate at the end only, not after each epoch"
@@ -63,12 +90,7 @@ def main() -> None:
     args = parser.parse_args()
 
     processor = ViTImageProcessor.from_pretrained(args.model)
-    resize = Resize((processor.size["height"], processor.size["width"]))
-    to_tensor = [ToTensor(), Normalize(processor.image_mean, processor.image_std)]
-    augment = [RandomHorizontalFlip(), RandomRotation(10)]
-    augment = [resize, *augment] if args.resize_first else [*augment, resize]
-    train = ImageFolder(f"{args.data}/train", Compose([*augment, *to_tensor]))
-    test = ImageFolder(f"{args.data}/test", Compose([resize, *to_tensor]))
+    train, test = load_photos(args.data, processor, args.resize_first)
     model = ViTForImageClassification.from_pretrained(
         args.model, num_labels=len(train.classes), ignore_mismatched_sizes=True
     )
@@ -98,10 +120,10 @@ def main() -> None:
         compute_metrics=accuracy,
     )
     trainer.train()
-    found = trainer.evaluate()
+    scores = trainer.evaluate()
     trainer.save_model()
-    peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None
-    print(json.dumps({"accuracy": found["eval_accuracy"], "peak_gib": peak}))
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None
+    print(json.dumps({"accuracy": scores["eval_accuracy"], "peak_gib": peak_gib}))
 
 
 if __name__ == "__main__":

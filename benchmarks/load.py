@@ -1,9 +1,10 @@
-"""Wall time and peak memory of a process that loads ViT-B/16 and is ready on the CPU: ours, transformers' and timm's, in turn.
+"""Wall time and peak memory of a process that loads ViT-B/16 on the CPU and is then ready.
 
     python benchmarks/load.py [--runs 5]
 
-Writes a random ViT-B/16 in float32 in both layouts to a temporary folder, warms the file cache, and runs each in processes of
-their own. timm is left out where it is not installed.
+Minivit, transformers and timm (if it is installed) take turns. A random ViT-B/16 in float32 is
+written to a temporary folder, in the layout of transformers and in that of timm. Each load is a
+process of its own, and the first of each fills the disk's cache and does not count.
 """
 
 from __future__ import annotations
@@ -23,73 +24,91 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {
-    "minivit": "from minivit import load_pretrained; model = load_pretrained(sys.argv[1] + '/hub').eval()",
+    "minivit": (
+        "from minivit import load_pretrained; model = load_pretrained(sys.argv[1] + '/hub').eval()"
+    ),
     "transformers": (
         "from transformers import ViTForImageClassification; "
         "model = ViTForImageClassification.from_pretrained(sys.argv[1] + '/hub').eval()"
     ),
-    "timm": "import timm; model = timm.create_model('local-dir:' + sys.argv[1] + '/hub/timm', pretrained=True).eval()",
+    "timm": (
+        "import timm; "
+        "model = timm.create_model("
+        "'local-dir:' + sys.argv[1] + '/hub/timm', pretrained=True).eval()"
+    ),
 }
-CHECK = "; print(sum(p.numel() for p in model.parameters()))"
-PEAK = "; print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])"
+# After loading, each program prints its number of parameters and its peak memory in KiB.
+COUNT = "print(sum(p.numel() for p in model.parameters()))"
+PEAK = "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])"
+NUM_PARAMETERS = 86_567_656
+
+
+def write_model(folder: Path) -> None:
+    """Write a random ViT-B/16 to folder/hub, and in timm's layout to folder/hub/timm."""
+    from minivit import Preprocess, ViT, ViTConfig, save_pretrained
+    from minivit.tools import export
+
+    model = ViT(ViTConfig())
+    model.labels = tuple(f"thing {i}" for i in range(1000))
+    model.preprocess = Preprocess()
+    hub = folder / "hub"
+    hub.mkdir()
+    save_pretrained(model, hub)
+    export.main([str(hub), "--to", "timm"])
+
+
+def measure(code: str, folder: str) -> tuple[float, float]:
+    """Run a program in a process of its own; return its seconds and its peak memory in MiB."""
+    python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}; {COUNT}; {PEAK}", folder],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": python_path},
+    )
+    seconds = time.perf_counter() - started
+    num_parameters, peak_kib = done.stdout.split()[-2:]
+    assert int(num_parameters) == NUM_PARAMETERS
+    return seconds, int(peak_kib) / 1024
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=5)
     runs = parser.parse_args().runs
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from minivit import Preprocess, ViT, ViTConfig, save_pretrained
-    from minivit.tools import export
-
     programs = {name: code for name, code in PROGRAMS.items() if importlib.util.find_spec(name)}
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     with tempfile.TemporaryDirectory() as folder:
-        model = ViT(ViTConfig())
-        model.labels, model.preprocess = tuple(f"thing {i}" for i in range(1000)), Preprocess()
-        hub = Path(folder) / "hub"
-        hub.mkdir()
-        save_pretrained(model, hub)
-        export.main([str(hub), "--to", "timm"])
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
-        for run in range(runs + 1):  # the first warms the caches
+        write_model(Path(folder))
+        for run in range(runs + 1):
             for name, code in programs.items():
-                started = time.perf_counter()
-                command = [sys.executable, "-c", f"import sys; {code}{CHECK}{PEAK}", folder]
-                environment = os.environ | {
-                    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-                }
-                done = subprocess.run(
-                    command, capture_output=True, text=True, check=True, cwd=folder, env=environment
-                )
-                seconds = time.perf_counter() - started
-                count, peak = done.stdout.split()[-2:]
-                assert int(count) == 86_567_656
-                if run:
-                    found[name].append((seconds, int(peak) / 1024))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
-    for name, rows in found.items():
-        seconds, mib = (statistics.median(column) for column in zip(*rows))
+                result = measure(code, folder)
+                if run > 0:
+                    results[name].append(result)
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    for name, pairs in results.items():
         row = {
             "what": name,
-            "seconds": round(seconds, 2),
-            "peak_mib": round(mib),
+            "seconds": round(statistics.median(seconds for seconds, _ in pairs), 2),
+            "peak_mib": round(statistics.median(mib for _, mib in pairs)),
             "runs": runs,
             "commit": commit,
-        }
-        row |= {
             "date": str(datetime.date.today()),
             "machine": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "command": " ".join(["python", *sys.argv]),
         }
-        print(
-            json.dumps(
-                row | {"torch": torch.__version__, "command": " ".join(["python", *sys.argv])}
-            )
-        )
+        print(json.dumps(row))
 
 
 if __name__ == "__main__":

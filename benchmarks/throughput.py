@@ -1,217 +1,275 @@
-"""Images a second of ViT-B/16, blocks 10-11, norm and head training, in steady state: ours, transformers' model and timm's.
+"""Images a second of ViT-B/16 in steady state: ours, transformers' model and timm's.
 
-    python benchmarks/throughput.py [--only train,kept,eval,transformers,timm] [--batch 64,256] [--amp bf16,fp16,off]
+    python benchmarks/throughput.py [--only train,kept,eval,transformers,timm] [--batch 64,256]
+                                    [--amp bf16,fp16,off]
 
-`train` is loop.fit itself on random photos in host memory, augmented on the device, from its second epoch on; `kept` the same
-from the kept tokens of one view; `eval` loop.predict_photos. The other models take steps on one batch over and over, which
-lies on the device and is not augmented. All with and without torch.compile. Figures are medians.
+Blocks 10-11, the final norm and the head train. `train` is train.py's own loop, run_epochs, on
+random photos in host memory, augmented on the device, from its second epoch on. `kept` is the same
+with the kept features of one view, and `eval` is predict_photos. The other libraries' models take
+the same batch over and over; it lies on the device and is not augmented. Everything is measured
+with and without torch.compile. Figures are medians.
 """
+
+from __future__ import annotations
 
 import argparse
 import gc
 import importlib.util
-import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from finetune_transformers import freeze
-from results import parse, record
+from results import dtype_name, parse, record
 from torch import Tensor, nn
 from transformers import ViTForImageClassification
 
 from minivit import load_pretrained
-from minivit import model as model_module
 from minivit.cli import parse_blocks
-from minivit.system import device
-from minivit.training import state
-from minivit.training import step as loop
-from minivit.training.features import working_copy
+from minivit.model import ViTConfig, freeze_except, working_copy
+from minivit.settings import TrainSettings
+from minivit.system import device as devices
+from minivit.train import run_epochs
+from minivit.training.state import new_state
+from minivit.training.step import predict_photos
 
-CLASSES, WARM_UP = 37, 3
+CLASSES = 37
 LOW = "forward, weights in low precision"
-KINDS = {"train": ["train"], "kept": ["kept"], "eval": ["eval"]}
-KINDS |= {"transformers": ["step", "forward", LOW], "timm": ["step", "forward", LOW]}
+OTHERS = ("step", "forward", LOW)  # what is measured of another library's model
+PARTS = {
+    "train": ("train",),
+    "kept": ("kept",),
+    "eval": ("eval",),
+    "transformers": OTHERS,
+    "timm": OTHERS,
+}
 
 
-def fit(
-    folder: Path,
-    pixels: Tensor,
-    on: torch.device,
-    amp: torch.dtype | None,
-    blocks: str,
-    batch: int,
-    **how,
-) -> list[dict]:
-    """Train a fresh model by loop.fit and return its rows; the validation photos are the first 64."""
-    model = load_pretrained(folder, num_classes=CLASSES)
-    cut = model_module.freeze_except(model, parse_blocks(blocks, model.config.depth))
-    run = state.begin(working_copy(model, on, amp, train=True), amp=amp, weight_decay=0.05)
+@dataclass(frozen=True)
+class Case:
+    """How a figure is measured: the checkpoint, where, in which precision, and how often."""
+
+    model: Path
+    device: torch.device
+    amp: torch.dtype | None  # autocast's dtype; None: float32
+    batch: int
+    runs: int  # The figure is the median of these.
+    compiled: bool = False
+
+
+def never_stop() -> bool:
+    return False
+
+
+def train_epochs(
+    case: Case, pixels: Tensor, *, blocks: str, cache_gib: float, cache_views: int = 0
+) -> list[dict[str, float]]:
+    """Train a fresh model with run_epochs, for an epoch more than `runs`, and return its rows.
+
+    The validation photos are the first 64.
+    """
+    settings = TrainSettings(
+        blocks=blocks,
+        epochs=case.runs + 1,
+        batch_size=case.batch,
+        micro_batch=case.batch,
+        cache_views=cache_views,
+        cache_gib=cache_gib,
+        compile=case.compiled,
+    )
+    model = load_pretrained(case.model, num_classes=CLASSES)
+    cut = freeze_except(model, parse_blocks(blocks, model.config.depth))
+    state = new_state(
+        working_copy(model, case.device, case.amp, train=True),
+        cut=cut,
+        amp=case.amp,
+        micro_batch=case.batch,
+        weight_decay=settings.weight_decay,
+    )
     labels = torch.arange(len(pixels)) % CLASSES
-    how |= {
-        "cut": cut,
-        "amp": amp,
-        "batch_size": batch,
-        "micro_batch": batch,
-        "lr": 1e-4,
-        "seed": 0,
-    }
-    return list(loop.fit(run, (pixels, labels), (pixels[:64], labels[:64]), **how))
+    val_split = (pixels[:64], labels[:64])
+    run_epochs(state, (pixels, labels), val_split, settings, never_stop)
+    return state.rows
 
 
-def speed(work: Callable[[], object], images: int, runs: int, on: torch.device) -> float:
-    """Return images a second: the median of runs of `work`, which takes so many, after one that does not count."""
-    wait, seconds = torch.cuda.synchronize if on.type == "cuda" else (lambda: None), []
-    for _ in range(runs + 1):
-        wait()
+def images_per_second(work: Callable[[], object], images: int, case: Case) -> float:
+    """Time `work`, which takes so many images: the median of some runs after one to warm up."""
+    seconds = []
+    for _ in range(case.runs + 1):
+        wait_for(case.device)
         started = time.perf_counter()
         work()
-        wait()
+        wait_for(case.device)
         seconds.append(time.perf_counter() - started)
     return images / statistics.median(seconds[1:])
 
 
-def ours(
-    args: argparse.Namespace,
-    kind: str,
-    pixels: Tensor,
-    batch: int,
-    amp: torch.dtype | None,
-    compiled: bool,
-) -> float:
-    """Measure train.py's own loop in training, or its predictions."""
-    if kind == "eval":
-        model = working_copy(
-            load_pretrained(args.model, num_classes=CLASSES), args.device, amp, train=False
-        )
-        if compiled:
-            model.compile()
-        return speed(
-            lambda: loop.predict_photos(model, pixels, batch=batch),
-            len(pixels),
-            args.runs,
-            args.device,
-        )
-    how = {
-        "epochs": args.runs + 1,
-        "compile": compiled,
-        "cache_views": int(kind == "kept"),
-        "cache_gib": 1e3,
-    }
-    rows = fit(args.model, pixels, args.device, amp, "10-11", batch, **how)
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure_training(case: Case, pixels: Tensor, *, cache_views: int) -> float:
+    """Measure train.py's own loop, from its second epoch on."""
+    rows = train_epochs(case, pixels, blocks="10-11", cache_gib=1e3, cache_views=cache_views)
     return statistics.median(row["images_per_s"] for row in rows[1:])
 
 
-def theirs(
-    args: argparse.Namespace,
-    library: str,
-    kind: str,
-    pixels: Tensor,
-    batch: int,
-    amp: torch.dtype | None,
-    compiled: bool,
-) -> float:
-    """Measure another library's model, in a training step or a forward, under autocast if its weights are in float32."""
-    on, c, dtype = (
-        args.device,
-        load_pretrained(args.model).config,
-        amp if kind == LOW and amp else torch.float32,
-    )
-    if library == "timm":
-        from timm.models.vision_transformer import VisionTransformer
+def measure_predictions(case: Case, pixels: Tensor) -> float:
+    """Measure how train.py predicts the classes of photos."""
+    model = load_pretrained(case.model, num_classes=CLASSES)
+    model = working_copy(model, case.device, case.amp, train=False)
+    if case.compiled:
+        model.compile()
 
-        sizes = {
-            "embed_dim": c.embed_dim,
-            "depth": c.depth,
-            "num_heads": c.num_heads,
-            "mlp_ratio": c.mlp_dim / c.embed_dim,
-        }
-        model = VisionTransformer(c.img_size, c.patch_size, num_classes=CLASSES, **sizes)
-    else:
-        how = {
-            "num_labels": CLASSES,
-            "ignore_mismatched_sizes": True,
-            "attn_implementation": "sdpa",
-        }
-        model = ViTForImageClassification.from_pretrained(args.model, **how)
-    model.train(kind == "step").to(on, dtype)
-    freeze(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=on.type == "cuda")
-    scaler = torch.amp.GradScaler(on.type, enabled=amp is torch.float16)
-    images, labels = (
-        pixels[:batch].to(on, dtype) / 127.5 - 1,
-        torch.arange(batch, device=on) % CLASSES,
+    def predict_all() -> Tensor:
+        return predict_photos(model, pixels, batch=case.batch)
+
+    return images_per_second(predict_all, len(pixels), case)
+
+
+def timm_model(config: ViTConfig) -> nn.Module:
+    """Return timm's model of these sizes, with random weights."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        config.img_size,
+        config.patch_size,
+        num_classes=CLASSES,
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_dim / config.embed_dim,
     )
-    if compiled:
+
+
+def transformers_model(folder: Path) -> nn.Module:
+    """Return transformers' model with the weights in a folder and a new head."""
+    return ViTForImageClassification.from_pretrained(
+        folder, num_labels=CLASSES, ignore_mismatched_sizes=True, attn_implementation="sdpa"
+    )
+
+
+def measure_other(case: Case, library: str, part: str, pixels: Tensor) -> float:
+    """Measure another library's model, in a training step or in the forward pass alone.
+
+    It runs under autocast if its weights are in float32 and `amp` is not.
+    """
+    if library == "timm":
+        model = timm_model(load_pretrained(case.model).config)
+    else:
+        model = transformers_model(case.model)
+    device = case.device
+    dtype = torch.float32
+    if part == LOW and case.amp is not None:
+        dtype = case.amp
+    uses_autocast = case.amp is not None and case.amp != dtype
+    model.train(part == "step").to(device, dtype)
+    freeze(model)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=case.amp is torch.float16)
+    images = pixels[: case.batch].to(device, dtype) / 127.5 - 1
+    labels = torch.arange(case.batch, device=device) % CLASSES
+    if case.compiled:
         model.compile()
 
     def forward() -> Tensor:
-        with torch.autocast(on.type, dtype=amp, enabled=amp not in (None, dtype)):
-            out = model(images)
-        return getattr(out, "logits", out)
+        with torch.autocast(device.type, dtype=case.amp, enabled=uses_autocast):
+            output = model(images)
+        return output if library == "timm" else output.logits
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(nn.functional.cross_entropy(forward().float(), labels)).backward()
+        loss = nn.functional.cross_entropy(forward().float(), labels)
+        scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(trained, 1.0)
+        nn.utils.clip_grad_norm_(trainable, 1.0)
         scaler.step(optimizer)
         scaler.update()
 
-    work, times = step if kind == "step" else torch.no_grad()(forward), max(1, len(pixels) // batch)
-    return speed(lambda: [work() for _ in range(times)], times * batch, args.runs, on)
+    work = step if part == "step" else torch.no_grad()(forward)
+    num_batches = max(1, len(pixels) // case.batch)
+
+    def work_through_batches() -> None:
+        for _ in range(num_batches):
+            work()
+
+    return images_per_second(work_through_batches, num_batches * case.batch, case)
+
+
+def measure(case: Case, name: str, part: str, pixels: Tensor) -> float:
+    """Return the images a second of one of PARTS."""
+    if name == "train":
+        return measure_training(case, pixels, cache_views=0)
+    if name == "kept":
+        return measure_training(case, pixels, cache_views=1)
+    if name == "eval":
+        return measure_predictions(case, pixels)
+    return measure_other(case, name, part, pixels)
+
+
+def list_cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Yield the combinations of batch, precision and compilation that the flags ask for."""
+    for batch in args.batch.split(","):
+        for precision in args.amp.split(","):
+            for compiled in (False,) if args.no_compile else (False, True):
+                amp = devices.pick_amp(precision, args.device)
+                yield Case(args.model, args.device, amp, int(batch), args.runs, compiled)
+
+
+def measure_case(case: Case, name: str, part: str, pixels: Tensor) -> tuple[str, str]:
+    """Measure in a fresh state; return what was measured and the figure, as they are printed."""
+    torch.compiler.reset()
+    gc.collect()
+    on_gpu = case.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(case.device)
+    speed = measure(case, name, part, pixels)
+    memory = f", {devices.peak_gib(case.device):.2f} GiB" if on_gpu else ""
+    who = f"minivit {part}" if name == part else f"{name} {part}"
+    compiled = ", compiled" if case.compiled else ""
+    what = f"{who}, batch {case.batch}, {dtype_name(case.amp)}{compiled}"
+    return what, f"{speed:,.1f} images/s{memory}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default=",".join(KINDS), metavar="NAME,...")
+    parser.add_argument("--only", default=",".join(PARTS), metavar="NAME,...")
     parser.add_argument("--batch", default="64,256", metavar="N,...")
     parser.add_argument("--amp", default="auto", metavar="NAME,...", help="auto, bf16, fp16, off")
     parser.add_argument(
-        "--photos", type=int, default=5120, help="of an epoch, at least a batch; whole batches"
+        "--photos",
+        type=int,
+        default=5120,
+        help="photos in an epoch; at least a batch, and whole batches",
     )
     parser.add_argument("--no-compile", action="store_true")
     args = parse(parser)
-    print(f"--amp auto is {device.pick_amp('auto', args.device) or torch.float32} on {args.device}")
-    size, figures = load_pretrained(args.model).config.img_size, {}
-    pixels = torch.randint(
-        256, (args.photos, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    settings = list(
-        itertools.product(
-            map(int, args.batch.split(",")),
-            args.amp.split(","),
-            (False, True)[: 2 - args.no_compile],
-        )
-    )
+    auto = devices.pick_amp("auto", args.device) or torch.float32
+    print(f"--amp auto is {auto} on {args.device}")
+    size = load_pretrained(args.model).config.img_size
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (args.photos, 3, *size), dtype=torch.uint8, generator=generator)
+    figures: dict[str, str] = {}
     for name in args.only.split(","):
         if name == "timm" and not importlib.util.find_spec("timm"):
             print("timm is not installed")
             continue
-        for kind, (batch, precision, compiled) in itertools.product(KINDS[name], settings):
-            amp = device.pick_amp(precision, args.device)
-            if kind == LOW and amp is None:
-                continue
-            torch.compiler.reset()
-            gc.collect()
-            if args.device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(args.device)
-            how = (pixels, batch, amp, compiled)
-            found = (
-                ours(args, kind, *how) if len(KINDS[name]) == 1 else theirs(args, name, kind, *how)
-            )
-            gib = f", {device.peak_gib(args.device):.2f} GiB" if args.device.type == "cuda" else ""
-            who = f"minivit {kind}" if name == kind else f"{name} {kind}"
-            what = f"{who}, batch {batch}, {str(amp or torch.float32)[6:]}{', compiled' if compiled else ''}"
-            figures[what] = f"{found:,.1f} images/s{gib}"
-            print(f"{what:70} {figures[what]}", flush=True)
-    record(args, figures)
+        for part in PARTS[name]:
+            for case in list_cases(args):
+                if part == LOW and case.amp is None:
+                    continue
+                what, figure = measure_case(case, name, part, pixels)
+                figures[what] = figure
+                print(f"{what:70} {figure}", flush=True)
+    record(figures, args.device, args.record)
 
 
 if __name__ == "__main__":
