@@ -1,1 +1,1 @@
-"""Tools: the commands of `python -m minivit` besides train and infer. Nothing else imports them."""
+"""The commands of `python -m minivit` besides train and infer, which no other room imports."""
