@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""Break the code in small ways, one at a time, and see whether a test notices: python tests/mutate.py [--count 150] [--seed 0]
+"""Break the code in small ways, one at a time, and see whether a test notices.
 
-Each mutant is one change to one place in a copy of the project: a comparison or a sign turned round, a number one more, a
-condition negated, a statement left out. Prints those that no test of their file notices.
+    python tests/mutate.py [--count 150] [--seed 0]
+
+Each mutant changes one place in a copy of the project: a comparison or a sign is reversed, a
+number is increased by one, a condition is negated, or a statement is left out. The command prints
+the mutants that no test of their module notices.
 """
 
 from __future__ import annotations
@@ -15,164 +18,227 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
+# Each module of the core, and the test modules that should notice a change in it.
 TESTS = {
     "model": ["model", "attention", "parity", "families"],
     "attention": ["attention", "score", "explain"],
-    "checkpoints/weights": ["weights", "families", "export", "corruptions"],
-    "training/metrics": ["metrics", "loop"],
-    "training/step": ["loop", "frozen"],
-    "training/features": ["frozen", "loop", "study"],
-    "training/optimizer": ["loop"],
-    "training/state": ["resume", "loop"],
+    "train": ["loop", "resume", "commands"],
+    "training/step": ["loop", "features"],
+    "training/features": ["features", "loop", "study"],
+    "training/views": ["features", "loop", "resume"],
+    "training/optimizer": ["loop", "resume"],
+    "training/state": ["resume", "loop", "features"],
     "training/run_folder": ["resume", "commands"],
+    "training/metrics": ["metrics", "loop"],
+    "checkpoints/weights": ["weights", "families", "export", "corruptions"],
+    "checkpoints/configs": ["weights", "families", "export", "corruptions"],
+    "checkpoints/families": ["weights", "families", "export", "corruptions"],
+    "checkpoints/tensors": ["weights", "families", "export", "corruptions"],
+    "data/augment": ["data"],
+    "data/preprocess": ["photos", "parity", "store"],
 }
-OTHER = {
-    "Lt": "<=",
-    "LtE": "<",
-    "Gt": ">=",
-    "GtE": ">",
-    "Eq": "!=",
-    "NotEq": "==",
-    "Is": "is not",
-    "IsNot": "is",
+# Folders and files right in ROOT that the tests do not need.
+NOT_COPIED = {".git", ".venv", ".cache", "runs", "data", "attention"}
+# The operator that takes the place of each.
+REVERSED = {
+    ast.Lt: "<=",
+    ast.LtE: "<",
+    ast.Gt: ">=",
+    ast.GtE: ">",
+    ast.Eq: "!=",
+    ast.NotEq: "==",
+    ast.Is: "is not",
+    ast.IsNot: "is",
+    ast.In: "not in",
+    ast.NotIn: "in",
+    ast.Add: "-",
+    ast.Sub: "+",
+    ast.Mult: "/",
+    ast.Div: "*",
+    ast.FloorDiv: "*",
+    ast.And: "or",
+    ast.Or: "and",
 }
-OTHER |= {
-    "In": "not in",
-    "NotIn": "in",
-    "Add": "-",
-    "Sub": "+",
-    "Mult": "/",
-    "Div": "*",
-    "FloorDiv": "*",
-    "And": "or",
-    "Or": "and",
-}
-LEFT_OUT = (ast.Assign, ast.AugAssign, ast.Expr, ast.Raise, ast.Return)
+STATEMENTS = (ast.Assign, ast.AugAssign, ast.Expr, ast.Raise, ast.Return)
 
 
-def mutants(source: str) -> Iterator[tuple[int, str, str, str]]:
-    """Yield (line, what was there, what takes its place, the changed source)."""
+class Mutant(NamedTuple):
+    """One change in one module, and the module's source with that change."""
+
+    module: str
+    line: int
+    old: str
+    new: str
+    source: str
+
+
+def node_span(source: str, node: ast.AST) -> slice:
+    """Return where a node stands in the source; ast counts columns in bytes of UTF-8."""
     lines = source.splitlines(keepends=True)
-    starts = [sum(map(len, lines[:i])) for i in range(len(lines))]
 
-    def place(node: ast.AST) -> tuple[int, int]:
-        ends = ((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset))
-        return tuple(
-            starts[line - 1] + len(lines[line - 1].encode()[:column].decode())
-            for line, column in ends
-        )
+    def offset(line: int, column: int) -> int:
+        before = sum(map(len, lines[: line - 1]))
+        return before + len(lines[line - 1].encode()[:column].decode())
 
-    def text(node: ast.AST) -> str:
-        return source[slice(*place(node))]
+    start = offset(node.lineno, node.col_offset)
+    return slice(start, offset(node.end_lineno, node.end_col_offset))
 
-    def turned(left: ast.AST, op: ast.AST, right: ast.AST) -> str:
-        return f"({text(left)}) {OTHER.get(type(op).__name__, '+')} ({text(right)})"
 
+def replacement(source: str, node: ast.AST) -> str | None:
+    """Return what takes the place of an expression or statement, or None if it is left alone."""
+
+    def text(part: ast.AST) -> str:
+        return source[node_span(source, part)]
+
+    def reverse(left: ast.AST, operator: ast.AST, right: ast.AST) -> str:
+        return f"({text(left)}) {REVERSED.get(type(operator), '+')} ({text(right)})"
+
+    if isinstance(node, ast.BinOp):
+        return reverse(node.left, node.op, node.right)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        return reverse(node.left, node.ops[0], node.comparators[0])
+    if isinstance(node, ast.BoolOp):
+        operator = REVERSED[type(node.op)]
+        return f" {operator} ".join(f"({text(value)})" for value in node.values)
+    if isinstance(node, ast.Constant):
+        return other_constant(node.value)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return f"bool({text(node.operand)})"
+    is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    if isinstance(node, STATEMENTS) and not is_docstring:
+        return "pass"
+    return None
+
+
+def other_constant(value: object) -> str | None:
+    """Return another number or the other truth value, or None for text and the like."""
+    if isinstance(value, bool):
+        return repr(not value)
+    if isinstance(value, (int, float)):
+        return repr(value + 1)
+    return None
+
+
+def not_mutated(tree: ast.AST) -> set[int]:
+    """Return the ids of nodes in type annotations and f-strings, which no test need notice."""
+    roots = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+    for node in ast.walk(tree):
+        for field in ("annotation", "returns"):
+            annotation = getattr(node, field, None)
+            if annotation is not None:
+                roots.append(annotation)
+    return {id(child) for root in roots for child in ast.walk(root)}
+
+
+def mutants(module: str, source: str) -> Iterator[Mutant]:
+    """Yield every mutant of a module."""
     tree = ast.parse(source)
-    parts = [
-        getattr(node, field, None) or ast.Pass()
-        for node in ast.walk(tree)
-        for field in ("annotation", "returns")
-    ]
-    parts += [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
-    left_alone = {id(child) for part in parts for child in ast.walk(part)}  # types, and words
+    left_alone = not_mutated(tree)
     for node in ast.walk(tree):
         if not hasattr(node, "lineno") or id(node) in left_alone:
             continue
-        start, end = place(node)
-        old, new = source[start:end], None
-        if isinstance(node, ast.BinOp):
-            new = turned(node.left, node.op, node.right)
-        elif isinstance(node, ast.Compare) and len(node.ops) == 1:
-            new = turned(node.left, node.ops[0], node.comparators[0])
-        elif isinstance(node, ast.BoolOp):
-            new = f" {OTHER[type(node.op).__name__]} ".join(f"({text(v)})" for v in node.values)
-        elif isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
-            new = repr(
-                not node.value
-                if node.value in (True, False) and type(node.value) is bool
-                else node.value + 1
-            )
-        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            new = f"bool({text(node.operand)})"
-        elif isinstance(node, (ast.IfExp, ast.If)) and not isinstance(node.test, ast.NamedExpr):
-            start, end = place(node.test)
-            old, new = source[start:end], f"not ({source[start:end]})"
-        elif isinstance(node, LEFT_OUT) and not (
-            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        ):
-            new = "pass"
+        if isinstance(node, (ast.IfExp, ast.If)):
+            span = node_span(source, node.test)
+            new = None if isinstance(node.test, ast.NamedExpr) else f"not ({source[span]})"
+        else:
+            span = node_span(source, node)
+            new = replacement(source, node)
+        old = source[span]
         if new is not None and "TYPE_CHECKING" not in old:
-            yield node.lineno, old, new, source[:start] + new + source[end:]
+            changed = source[: span.start] + new + source[span.stop :]
+            yield Mutant(module, node.lineno, old, new, changed)
 
 
-def noticed(copy: Path, name: str, changed: str) -> bool:
-    file = copy / "minivit" / f"{name}.py"
-    before = file.read_text(encoding="utf-8")
-    file.write_text(changed, encoding="utf-8")
-    tests = [f"tests/test_{test}.py" for test in TESTS[name]]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+def tests_pass(copy: Path, tests: Iterable[str]) -> bool:
+    """Run test modules in a copy of the project, for ten minutes at most."""
+    paths = [f"tests/test_{test}.py" for test in tests]
     try:
-        environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        return bool(
-            subprocess.run(
-                command, cwd=copy, env=environ, capture_output=True, timeout=600
-            ).returncode
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *paths],
+            cwd=copy,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            timeout=600,
         )
     except subprocess.TimeoutExpired:
-        return True
+        return False
+    return done.returncode == 0
+
+
+def is_noticed(copy: Path, mutant: Mutant) -> bool:
+    """Run a module's tests with the mutant in its place, and then restore the module."""
+    path = copy / "minivit" / f"{mutant.module}.py"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(mutant.source, encoding="utf-8")
+    try:
+        return not tests_pass(copy, TESTS[mutant.module])
     finally:
-        file.write_text(before, encoding="utf-8")
+        path.write_text(before, encoding="utf-8")
+
+
+def copy_project(target: Path) -> Path:
+    """Copy what the tests need of the project."""
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        # minivit/data is needed, and only a folder data/ right in ROOT is not.
+        return NOT_COPIED if Path(folder) == ROOT else {"__pycache__"}
+
+    shutil.copytree(ROOT, target, ignore=ignore, symlinks=True)
+    return target
+
+
+def count_noticed(chosen: list[Mutant], jobs: int) -> int:
+    """Test mutants in so many copies of the project, print the survivors, and count the others."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        copies: SimpleQueue[Path] = SimpleQueue()
+        for i in range(jobs):
+            copies.put(copy_project(Path(folder, f"{i}", "main")))
+
+        def run(mutant: Mutant) -> bool:
+            copy = copies.get()
+            try:
+                noticed = is_noticed(copy, mutant)
+            finally:
+                copies.put(copy)
+            if not noticed:
+                old = " ".join(mutant.old.split())[:100]
+                new = " ".join(mutant.new.split())[:100]
+                print(f"survived: {mutant.module}.py:{mutant.line}: {old}  ->  {new}", flush=True)
+            return noticed
+
+        # Tests that fail on the code as it is would notice every mutant.
+        copy = copies.get()
+        modules = {mutant.module for mutant in chosen}
+        if not tests_pass(copy, sorted({test for module in modules for test in TESTS[module]})):
+            sys.exit("the tests fail without any mutant, or take over ten minutes")
+        copies.put(copy)
+        return sum(pool.map(run, chosen))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--count", type=int, default=150)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=TESTS, help="mutants of this module alone")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--count", type=int, default=150, help="number of mutants")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other mutants")
+    parser.add_argument("--only", choices=TESTS, help="draw mutants of this module only")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants tested at the same time")
     args = parser.parse_args()
     everything = []
-    for name in [args.only] if args.only else TESTS:
-        source = (ROOT / "minivit" / f"{name}.py").read_text(encoding="utf-8")
-        everything += [(name, *mutant) for mutant in mutants(source)]
+    for module in [args.only] if args.only else TESTS:
+        source = (ROOT / "minivit" / f"{module}.py").read_text(encoding="utf-8")
+        everything += mutants(module, source)
     chosen = random.Random(args.seed).sample(everything, min(args.count, len(everything)))
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
-        copies: SimpleQueue[Path] = SimpleQueue()
-        for i in range(args.jobs):
-            skip = shutil.ignore_patterns(".git", ".venv", ".cache", "runs", "data", "__pycache__")
-            copies.put(
-                Path(
-                    shutil.copytree(ROOT, Path(folder, f"{i}", "main"), ignore=skip, symlinks=True)
-                )
-            )
-
-        def run(mutant: tuple) -> bool:
-            name, line, old, new, changed = mutant
-            copy = copies.get()
-            try:
-                caught = noticed(copy, name, changed)
-            finally:
-                copies.put(copy)
-            if not caught:
-                print(
-                    f"survived: {name}.py:{line}: {' '.join(old.split())[:100]}  ->  {' '.join(new.split())[:100]}",
-                    flush=True,
-                )
-            return caught
-
-        caught = sum(pool.map(run, chosen))
-    print(
-        f"{caught} of {len(chosen)} mutants noticed ({caught / len(chosen):.0%}), of {len(everything)} that there are"
-    )
+    noticed = count_noticed(chosen, args.jobs)
+    share = noticed / len(chosen)
+    print(f"{noticed} of {len(chosen)} mutants noticed ({share:.0%}); {len(everything)} exist")
 
 
 if __name__ == "__main__":
