@@ -1,4 +1,8 @@
-"""Fixtures: checkpoints that transformers wrote, a tiny one of ours, drawn photos, and real ones where they can be had."""
+"""Fixtures and helpers that several test modules share.
+
+Checkpoints as transformers writes them, a tiny one of ours, drawn photos, and real photos and
+weights where this machine has them.
+"""
 
 from __future__ import annotations
 
@@ -12,41 +16,42 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_server import serve
 from PIL import Image
-from safetensors.torch import load_file
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # of children too: threads that wait for each other make tiny models slow
+# Tiny models are slow with several threads, because these wait for each other. The variable
+# also reaches the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # no test reaches the Hub; those of the Hub run processes of their own
-)
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's background job ignores it, and so its children would
+# No test may reach the Hub. Tests of downloads start processes that ask a local server instead.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# A shell's background job ignores SIGINT, and so would every process that a test starts from it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
-sys.path.insert(0, str(ROOT))  # train.py and infer.py
+sys.path.insert(0, str(ROOT))  # Tests import train.py and infer.py.
 
 from minivit import Preprocess, ViT, ViTConfig, save_pretrained  # noqa: E402
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Give every parameter values of its own, norms and biases too, so that none can be mistaken for another."""
+    """Set every parameter to random values and return the model in eval mode.
+
+    Norms and biases get random values too, so that a test notices when two tensors are swapped.
+    """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        matrix = parameter.ndim > 1
-        parameter.data = noise * (1.5 * parameter[0].numel() ** -0.5 if matrix else 0.1) + (
-            0 if matrix else parameter.data
-        )
+        if parameter.ndim > 1:
+            parameter.data = noise * (1.5 * parameter[0].numel() ** -0.5)
+        else:
+            parameter.data = noise * 0.1 + parameter.data
     return model.eval()
 
 
 @pytest.fixture(scope="session")
 def vit_b16(tmp_path_factory) -> Path:
-    """ViT-B/16 at its full size, written by transformers in the layout of google/vit-base-patch16-224."""
+    """A random ViT-B/16 of full size, written by transformers like google/vit-base-patch16-224."""
     from transformers import ViTConfig as HubConfig
     from transformers import ViTForImageClassification
 
@@ -54,7 +59,7 @@ def vit_b16(tmp_path_factory) -> Path:
     labels = {i: f"thing {i}" for i in range(1000)}
     config = HubConfig(id2label=labels, label2id={v: k for k, v in labels.items()})
     randomize(ViTForImageClassification(config)).save_pretrained(folder)
-    # As the Hub has it: no resample, no crop, size an int.
+    # The file on the Hub has no resample and no crop either, and its size is an int.
     preprocessor = {
         "do_normalize": True,
         "do_resize": True,
@@ -86,7 +91,7 @@ DINOV2_PREPROCESSOR = {
 
 @pytest.fixture(scope="session")
 def dinov2_s14(tmp_path_factory) -> Path:
-    """DINOv2 ViT-S/14 at its full size, random, in the layout of facebook/dinov2-small: a bare backbone."""
+    """A random DINOv2 ViT-S/14 of full size, like facebook/dinov2-small: it has no classifier."""
     from transformers import Dinov2Config, Dinov2Model
 
     folder = tmp_path_factory.mktemp("dinov2-s14")
@@ -98,43 +103,23 @@ def dinov2_s14(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_weights() -> Path:
-    """A really trained DINOv2 ViT-S/14, made once into .cache by the tool in ../shared where that can run."""
-    folder, tool = ROOT / ".cache" / "dinov2-small", SHARED / "tools" / "real_weights.py"
+    """A trained DINOv2 ViT-S/14, which .ci/run writes before the tests where it can."""
+    folder = ROOT / ".cache" / "dinov2-small"
     if not (folder / "model.safetensors").exists():
-        if not tool.exists():
-            pytest.skip(f"no {tool}")
-        site = ROOT / ".cache" / "site"
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--disable-pip-version-check",
-            "--target",
-            str(site),
-            "onnx",
-        ]
-        made = subprocess.run(pip, capture_output=True, text=True)
-        if made.returncode == 0:
-            path = {"PYTHONPATH": str(site)}
-            made = subprocess.run(
-                [sys.executable, tool, folder],
-                capture_output=True,
-                text=True,
-                env=os.environ | path,
-            )
-        if made.returncode:
-            pytest.skip(f"{tool} cannot run here: {made.stderr.strip()[-200:]}")
+        pytest.skip(
+            f"no {folder}; to write it: pip install onnx,"
+            f" then python ../shared/tools/real_weights.py {folder}"
+        )
     return folder
 
 
 @pytest.fixture(scope="session")
 def pets3(tmp_path_factory) -> Path:
-    """Real photos of three breeds, in a folder that decoded ones can be kept in."""
-    folder, link = SHARED / "data" / "pets3", tmp_path_factory.mktemp("pets3")
+    """Real photos of three breeds, in a folder where the store of decoded photos may be written."""
+    folder = SHARED / "data" / "pets3"
     if not folder.exists():
         pytest.skip(f"no {folder}")
+    link = tmp_path_factory.mktemp("pets3")
     (link / "oxford-iiit-pet").symlink_to(folder / "oxford-iiit-pet")
     return link
 
@@ -150,7 +135,7 @@ def draw_photo(width: int, height: int, seed: int = 0) -> Image.Image:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> list[Path]:
-    """Drawn photos: landscape, portrait, square, small, panorama."""
+    """Drawn photos: landscape, portrait, square, small and a panorama."""
     folder = tmp_path_factory.mktemp("photos")
     paths = []
     for i, size in enumerate([(500, 375), (333, 500), (224, 224), (60, 41), (900, 120)]):
@@ -187,14 +172,14 @@ def tiny_folder(tiny, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_saved(tmp_path_factory) -> Path:
-    """The same, once for many tests; not to be written to."""
+    """The checkpoint of tiny_folder, written once for many tests, which must not write to it."""
     folder = tmp_path_factory.mktemp("tiny")
     save_pretrained(make_tiny(), folder)
     return folder
 
 
 def leave_figures_empty(patch):
-    """Of a tiny model's time, the figures of a run or a photo take three quarters."""
+    """Write empty files for figures, which take three quarters of the time of a tiny run."""
     from minivit.figures import plots
 
     for name in ("draw_attention", "draw_confusion", "draw_curves", "draw_predictions"):
@@ -208,8 +193,12 @@ def no_figures(monkeypatch):
 
 @pytest.fixture(scope="session")
 def shapes_data(tmp_path_factory) -> Path:
-    """Class folders that a tiny ViT can learn: photos mostly red, mostly green, mostly blue; 12 training, 4 test each."""
-    root, rng = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
+    """Class folders that a tiny ViT can learn: mostly red, mostly green and mostly blue photos.
+
+    Each class has 12 photos in train/ and 4 in test/.
+    """
+    root = tmp_path_factory.mktemp("shapes")
+    rng = np.random.default_rng(0)
     for split, n in (("train", 12), ("test", 4)):
         for channel, name in enumerate(("red", "green", "blue")):
             (root / split / name).mkdir(parents=True)
@@ -220,7 +209,30 @@ def shapes_data(tmp_path_factory) -> Path:
     return root
 
 
-# What a row of metrics.jsonl says of the machine rather than of the mathematics.
+# In the order of their labels, which is not alphabetical.
+BREEDS = ["Zorro_cat", "alpha_dog", "Beta_cat"]
+
+
+def make_pets(root: Path, trainval: int = 20, test: int = 3) -> Path:
+    """Write drawn photos of three breeds in the layout of Oxford-IIIT Pet, so many for each breed.
+
+    One more photo is in no listing.
+    """
+    folder = root / "oxford-iiit-pet"
+    (folder / "images").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    for split, start, count in (("trainval", 0, trainval), ("test", trainval, test)):
+        lines = []
+        for label, breed in enumerate(BREEDS, 1):
+            for i in range(start, start + count):
+                draw_photo(40, 30, i).save(folder / "images" / f"{breed}_{i}.jpg")
+                lines.append(f"{breed}_{i} {label} 1 1")
+        (folder / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    draw_photo(40, 30).save(folder / "images" / "unlisted_1.jpg")
+    return root
+
+
+# Columns of metrics.jsonl that depend on the machine and not on the mathematics.
 TIMES = {"images_per_s", "mfu", "seconds", "peak_gib"}
 
 
@@ -237,7 +249,7 @@ def pixels() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_trainable() -> ViT:
-    """Return a tiny ViT of which blocks 10-11, the final norm and the head train."""
+    """Return a tiny ViT whose blocks 10-11, final norm and head are trainable."""
     from minivit.model import freeze_except
 
     model = randomize(ViT(TINY))
@@ -254,7 +266,7 @@ def trainable_vector(model: ViT) -> torch.Tensor:
 
 
 def start_run(model: ViT, *, amp: torch.dtype | None = None, **changes):
-    """Return the state of a run that trains this very model, from block 10 on."""
+    """Return the state of a new run that trains this model itself, not a copy, from block 10 on."""
     from minivit.training.state import new_state
 
     settings = {"cut": 10, "amp": amp, "micro_batch": 4, "weight_decay": 0.05} | changes
@@ -281,22 +293,53 @@ def run_train(model, data, out, *flags) -> int:
 
 
 def rows_of(out: Path) -> list[dict]:
-    """Return the rows of a run, without what they say of the machine."""
+    """Return the rows of a run's metrics.jsonl, without the columns that depend on the machine."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return without_times([json.loads(line) for line in lines])
 
 
 def assert_same_end(out: Path, straight: Path) -> None:
-    """Compare two finished runs: equal bytes, equal tensors in the tail, equal rows, no leftovers.
-
-    The header of tail.safetensors has its keys in no particular order, and times differ.
-    """
-    for name in ("model.safetensors", "config.json", "classes.csv", "confusion.png", "curves.png"):
+    """Compare two finished runs: equal bytes, equal rows apart from times, and no leftovers."""
+    weights = ("model.safetensors", "tail.safetensors")
+    for name in (*weights, "config.json", "classes.csv", "confusion.png", "curves.png"):
         assert (out / name).read_bytes() == (straight / name).read_bytes(), name
-    tail = load_file(out / "tail.safetensors")
-    expected = load_file(straight / "tail.safetensors")
-    assert tail.keys() == expected.keys()
-    assert all(torch.equal(tail[name], expected[name]) for name in expected)
     assert rows_of(out) == rows_of(straight)
     assert not list(out.glob(".*.partial"))
     assert not (out / "state.safetensors").exists()
+
+
+@pytest.fixture
+def hub(tiny_folder):
+    """A server that speaks the Hub's protocol and has the tiny checkpoint as owner/tiny."""
+    with serve(tiny_folder) as state:
+        yield state
+
+
+def run_python(arguments, hub, cache, **environment) -> subprocess.CompletedProcess:
+    """Run Python in a process whose Hub is the server `hub`, or that URL, and return its outcome.
+
+    huggingface-hub reads its environment only once, so tests of downloads need new processes.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    hub_settings = {
+        "HF_ENDPOINT": hub if isinstance(hub, str) else hub.url,
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=inherited | hub_settings | environment,
+        timeout=300,
+    )
+
+
+def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
+    """Check that a process ended with exit code 1 and one line on stderr that holds these parts."""
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    for part in parts:
+        assert part in last, done.stderr

@@ -1,4 +1,7 @@
-"""A server on 127.0.0.1 that speaks the Hub's protocol as huggingface-hub uses it, with faults to order."""
+"""A server on 127.0.0.1 that speaks the Hub's protocol as huggingface-hub uses it.
+
+A test can order a fault.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ TOKEN = "hf_secret"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One repository, owner/tiny, whose files lie in `folder`; weights are redirected, as large files are on the Hub."""
+    """One repository, owner/tiny, whose files lie in `folder`.
+
+    Requests for weights are redirected, as they are for large files on the Hub.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -106,9 +112,10 @@ class Hub(BaseHTTPRequestHandler):
         match = re.fullmatch(r"/owner/(\w+)/resolve/([^/]+)/(.+)", self.path)
         repo, revision, name = match.groups() if match else ("", "", "")
         fault, token = self.hub.fault, self.headers["Authorization"]
-        if fault in ("429", "500") or (fault == "401" and token != f"Bearer {TOKEN}"):
-            code = {"401": "RepoNotFound"}.get(fault)
-            return self.answer(int(fault), {"error": fault}, {"X-Error-Code": code} if code else {})
+        if fault in ("429", "500"):
+            return self.answer(int(fault), {"error": fault})
+        if fault == "401" and token != f"Bearer {TOKEN}":
+            return self.answer(401, {"error": fault}, {"X-Error-Code": "RepoNotFound"})
         if fault == "gated" and token != f"Bearer {TOKEN}":
             return self.answer(
                 401,
@@ -163,9 +170,10 @@ class Hub(BaseHTTPRequestHandler):
         self.wfile.write(data[start:])
 
     def answer(self, status, body, headers=None):
-        body = (
-            body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-        )
+        if body is None:
+            body = b""
+        elif not isinstance(body, bytes):
+            body = json.dumps(body).encode()
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -179,11 +187,13 @@ class Hub(BaseHTTPRequestHandler):
 
 
 class State:
-    """What a test sets and sees."""
+    """What a test sets, such as a fault, and what it sees, such as requests and uploaded files."""
 
     def __init__(self, folder: Path, url: str) -> None:
-        self.folder, self.url, self.fault = folder, url, None
-        self.cdn = url.replace("127.0.0.1", "localhost")  # another host, as on the Hub
+        self.folder = folder
+        self.url = url
+        self.fault: str | None = None
+        self.cdn = url.replace("127.0.0.1", "localhost")  # Large files are on another host.
         self.blobs: dict[str, bytes] = {}
         self.uploaded: dict[str, bytes] = {}
         self.starts: list[int] = []
@@ -193,11 +203,12 @@ class State:
 
 @contextmanager
 def serve(folder: Path) -> Iterator[State]:
+    """Serve a folder as the repository owner/tiny while the context lasts."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.hub = State(folder, f"http://127.0.0.1:{server.server_port}")
-    threading.Thread(
-        target=server.serve_forever, args=(0.01,), daemon=True
-    ).start()  # seconds that shutdown() waits
+    # shutdown() waits for up to one polling interval, so this one is short.
+    polling = {"poll_interval": 0.01}
+    threading.Thread(target=server.serve_forever, kwargs=polling, daemon=True).start()
     yield server.hub
     server.shutdown()
     server.server_close()

@@ -1,4 +1,4 @@
-"""The benchmarks are programs of ours, too: they must start, and measure what they say."""
+"""The benchmarks must start, and measure what they claim to measure."""
 
 from __future__ import annotations
 

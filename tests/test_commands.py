@@ -1,4 +1,4 @@
-"""train.py and infer.py from the outside: what they write, say, and refuse."""
+"""train.py and infer.py as a user runs them: what they write, print and refuse."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def open_size(path):
 
 @pytest.fixture(scope="module")
 def run(shapes_data, tmp_path_factory):
-    """A finished run of tiny_folder's model, and what it printed; not to be written to."""
+    """A finished run of tiny_folder's model, which no test may write to, and what it printed."""
     folder, printed = tmp_path_factory.mktemp("finished"), io.StringIO()
     (folder / "tiny").mkdir()
     save_pretrained(make_tiny(), folder / "tiny")
@@ -59,9 +59,12 @@ def test_a_run_learns_and_writes_all_it_promises(run, tiny_folder):
         "seconds",
     }
     assert summary.keys() >= wanted
-    right = round(summary["test_accuracy"] * 12)
-    last = f"test accuracy {summary['test_accuracy']:.4f} ({right}/12) · macro F1 {summary['test_macro_f1']:.4f}"
-    assert printed.splitlines()[-1] == f"{last} · best epoch {summary['best_epoch']} · {out}"
+    accuracy = summary["test_accuracy"]
+    assert printed.splitlines()[-1] == (
+        f"test accuracy {accuracy:.4f} ({round(accuracy * 12)}/12)"
+        f" · macro F1 {summary['test_macro_f1']:.4f}"
+        f" · best epoch {summary['best_epoch']} · {out}"
+    )
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert (
@@ -69,19 +72,13 @@ def test_a_run_learns_and_writes_all_it_promises(run, tiny_folder):
     )
     for name in ("curves", "confusion", "predictions"):
         assert open_size(out / f"{name}.png")[0] > 300
-    before, after = (
-        load_file(tiny_folder / "model.safetensors"),
-        load_file(out / "model.safetensors"),
-    )
+    before = load_file(tiny_folder / "model.safetensors")
+    after = load_file(out / "model.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {
-        n
-        for n in before
-        if n.startswith(
-            ("vit.encoder.layer.10.", "vit.encoder.layer.11.", "vit.layernorm", "class")
-        )
-    }
-    model, tail = load_pretrained(out), load_file(out / "tail.safetensors")
+    trained = ("vit.encoder.layer.10.", "vit.encoder.layer.11.", "vit.layernorm", "class")
+    assert moved == {name for name in before if name.startswith(trained)}
+    model = load_pretrained(out)
+    tail = load_file(out / "tail.safetensors")
     assert model.labels == ("blue", "green", "red")
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in tail.items())
 
@@ -100,7 +97,7 @@ def test_a_dry_run_says_what_would_train_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_few_kept_views_train_as_well_and_their_later_epochs_run_no_frozen_block(
+def test_two_kept_views_train_as_well_and_too_little_cache_is_refused(
     tiny_folder, shapes_data, tmp_path
 ):
     out = tmp_path / "run"
@@ -201,8 +198,9 @@ def test_too_few_steps_are_named_with_how_many_epochs_would_do(
         run_train(tiny_saved, shapes_data, tmp_path / "run", "--batch-size", batch, "--dry-run")
         == 0
     )
-    said = capsys.readouterr().err
-    assert hint in said and ("steps" in said) == bool(hint)
+    printed = capsys.readouterr().err
+    assert hint in printed
+    assert ("steps" in printed) == bool(hint)
 
 
 def test_a_model_of_another_input_size_is_read_back_as_it_was(
@@ -241,7 +239,7 @@ def test_the_written_weights_are_the_best_epochs_not_the_last(
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_the_same_command_twice_gives_the_same_metrics_and_keeps_the_earlier_run(
+def test_a_command_run_twice_gives_equal_metrics_and_keeps_both_runs(
     run, tiny_folder, shapes_data, tmp_path
 ):
     out = shutil.copytree(run[0], tmp_path / "run")
@@ -407,7 +405,7 @@ def test_infer_refuses_what_cannot_be(tiny_folder, tmp_path, capsys, flags, mess
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_device_without_memory_is_one_line_and_other_runtime_errors_are_ours(monkeypatch, capsys):
+def test_a_full_device_is_one_line_and_other_runtime_errors_are_raised(monkeypatch, capsys):
     from minivit.system import device
 
     def full(_):
@@ -417,8 +415,10 @@ def test_a_device_without_memory_is_one_line_and_other_runtime_errors_are_ours(m
 
     monkeypatch.setattr(device, "pick_device", full)
     assert train.main([]) == 2
-    line = "out of device memory: CUDA out of memory; free some, or try smaller batches or fewer blocks"
-    assert capsys.readouterr().err == f"python -m minivit train: {line}\n"
+    assert capsys.readouterr().err == (
+        "python -m minivit train: out of device memory: CUDA out of memory;"
+        " free some, or try smaller batches or fewer blocks\n"
+    )
     monkeypatch.setattr(device, "pick_device", lambda _: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError):
         train.main([])
@@ -497,12 +497,12 @@ def test_photos_of_any_name_are_printed_and_drawn(tiny_folder, odd_photos, tmp_p
     assert figures == sorted(f"{stem}.png" for stem in stems)
     for path in out.iterdir():
         open_size(path)
-    said = [
+    refusals = [
         line for line in printed.err.splitlines() if "cannot be read" in line or "no such" in line
     ]
-    assert len(said) == 5
+    assert len(refusals) == 5
     for bad in ("directory.jpg", "nowhere.jpg", "fifo.jpg", "/dev/zero", absent):
-        assert sum(f"{bad}: " in line for line in said) == 1
+        assert sum(f"{bad}: " in line for line in refusals) == 1
 
 
 def test_a_photo_whose_name_begins_with_a_dash_is_read_after_two(
@@ -578,15 +578,14 @@ def test_training_works_with_class_folders_of_any_name(tiny_folder, tmp_path, ca
     for name in ("config.json", "summary.json"):
         json.loads((out / name).read_bytes().decode("utf-8"))
     with safe_open(out / "tail.safetensors", "pt") as tail:
-        assert set(json.loads(tail.metadata()["labels"])) == labels
+        description = json.loads(tail.metadata()["minivit"])
+    assert set(description["labels"]) == labels
     for name in ("confusion", "predictions"):
         assert open_size(out / f"{name}.png")[0] < 3_000
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_unreadable_photos_stop_training_before_its_first_step_or_are_left_out(
-    tiny_folder, tmp_path, capsys
-):
+def test_unreadable_photos_stop_training_at_once_or_are_left_out(tiny_folder, tmp_path, capsys):
     data = class_folders(tmp_path / "data", [b"cat", b"dog"])
     bad = data / "dog" / "\x1b[31m.jpg"
     bad.write_text("no photo")
@@ -619,7 +618,8 @@ def test_infer_ends_quietly_when_nobody_reads_on(tiny_folder, photos, tmp_path):
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        process.stdout.close()  # at once: a fast machine is through with all photos before one line of it is read
+        # Close it before a line is read: a fast machine could finish all photos until then.
+        process.stdout.close()
         assert process.stderr.read() == f"model: {tiny_folder}\n"
     assert process.returncode == 141
 
@@ -634,15 +634,17 @@ for i, (event, what) in enumerate(moments):
     if children[-1] == 0:
         sys.stdout, sys.stderr = open(os.devnull, "w"), open(f"{i}.err", "w", 1)
         os.dup2(sys.stderr.fileno(), 2)
-        def interrupt(happens, how):
-            if happens == event and any(str(part).endswith(what) for part in how[:2]):
+        def interrupt(happens, arguments):
+            if happens == event and any(str(part).endswith(what) for part in arguments[:2]):
                 os.kill(os.getpid(), signal.SIGINT)
         sys.addaudithook(interrupt)
         sys.argv = [script, *(flag.format(i=i) for flag in flags), "--out", f"out{i}"]
         runpy.run_path(script, run_name="__main__")
 print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
 """
-MOMENTS = {  # as Python's audit hooks tell of them; numpy's import is in the middle of torch's, which swallows exceptions there
+# The names and arguments of Python's audit events. The test adds two imports: numpy's happens in
+# the middle of torch's, which swallows exceptions there.
+MOMENTS = {
     "train.py": [
         ("open", "red/7.png"),
         ("open", ".partial"),
@@ -669,11 +671,11 @@ def test_an_interrupt_at_any_moment_ends_in_one_line_with_no_half_file(
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | path
     )
-    said = [(tmp_path / f"{i}.err").read_text() for i in range(len(moments))]
-    assert json.loads(done.stdout) == [130] * len(moments), said
-    for err in said:
-        assert "Traceback" not in err
-        assert err.splitlines()[-1].startswith("interrupted")
+    messages = [(tmp_path / f"{i}.err").read_text() for i in range(len(moments))]
+    assert json.loads(done.stdout) == [130] * len(moments), messages
+    for message in messages:
+        assert "Traceback" not in message
+        assert message.splitlines()[-1].startswith("interrupted")
     for path in tmp_path.rglob("*"):
         assert not path.name.endswith(".partial"), path
         if path.suffix == ".png":
@@ -684,13 +686,29 @@ def test_an_interrupt_at_any_moment_ends_in_one_line_with_no_half_file(
             load_file(path)
 
 
-def started(main, cwd, **how):
-    """Run a line as cli.start runs a script's main, without the seconds that torch takes: (exit code, stdout, stderr)."""
-    imports = "import os, signal\nfrom pathlib import Path\nfrom minivit import cli\nfrom minivit.system import files\n"
-    code = f"{imports}def main():\n    {main}\ncli.start(main)"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+STARTED = """
+import os, signal
+from pathlib import Path
+from minivit import cli
+from minivit.system import files
+def main():
+    {line}
+cli.start(main)
+"""
+
+
+def started(line, cwd, preexec_fn=None):
+    """Run a line as the main function of a script; return its exit code, stdout and stderr.
+
+    It starts without torch, which would take seconds.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env=env, **how
+        [sys.executable, "-c", STARTED.format(line=line)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        preexec_fn=preexec_fn,
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -700,14 +718,17 @@ INTERRUPT_ITSELF = "os.kill(os.getpid(), signal.SIGINT); print('on')"
 
 def test_an_interrupt_in_the_middle_of_a_file_removes_it(tmp_path):
     (tmp_path / "a.txt").write_text("old")
-    main = f"with files.whole_file(Path('a.txt')) as partial: partial.write_text('half'); {INTERRUPT_ITSELF}"
-    assert started(main, tmp_path) == (130, "", "\ninterrupted\n")
+    write_half = "with files.whole_file(Path('a.txt')) as partial: partial.write_text('half')"
+    assert started(f"{write_half}; {INTERRUPT_ITSELF}", tmp_path) == (130, "", "\ninterrupted\n")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "old")]
 
 
 def test_an_interrupt_that_was_ignored_from_the_start_stays_so(tmp_path):
-    """As of a shell's background jobs."""
-    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    """A shell starts its background jobs like this."""
+
+    def ignore():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     assert started(INTERRUPT_ITSELF, tmp_path, preexec_fn=ignore) == (0, "on\n", "")
 
 
@@ -715,18 +736,24 @@ def test_names_that_the_terminals_encoding_lacks_are_printed_as_escapes(tmp_path
     assert started(r"print('\N{CAT FACE}.png')", tmp_path) == (0, "\\U0001f431.png\n", "")
 
 
+HELP_WITHOUT_TORCH = """
+import contextlib, sys, socket, train, infer, minivit
+socket.socket.connect = None
+for script in (train, infer):
+    with contextlib.suppress(SystemExit):
+        script.main(['--help'])
+slow = {'torch', 'numpy', 'PIL', 'matplotlib', 'transformers', 'torchvision', 'huggingface_hub'}
+assert not slow & set(sys.modules), slow & set(sys.modules)
+from minivit import load_pretrained
+import minivit.training.step
+slow -= {'torch', 'numpy', 'PIL'}
+assert not slow & set(sys.modules), slow & set(sys.modules)
+"""
+
+
 def test_help_answers_without_torch_and_import_is_quiet():
-    code = (
-        "import contextlib, sys, socket, train, infer, minivit; socket.socket.connect = None\n"
-        "for script in (train, infer):\n"
-        "    with contextlib.suppress(SystemExit): script.main(['--help'])\n"
-        "slow = {'torch', 'numpy', 'PIL', 'matplotlib', 'transformers', 'torchvision', 'huggingface_hub'}\n"
-        "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
-        "from minivit import load_pretrained; import minivit.training.step\n"
-        "slow -= {'torch', 'numpy', 'PIL'}\n"
-        "assert not slow & set(sys.modules), slow & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-c", HELP_WITHOUT_TORCH]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("usage: ") == 2
     assert done.stdout.count("(default: auto)") >= 2
@@ -740,23 +767,24 @@ def test_each_way_to_start_a_command_is_there_and_says_its_own_name(name):
         f"minivit-{name}": [script],
         f"python -m minivit {name}": ["-m", "minivit", name],
     }
-    for said, way in ways.items():
+    for usage, way in ways.items():
         done = subprocess.run(
             [sys.executable, *way, "--device"], capture_output=True, text=True, cwd=ROOT
         )
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith(f"{said}: ") and done.stderr.endswith(f"see {said} --help\n")
+        assert done.stderr.startswith(f"{usage}: ")
+        assert done.stderr.endswith(f"see {usage} --help\n")
 
 
-def test_without_a_command_they_are_listed_and_a_wrong_one_is_refused_in_a_line(capsys):
+def test_no_command_lists_them_and_a_wrong_one_is_refused_in_a_line(capsys):
     for argv in ([], ["--help"]):
         assert __main__.main(argv) == 0
         printed = capsys.readouterr()
         assert all(f"\n  {name} " in printed.out for name in __main__.COMMANDS) and not printed.err
     assert __main__.main(["trian"]) == 2
-    assert (
-        capsys.readouterr().err
-        == f"python -m minivit: no command trian; expected one of {', '.join(__main__.COMMANDS)}\n"
+    expected = ", ".join(__main__.COMMANDS)
+    assert capsys.readouterr().err == (
+        f"python -m minivit: no command trian; expected one of {expected}\n"
     )
 
 

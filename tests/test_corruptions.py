@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import google_npz
 from conftest import ROOT, TINY, randomize
 from safetensors.torch import load_file, save_file
-from test_families import google_npz
 
 import infer
 from minivit import Preprocess, ViT, load_pretrained, save_pretrained

@@ -1,3 +1,5 @@
+"""Data sets: their layouts, splits, download, and augmentation."""
+
 from __future__ import annotations
 
 import hashlib
@@ -14,7 +16,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import draw_photo
+from conftest import BREEDS, draw_photo, make_pets
 from torch.testing import assert_close
 
 from minivit import Preprocess
@@ -22,23 +24,6 @@ from minivit.data.augment import augment, draw_augmentation
 from minivit.data.datasets import list_data, load_data, split_data
 from minivit.data.survey import quick_findings
 from minivit.errors import UserError
-
-BREEDS = ["Zorro_cat", "alpha_dog", "Beta_cat"]  # in label order, which is not the alphabet's
-
-
-def make_pets(root, trainval=20, test=3):
-    folder = root / "oxford-iiit-pet"
-    (folder / "images").mkdir(parents=True)
-    (folder / "annotations").mkdir()
-    for split, start, n in (("trainval", 0, trainval), ("test", trainval, test)):
-        lines = []
-        for label, breed in enumerate(BREEDS, 1):
-            for i in range(start, start + n):
-                draw_photo(40, 30, i).save(folder / "images" / f"{breed}_{i}.jpg")
-                lines.append(f"{breed}_{i} {label} 1 1")
-        (folder / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
-    draw_photo(40, 30).save(folder / "images" / "unlisted_1.jpg")
-    return root
 
 
 @pytest.fixture
@@ -156,7 +141,7 @@ def test_a_class_folder_of_any_name_becomes_a_label(tmp_path):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Serves the two archives as Oxford's server does; torchvision is told where."""
+    """A local server that has the two archives, and from which torchvision downloads them."""
     from torchvision.datasets import OxfordIIITPet
 
     make_pets(tmp_path / "there")

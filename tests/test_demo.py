@@ -1,4 +1,4 @@
-"""The whole story, as `make demo` tells it: the slowest test, and the one that uses everything."""
+"""The whole of `make demo`: the slowest test, and the only one that uses every part."""
 
 from __future__ import annotations
 

@@ -14,9 +14,7 @@ from minivit.system import device
 
 
 @pytest.mark.parametrize("name, index", [("cuda", 3), ("cuda:1", 1)])
-def test_a_memory_limit_is_a_share_of_the_device_that_is_meant_less_cudas_own(
-    monkeypatch, name, index
-):
+def test_a_memory_limit_is_a_share_of_that_device_without_cudas_own(monkeypatch, name, index):
     limits = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(

@@ -1,3 +1,5 @@
+"""The command `doctor`: each defect that it finds in a folder of photos."""
+
 from __future__ import annotations
 
 import json
@@ -19,7 +21,7 @@ from minivit.tools import doctor
 
 
 def photo(seed, size=(96, 72)):
-    """A photo with a texture of its own."""
+    """Return a photo whose texture no other photo has."""
     blobs = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     return Image.fromarray(blobs).resize(size, Image.Resampling.BICUBIC)
 
@@ -32,7 +34,7 @@ def save_photos(folder, seed, n, suffix=".jpg", size=(96, 72), **kwargs):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Class folders with nothing wrong: cats and dogs, each 6 for train, 2 for val, 2 for test."""
+    """Class folders of cats and dogs without defects: 6 photos train, 2 validate, 2 test."""
     for s, (split, n) in enumerate((("train", 6), ("val", 2), ("test", 2))):
         for c, name in enumerate(("cat", "dog")):
             save_photos(tmp_path / split / name, 1000 * s + 100 * c, n)
@@ -41,7 +43,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def pets(tmp_path):
-    """Three breeds in Oxford-IIIT Pet's layout, with masks: each 4 photos to train, 2 to test."""
+    """Oxford-IIIT Pet's layout with masks: 4 training and 2 test photos of each of 3 breeds."""
     folder = tmp_path / "oxford-iiit-pet"
     (folder / "images").mkdir(parents=True)
     (folder / "annotations" / "trimaps").mkdir(parents=True)
@@ -59,7 +61,7 @@ def pets(tmp_path):
 
 
 def found(root):
-    """By kind, the names of what the doctor finds."""
+    """Return the names in the doctor's findings by kind."""
     return {finding.kind: finding.files for finding in doctor.check(root, workers=2)[1]}
 
 
@@ -285,10 +287,8 @@ def pets_folder(name):
     return lambda pets: shutil.rmtree(pets / "oxford-iiit-pet" / name)
 
 
-MASK, IMAGE = (
-    "oxford-iiit-pet/annotations/trimaps/Bengal_0.png",
-    "oxford-iiit-pet/images/Bengal_0.jpg",
-)
+MASK = "oxford-iiit-pet/annotations/trimaps/Bengal_0.png"
+IMAGE = "oxford-iiit-pet/images/Bengal_0.jpg"
 ALL = sorted(
     f"{breed}_{i}" for breed in ("Abyssinian", "beagle", "Bengal") for i in (0, 1, 2, 3, 10, 11)
 )

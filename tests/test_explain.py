@@ -70,10 +70,9 @@ def seeker(preprocess: Preprocess, folder: Path) -> Path:
         model.patch_embed.proj.weight[0, :, :, :] = (
             torch.tensor([1.0, -0.5, -0.5]).view(3, 1, 1) / 256
         )
-        model.patch_embed.proj.bias[1], model.patch_embed.proj.bias[2] = (
-            1,
-            -1,
-        )  # so that the norm keeps redness apart
+        # With these two the norm keeps redness apart.
+        model.patch_embed.proj.bias[1] = 1
+        model.patch_embed.proj.bias[2] = -1
         model.cls_token[0, 0, 1], model.cls_token[0, 0, 2] = 1, -1
     model.labels, model.preprocess = ("a", "b"), preprocess
     folder.mkdir()
@@ -197,9 +196,9 @@ def test_photos_of_any_size_are_drawn(tiny, tmp_path, capsys, preprocess):
         "--out",
         tmp_path / "out",
     )
-    found = answers(*paths, *flags, capsys=capsys)
-    assert len(found) == 6
-    for answer in found:
+    all_answers = answers(*paths, *flags, capsys=capsys)
+    assert len(all_answers) == 6
+    for answer in all_answers:
         assert max(pixels(answer["figure"]).shape) < 4000
         assert Path(answer["html"]).stat().st_size < 3e6
 
@@ -256,10 +255,8 @@ def photo(tmp_path) -> Path:
 def other_folder(tmp_path) -> Path:
     """Another tiny ViT of the same sizes, with other weights and classes."""
     model = randomize(ViT(TINY), seed=1)
-    model.labels, model.preprocess = (
-        ("other 0", "other 1", "other 2", "other 3", "thing 4"),
-        Preprocess((32, 32)),
-    )
+    model.labels = ("other 0", "other 1", "other 2", "other 3", "thing 4")
+    model.preprocess = Preprocess((32, 32))
     (tmp_path / "other").mkdir()
     save_pretrained(model, tmp_path / "other")
     return tmp_path / "other"
@@ -335,9 +332,9 @@ def test_amp_is_the_precision_that_the_model_computes_in(tiny_folder, photo, tmp
         (answer,) = map(json.loads, capsys.readouterr().out.splitlines())
         with torch.no_grad():
             expected = model.to(dtype)(images).float().softmax(1)[0]
-        found = [top["probability"] for top in answer["predictions"]]
-        assert found == pytest.approx(
-            expected.sort(descending=True).values[: len(found)].tolist(), rel=1e-5
+        probabilities = [top["probability"] for top in answer["predictions"]]
+        assert probabilities == pytest.approx(
+            expected.sort(descending=True).values[: len(probabilities)].tolist(), rel=1e-5
         )
 
 
@@ -379,14 +376,14 @@ def test_json_holds_what_the_text_says_and_the_sink_shares(
         p["label"].startswith(("other", "thing 4")) for p in answer["compare"]["predictions"]
     )
     _, printed = run(*flags, capsys=capsys)
-    said = [f"{p['probability']:.3f}  {p['label']}" for p in answer["predictions"]]
+    predictions = [f"{p['probability']:.3f}  {p['label']}" for p in answer["predictions"]]
     base = [f"{p['probability']:.3f}  {p['label']}" for p in answer["compare"]["predictions"]]
     assert printed.out.splitlines() == [
         str(photo),
         str(other_folder),
         *base,
         str(tiny_folder),
-        *said,
+        *predictions,
         str(tmp_path / "out" / "photo.png"),
     ]
 
@@ -478,11 +475,9 @@ def test_a_model_without_a_classifier_has_no_probabilities(tmp_path, photo, caps
 @pytest.mark.parametrize("all_rows", [True, False], ids=["all rows", "one row"])
 def test_registers_are_no_queries_and_have_no_place_in_a_map(photo, all_rows):
     model = randomize(ViT(ViTConfig(**vars(TINY) | {"num_registers": 2})))
-    model.labels, model.preprocess, model.origin = (
-        tuple("abcde"),
-        Preprocess((32, 32)),
-        Origin("registers"),
-    )
+    model.labels = tuple("abcde")
+    model.preprocess = Preprocess((32, 32))
+    model.origin = Origin("registers")
     images = model.preprocess(open_photo(photo))[None]
     with torch.no_grad():
         attn = model.forward_with_attention(images, range(12))[1]
@@ -514,8 +509,8 @@ def test_relevance_explains_the_first_prediction_or_the_target(tiny_folder, phot
         torch.testing.assert_close(
             one.mean_and_heads("relevance", 11)[1:], wanted, rtol=1e-4, atol=1e-7
         )
-        said = one.headline("relevance")
-        assert said.endswith(f", relevance for thing {index}") == (index != logits.argmax())
+        headline = one.headline("relevance")
+        assert headline.endswith(f", relevance for thing {index}") == (index != logits.argmax())
         (row,) = explain.figure_rows(seen, [one], "relevance", [11], heads=False)
         assert np.nansum(row.panels[0].values) * 16 / row.panels[0].values.size == pytest.approx(
             100, rel=0.05

@@ -206,12 +206,12 @@ def test_the_page_may_load_nothing_and_run_only_its_own_script():
         r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', page, re.DOTALL
     )[1]
     directives = dict(part.split(maxsplit=1) for part in policy.split(";"))
-    own = {
+    contents = {
         tag: re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1] for tag in ("script", "style")
     }
     hashes = {
         tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for tag, text in own.items()
+        for tag, text in contents.items()
     }
     assert directives == {
         "default-src": "'none'",
@@ -415,10 +415,8 @@ def point_at(browser, row, column, i=0, *, click=False, kind="mouse", grid=GRID)
         return box.getBoundingClientRect().toJSON()
     """
     rect = browser.execute_script(script)
-    x, y = (
-        rect["x"] + (column + 0.5) / grid[1] * rect["width"],
-        rect["y"] + (row + 0.5) / grid[0] * rect["height"],
-    )
+    x = rect["x"] + (column + 0.5) / grid[1] * rect["width"]
+    y = rect["y"] + (row + 0.5) / grid[0] * rect["height"]
     actions = ActionBuilder(browser, mouse=PointerInput(kind, kind), duration=0)
     actions.pointer_action.move_to_location(int(x), int(y))
     if click:
@@ -606,10 +604,8 @@ def test_other_methods_are_shown_even_for_the_class_token_only(look):
 
 
 def test_two_panes_show_their_own_patches_at_the_same_place(look):
-    whole, cropped = (
-        pane("one"),
-        pane("a name of several lines " * 5, seed=1, box=(60, 80, 260, 200)),
-    )
+    whole = pane("one")
+    cropped = pane("a name of several lines " * 5, seed=1, box=(60, 80, 260, 200))
     browser = look(explorer_page([whole, cropped], PHOTO, "cat.jpg"))
     assert texts(browser, "h2")[0] == "one"
     tops = [find(browser, ".stage", i).rect["y"] for i in (0, 1)]

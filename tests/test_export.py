@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 
 import pytest
 import torch
+from checkpoints import SMALL, TUNED_LABELS, fine_tune, needs_timm, write_by_transformers
 from conftest import DINOV2_PREPROCESSOR, draw_photo, randomize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_families import SMALL, write_by_transformers
 from torch.testing import assert_close
 
 from minivit import ViT, ViTConfig, load_pretrained, save_pretrained
 from minivit.checkpoints.weights import save_tail
 from minivit.data.preprocess import Preprocess
 from minivit.errors import UserError
-from minivit.model import freeze_except
 from minivit.tools import export
-
-LABELS = ("Abyssinian", "boxer", "Egyptian Mau")
-needs_timm = pytest.mark.skipif(
-    importlib.util.find_spec("timm") is None, reason="timm is not installed"
-)
-
-
-def fine_tune(base, folder, **options):
-    """Write the checkpoint and the tail of a run that trained the last two blocks."""
-    model = load_pretrained(base, labels=LABELS, **options).eval()
-    freeze_except(model, [model.config.depth - 2, model.config.depth - 1])
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    folder.mkdir()
-    save_pretrained(model, folder)
-    save_tail(model, folder / "tail.safetensors")
-    return model
 
 
 @pytest.fixture
@@ -50,11 +28,9 @@ def run(tiny_folder, tmp_path):
 @pytest.mark.parametrize("img_size", [None, (48, 24)], ids=["same-size", "48x24"])
 def test_a_tail_finds_its_base_and_gives_identical_logits(img_size, tiny_folder, tmp_path):
     model = fine_tune(tiny_folder, tmp_path / "run", img_size=img_size)
-    tail, whole = (
-        load_pretrained(tmp_path / "run" / "tail.safetensors").eval(),
-        load_pretrained(tmp_path / "run").eval(),
-    )
-    assert tail.labels == whole.labels == LABELS
+    tail = load_pretrained(tmp_path / "run" / "tail.safetensors").eval()
+    whole = load_pretrained(tmp_path / "run").eval()
+    assert tail.labels == whole.labels == TUNED_LABELS
     assert tail.preprocess == whole.preprocess == model.preprocess
     images = model.preprocess(draw_photo(90, 70))[None]
     assert torch.equal(tail(images), model(images))
@@ -186,11 +162,11 @@ def exported(folder, capsys, *args):
 
 def test_an_export_to_timm_comes_back_the_same(run, tmp_path, capsys):
     model, folder = run
-    said = exported(folder, capsys)
-    assert f"checkpoint_path='{folder / 'timm' / 'model.safetensors'}'" in said.out
-    assert "eps of 1e-6, this model's 1e-12" in said.err
+    printed = exported(folder, capsys)
+    assert f"checkpoint_path='{folder / 'timm' / 'model.safetensors'}'" in printed.out
+    assert "eps of 1e-6, this model's 1e-12" in printed.err
     again = load_pretrained(folder / "timm")
-    assert again.labels == LABELS
+    assert again.labels == TUNED_LABELS
     assert again.preprocess == model.preprocess.__class__(
         **{**vars(model.preprocess), "round_margins": True}
     )
@@ -201,7 +177,7 @@ def test_an_export_to_timm_comes_back_the_same(run, tmp_path, capsys):
 def test_what_timm_cannot_hold_is_refused_and_nothing_is_written(tmp_path, capsys):
     config = ViTConfig((28, 28), 14, 24, 2, 3, 48, 3, layer_scale=True, pool="cls+mean")
     model = randomize(ViT(config))
-    model.labels, model.preprocess = LABELS, Preprocess(32, (28, 28))
+    model.labels, model.preprocess = TUNED_LABELS, Preprocess(32, (28, 28))
     (tmp_path / "run").mkdir()
     save_pretrained(model, tmp_path / "run")
     assert export.main([str(tmp_path / "run"), "--to", "timm"]) == 2
@@ -237,7 +213,7 @@ def test_timm_reads_what_was_exported_with_the_same_logits(options, tmp_path, ca
     )
     assert json.loads((tmp_path / "run" / "timm" / "config.json").read_text())[
         "label_names"
-    ] == list(LABELS)
+    ] == list(TUNED_LABELS)
 
 
 @needs_timm

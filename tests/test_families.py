@@ -6,7 +6,6 @@ The models have the true width of their family, random weights and one to three 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import SMALL, SQUASH, google_npz, needs_timm, write_by_transformers
 from conftest import DINOV2_PREPROCESSOR, draw_photo, randomize
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -23,17 +23,6 @@ from minivit.errors import UserError
 
 # transformers and timm have deprecation warnings of their own.
 pytestmark = pytest.mark.filterwarnings("default")
-needs_timm = pytest.mark.skipif(
-    importlib.util.find_spec("timm") is None, reason="timm is not installed"
-)
-
-SQUASH = {
-    "image_processor_type": "ViTImageProcessor",
-    "size": 224,
-    "resample": 2,
-    "image_mean": [0.5] * 3,
-    "image_std": [0.5] * 3,
-}
 DEIT = {  # from facebook's repository; it is so old that its size is an int
     "feature_extractor_type": "DeiTFeatureExtractor",
     "crop_size": 224,
@@ -44,12 +33,6 @@ DEIT = {  # from facebook's repository; it is so old that its size is an int
     "image_std": [0.229, 0.224, 0.225],
     "resample": 3,
     "size": 256,
-}
-SMALL = {
-    "hidden_size": 384,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "intermediate_size": 1536,
 }
 BASE = {
     "hidden_size": 768,
@@ -104,24 +87,6 @@ CHECKPOINTS = {
 }
 
 
-def write_by_transformers(folder: Path, kind: str, sizes: dict, preprocessor: dict):
-    """Write a random checkpoint as transformers does, and return the model."""
-    import transformers
-
-    model_class = getattr(transformers, kind)
-    sizes = {
-        name: value
-        for name, value in sizes.items()
-        if kind.startswith("ViT") or name != "intermediate_size"
-    }
-    labels = {i: f"thing {i}" for i in range(1000)} if "Classification" in kind else {}
-    config = model_class.config_class(**sizes, **({"id2label": labels} if labels else {}))
-    model = randomize(model_class._from_config(config, attn_implementation="eager"))
-    model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    return model
-
-
 def agree(ours, images, hidden_states, attentions, logits=None):
     """Compare every stage with a reference: logits to 1e-4, attention to 1e-5."""
     assert len(attentions) == ours.config.depth
@@ -151,7 +116,7 @@ def photo_batch(model) -> torch.Tensor:
 
 
 def round_trip(model, folder: Path):
-    """Write and read a model again, and make sure that nothing changed."""
+    """Write a model, read it again, and check that nothing changed."""
     folder.mkdir()
     save_pretrained(model, folder)
     again = load_pretrained(folder)
@@ -184,10 +149,8 @@ def test_transformers_families_agree_and_round_trips_are_lossless(
         getattr(reference, "logits", None),
     )
     round_trip(ours, tmp_path / "again")
-    before, after = (
-        load_file(tmp_path / "model.safetensors"),
-        load_file(tmp_path / "again" / "model.safetensors"),
-    )
+    before = load_file(tmp_path / "model.safetensors")
+    after = load_file(tmp_path / "again" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -322,9 +285,9 @@ def test_torchvisions_vit_b_16_agrees_stage_by_stage(torchvision_vit, tmp_path, 
     path = tmp_path / "vit_b_16-c867db91.pth"
     torch.save(torchvision_vit.state_dict(), path)
     ours = load_pretrained(path)
-    said = capsys.readouterr().err
-    assert "assuming that of torchvision's IMAGENET1K_V1, 224 pixels" in said
-    assert "1000 classes without names; assuming ImageNet's" in said
+    warnings = capsys.readouterr().err
+    assert "assuming that of torchvision's IMAGENET1K_V1, 224 pixels" in warnings
+    assert "1000 classes without names; assuming ImageNet's" in warnings
     assert ours.labels[281:283] == ("tabby", "tiger cat")
     images = photo_batch(ours)
     layers = list(torchvision_vit.encoder.layers)
@@ -390,52 +353,11 @@ def test_torchvisions_own_preprocessing_is_ours(photos, torchvision_vit, tmp_pat
     from minivit import open_photo
 
     torch.save(torchvision_vit.state_dict(), tmp_path / "vit_b_16.pth")
-    preprocess, theirs = (
-        load_pretrained(tmp_path / "vit_b_16.pth").preprocess,
-        ViT_B_16_Weights.IMAGENET1K_V1.transforms(),
-    )
+    preprocess = load_pretrained(tmp_path / "vit_b_16.pth").preprocess
+    theirs = ViT_B_16_Weights.IMAGENET1K_V1.transforms()
     odd = draw_photo(503, 375)  # a margin of 59.5 pixels, which torchvision rounds up
     for photo in [odd, *map(open_photo, photos)]:
         assert_close(preprocess(photo), theirs(photo), rtol=0, atol=1e-5)
-
-
-def google_npz(hub: dict[str, torch.Tensor], num_heads: int) -> dict[str, np.ndarray]:
-    """Lay transformers' tensors out as FlaxViT does: kernels transposed, heads split."""
-    hub = {name.removeprefix("vit."): tensor for name, tensor in hub.items()}
-    D = hub["embeddings.cls_token"].shape[-1]
-    split = (num_heads, D // num_heads)
-    flax = {
-        "cls": hub["embeddings.cls_token"],
-        "Transformer/posembed_input/pos_embedding": hub["embeddings.position_embeddings"],
-        "embedding/kernel": hub["embeddings.patch_embeddings.projection.weight"].permute(
-            2, 3, 1, 0
-        ),
-        "embedding/bias": hub["embeddings.patch_embeddings.projection.bias"],
-        "Transformer/encoder_norm/scale": hub["layernorm.weight"],
-        "Transformer/encoder_norm/bias": hub["layernorm.bias"],
-        "head/kernel": hub["classifier.weight"].T,
-        "head/bias": hub["classifier.bias"],
-    }
-    for i in range(len({name.split(".")[2] for name in hub if name.startswith("encoder.layer.")})):
-        theirs, block = f"encoder.layer.{i}.", f"Transformer/encoderblock_{i}/"
-        for part in ("query", "key", "value"):
-            name = f"{block}MultiHeadDotProductAttention_1/{part}/"
-            flax[f"{name}kernel"] = hub[f"{theirs}attention.attention.{part}.weight"].T.reshape(
-                D, *split
-            )
-            flax[f"{name}bias"] = hub[f"{theirs}attention.attention.{part}.bias"].reshape(split)
-        out = hub[f"{theirs}attention.output.dense.weight"].T.reshape(*split, D)
-        flax[f"{block}MultiHeadDotProductAttention_1/out/kernel"] = out
-        flax[f"{block}MultiHeadDotProductAttention_1/out/bias"] = hub[
-            f"{theirs}attention.output.dense.bias"
-        ]
-        for dense, name in enumerate(("intermediate", "output")):
-            flax[f"{block}MlpBlock_3/Dense_{dense}/kernel"] = hub[f"{theirs}{name}.dense.weight"].T
-            flax[f"{block}MlpBlock_3/Dense_{dense}/bias"] = hub[f"{theirs}{name}.dense.bias"]
-        for norm, name in (("LayerNorm_0", "before"), ("LayerNorm_2", "after")):
-            flax[f"{block}{norm}/scale"] = hub[f"{theirs}layernorm_{name}.weight"]
-            flax[f"{block}{norm}/bias"] = hub[f"{theirs}layernorm_{name}.bias"]
-    return {name: tensor.contiguous().numpy() for name, tensor in flax.items()}
 
 
 @pytest.fixture(scope="module")
@@ -601,10 +523,8 @@ def test_another_image_size_resamples_positions_as_transformers_does(kind, img_s
     # What is written must be read by transformers as it is, without a word about interpolation.
     (tmp_path / "again").mkdir()
     save_pretrained(ours, tmp_path / "again")
-    again, reread = (
-        type(theirs).from_pretrained(tmp_path / "again"),
-        load_pretrained(tmp_path / "again"),
-    )
+    again = type(theirs).from_pretrained(tmp_path / "again")
+    reread = load_pretrained(tmp_path / "again")
     assert reread.preprocess.size == img_size
     with torch.no_grad():
         assert torch.equal(reread(images), ours(images))

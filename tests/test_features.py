@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import (
@@ -43,7 +45,7 @@ def fit(state, data, **changes):
     return train_epochs(state, data, **{"epochs": 4} | changes)
 
 
-def test_a_working_copy_trains_in_float32_and_holds_the_rest_in_the_compute_precision():
+def test_a_working_copy_holds_only_trainable_weights_in_float32():
     model = make_trainable()
     copy = working_copy(model, CPU, torch.bfloat16, train=True)
     assert trainable(copy).keys() == trainable(model).keys()
@@ -61,7 +63,7 @@ def test_a_working_copy_trains_in_float32_and_holds_the_rest_in_the_compute_prec
     }  # what is exported keeps every bit
 
 
-def test_a_working_copy_in_float32_is_the_model_itself_in_memory_and_in_numbers():
+def test_a_working_copy_in_float32_shares_the_models_weights():
     model = make_trainable()
     copy = working_copy(model, CPU, None, train=True)
     assert all(p.data_ptr() == q.data_ptr() for p, q in zip(copy.parameters(), model.parameters()))
@@ -70,16 +72,20 @@ def test_a_working_copy_in_float32_is_the_model_itself_in_memory_and_in_numbers(
 
 
 def test_positions_are_resampled_once():
-    model = randomize(ViT(TINY.__class__(**vars(TINY) | {"pos_grid": (5, 7)}))).requires_grad_(
-        False
-    )  # which matmul looks at
-    copy, images = working_copy(model, CPU, None, train=False), torch.randn(2, 3, 32, 32)
+    model = randomize(ViT(replace(TINY, pos_grid=(5, 7))))
+    # A matrix product may take another kernel for weights that require gradients.
+    model.requires_grad_(False)
+    copy = working_copy(model, CPU, None, train=False)
+    images = torch.randn(2, 3, 32, 32)
     assert copy.pos_grid == copy.config.grid
     assert torch.equal(copy(images), model(images))
 
 
 def test_evaluation_in_low_precision_gives_infers_logits_bit_for_bit(pixels):
-    """infer.py takes the whole model in that precision; training takes tokens from its frozen part, kept in memory."""
+    """infer.py runs the whole model in that precision.
+
+    Training evaluates with features that the frozen blocks computed and that are kept in memory.
+    """
     model = make_trainable()
     run = run_of(model, torch.bfloat16)
     fit(run, pixels, epochs=1)
@@ -87,19 +93,21 @@ def test_evaluation_in_low_precision_gives_infers_logits_bit_for_bit(pixels):
     tokens = FeatureExtractor(run.model, 10, batch=4).evaluation(
         pixels[0], torch.arange(9), keep=True
     )
-    found = predict(copy, tokens(), cut=10)
+    logits = predict(copy, tokens(), cut=10)
     set_trainable(model, run.trainable_weights())
-    assert torch.equal(found, predict_photos(model.to(torch.bfloat16), pixels[0], batch=4))
+    assert torch.equal(logits, predict_photos(model.to(torch.bfloat16), pixels[0], batch=4))
 
 
 def test_tokens_are_kept_in_order_or_computed_anew_each_time(pixels, monkeypatch):
-    model, calls, real = make_trainable(), [], FeatureExtractor.__call__
+    model = make_trainable()
+    calls = []
+    real = FeatureExtractor.__call__
     monkeypatch.setattr(FeatureExtractor, "__call__", lambda *args: calls.append(0) or real(*args))
-    own = torch.tensor([1, 3, 5, 7, 8])
-    expected = model.tokens(model.preprocess.normalize(pixels[0][own]), stop=10).detach()
+    indices = torch.tensor([1, 3, 5, 7, 8])
+    expected = model.tokens(model.preprocess.normalize(pixels[0][indices]), stop=10).detach()
     for keep, computed in ((True, 3), (False, 6)):
         calls.clear()
-        tokens = FeatureExtractor(model, 10, batch=2).evaluation(pixels[0], own, keep=keep)
+        tokens = FeatureExtractor(model, 10, batch=2).evaluation(pixels[0], indices, keep=keep)
         for _ in range(2):
             assert_close(torch.cat(list(tokens())), expected)
         assert len(calls) == computed
@@ -107,14 +115,11 @@ def test_tokens_are_kept_in_order_or_computed_anew_each_time(pixels, monkeypatch
 
 @pytest.mark.parametrize("views", [4, 3], ids=["as many as epochs", "fewer"])
 def test_kept_views_change_no_epoch_in_which_they_are_new(pixels, views):
-    plain, kept = (
-        fit(run_of(make_trainable()), pixels),
-        fit(run_of(make_trainable()), pixels, cache_views=views),
-    )
-    for a, b in zip(plain[:views], kept):
-        assert without_times([b])[0] == pytest.approx(
-            without_times([a])[0], rel=1e-5
-        )  # batches of other sizes round otherwise
+    plain = fit(run_of(make_trainable()), pixels)
+    kept = fit(run_of(make_trainable()), pixels, cache_views=views)
+    # Batches of different sizes round differently, hence the tolerance.
+    for row, expected in zip(without_times(kept), without_times(plain[:views])):
+        assert row == pytest.approx(expected, rel=1e-5)
     assert (kept[3]["loss"] == pytest.approx(plain[3]["loss"], rel=1e-5)) == (views == 4)
 
 
@@ -180,7 +185,7 @@ def test_views_that_need_more_memory_than_allowed_are_refused(pixels):
 def test_compiled_training_is_the_same_but_for_rounding(pixels, monkeypatch):
     real, compiled = torch.compile, []
     monkeypatch.setattr(
-        torch, "compile", lambda f, **how: compiled.append(f) or real(f, backend="aot_eager")
+        torch, "compile", lambda f, **_: compiled.append(f) or real(f, backend="aot_eager")
     )
     monkeypatch.setattr(
         TrainableLayers,
@@ -206,7 +211,7 @@ def test_nothing_is_compiled_that_was_not_asked_for(pixels, monkeypatch):
     assert len(asked) == 2  # what is frozen, and what trains
 
 
-def test_blocks_that_stay_frozen_among_those_that_train_take_part_in_low_precision(pixels):
+def test_frozen_blocks_between_trainable_ones_work_in_low_precision(pixels):
     model = make_trainable()
     cut = freeze_except(model, [8, 11])
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -218,8 +223,8 @@ def test_blocks_that_stay_frozen_among_those_that_train_take_part_in_low_precisi
 
 
 def test_what_is_read_ahead_comes_in_order_and_errors_come_through():
-    found = list(to_device_ahead(lambda i: (torch.tensor(i), torch.tensor(-i)), range(20), CPU))
-    assert found == [(i, -i) for i in range(20)]
+    pairs = list(to_device_ahead(lambda i: (torch.tensor(i), torch.tensor(-i)), range(20), CPU))
+    assert pairs == [(i, -i) for i in range(20)]
 
     def broken(i):
         if i == 3:
@@ -247,7 +252,7 @@ def test_flops_are_those_of_vit_b_16(tiny):
     assert model.flops(12) == 0
 
 
-def test_each_epoch_is_evaluated_with_that_epochs_weights_in_low_precision_too(pixels):
+def test_low_precision_evaluates_each_epoch_with_its_own_weights(pixels):
     run = run_of(make_trainable(), torch.bfloat16)
     for epoch in (1, 2):
         fit(run, pixels, epochs=2, lr=1e-2, stop_requested=lambda e=epoch: len(run.rows) == e)
@@ -257,9 +262,7 @@ def test_each_epoch_is_evaluated_with_that_epochs_weights_in_low_precision_too(p
         assert run.rows[-1]["val_loss"] == score_predictions(logits, pixels[1])["loss"]
 
 
-def test_views_come_first_in_the_memory_allowed_and_other_tokens_are_kept_if_there_is_room(
-    pixels, monkeypatch
-):
+def test_kept_views_take_memory_before_features_for_evaluation(pixels, monkeypatch):
     kept, real = [], FeatureExtractor.evaluation
     monkeypatch.setattr(
         FeatureExtractor,
@@ -308,10 +311,9 @@ def test_replayed_kernels_give_the_very_tokens(tiny):
 def test_what_is_held_counts_photos_and_tokens_each_within_its_limit(tiny):
     train, rest = Split([None] * 2**20, [0] * 2**20), Split([None] * 2**19, [0] * 2**19)
     data = Data(("a", "b"), train, rest, rest, None)
-    photos, tokens = (
-        2 * 3 * 32 * 32 / 2**10,
-        1.5 * 17 * 24 * 4 / 2**10,
-    )  # GiB, of 2 and 1.5 million photos
+    # In GiB: the pixels of 2 million photos, and the features of 1.5 million.
+    photos = 2 * 3 * 32 * 32 / 2**10
+    tokens = 1.5 * 17 * 24 * 4 / 2**10
     for cache_gib, store_gib, expected in (
         (4, 8, photos + tokens),
         (2, 8, photos),

@@ -1,3 +1,5 @@
+"""Files appear whole or not at all, and JSON is read back as it was written."""
+
 from __future__ import annotations
 
 import json

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, randomize
+from conftest import ROOT, TINY, assert_one_line, randomize, run_python
 from hub_server import COMMIT, TOKEN, serve
 from safetensors.torch import load_file, save_file
 
@@ -46,27 +46,8 @@ print(model.origin.commit, len(model.labels), model.head.bias.sum().item())
 """
 
 
-@pytest.fixture
-def hub(tiny_folder):
-    with serve(tiny_folder) as state:
-        yield state
-
-
-def run_python(code, hub, cache, **environment):
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    clean |= {
-        "HF_ENDPOINT": hub if isinstance(hub, str) else hub.url,
-        "HF_HOME": str(cache),
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    command = [sys.executable, *code]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=clean | environment, timeout=300
-    )
-
-
 def get(hub, cache, *args, **environment):
-    """Fetch a checkpoint's files in a new process: huggingface-hub reads its environment once."""
+    """Fetch a checkpoint's files in a new process."""
     return run_python(["-c", FETCH, *(args or ("owner/tiny",))], hub, cache, **environment)
 
 
@@ -86,7 +67,7 @@ def test_what_is_fetched_is_loaded(hub, tmp_path, tiny_folder):
 
 
 def incomplete_or_whole(cache: Path) -> list[Path]:
-    """Everything in the cache that claims to be a whole file of weights."""
+    """Return every file in the cache that claims to be a whole file of weights."""
     return [path for path in cache.rglob("*.safetensors") if path.exists()]
 
 
@@ -174,14 +155,6 @@ def test_a_download_that_stays_cut_loads_nothing_and_resumes_later(hub, tmp_path
     hub.fault = None
     done = get(hub, tmp_path / "cache")
     assert done.stdout == expected(tiny_folder), done.stderr
-
-
-def assert_one_line(done, *parts):
-    assert done.returncode == 1, done.stdout
-    assert "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    for part in parts:
-        assert part in last, done.stderr
 
 
 FAULTS = {

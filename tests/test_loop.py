@@ -278,7 +278,7 @@ class Full(torch.autograd.Function):
         return gradient
 
 
-def test_of_a_step_that_ran_out_of_memory_nothing_is_held_while_it_is_redone(tiny, capsys):
+def test_a_step_that_ran_out_of_memory_holds_nothing_while_it_is_redone(tiny, capsys):
     images, labels = batch(8)
     freeze_except(tiny, [10, 11])
     made, alive = [], []
@@ -296,14 +296,18 @@ def test_of_a_step_that_ran_out_of_memory_nothing_is_held_while_it_is_redone(tin
 
 
 def too_much(model, most, name="forward"):
-    """Let a forward pass of more than `most` photos run out of memory, after the first micro-batches went well."""
-    real, seen = getattr(model, name), []
+    """Make a forward pass of more than `most` photos run out of memory; return all batch sizes.
 
-    def limited(x, **how):
+    With `most` 0, the first micro-batch succeeds and the second runs out of memory.
+    """
+    real = getattr(model, name)
+    seen = []
+
+    def limited(x, **options):
         seen.append(len(x))
         if len(x) > most and (most or len(seen) > 1):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(x, **how)
+        return real(x, **options)
 
     setattr(model, name, limited)
     return seen
@@ -317,14 +321,13 @@ def test_out_of_memory_halves_the_micro_batch_and_redoes_the_step(tiny, capsys):
     stepped = trainable_vector(tiny)
     tiny.load_state_dict(kept)
     seen = too_much(tiny, 2)
-    found = step(tiny, sgd(tiny), images, labels, micro_batch=64)
+    result = step(tiny, sgd(tiny), images, labels, micro_batch=64)
     assert seen == [7, 3, 1, 1, 1, 1, 1, 1, 1]
-    assert found[2] == 1
-    assert_close(found[0], expected[0])
+    assert result[2] == 1
+    assert_close(result[0], expected[0])
     assert_close(trainable_vector(tiny), stepped)
-    assert (
-        capsys.readouterr().err.count("out of memory; the step is redone in micro-batches of ") == 2
-    )
+    message = "out of memory; the step is redone in micro-batches of "
+    assert capsys.readouterr().err.count(message) == 2
 
 
 def test_a_step_is_tried_down_to_one_photo_at_a_time(tiny):
@@ -440,10 +443,8 @@ def test_the_mean_loss_weighs_a_short_last_batch_by_its_photos(pixels, monkeypat
 
 def test_a_rehearsal_changes_nothing_and_says_what_fits(tiny, capsys):
     freeze_except(tiny, [10, 11])
-    tiny.labels, before = (
-        ("a", "b"),
-        {name: p.detach().clone() for name, p in tiny.named_parameters()},
-    )
+    tiny.labels = ("a", "b")
+    before = {name: p.detach().clone() for name, p in tiny.named_parameters()}
     seen = too_much(tiny, 2, "logits")
     micro_batch, gib = rehearse(tiny, cut=10, batch_size=8, micro_batch=8, amp=None)
     assert micro_batch == max(seen[-8:]) == 2

@@ -1,3 +1,5 @@
+"""Metrics from confusion matrices, the figures of a run, and the verdict on overfitting."""
+
 from __future__ import annotations
 
 import csv
@@ -41,7 +43,7 @@ def test_metrics_of_a_confusion_matrix_made_by_hand():
     )
 
 
-def test_a_class_that_neither_is_nor_was_predicted_does_not_count_in_macro_f1():
+def test_macro_f1_leaves_out_a_class_that_is_absent_and_never_predicted():
     assert (
         summarize(confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 1]), 4))["macro_f1"] == 1
     )
@@ -123,7 +125,7 @@ OVERFITTING = {
 
 
 @pytest.mark.parametrize("losses, epoch", OVERFITTING.values(), ids=OVERFITTING)
-def test_overfitting_is_validation_loss_that_rises_while_training_loss_falls(losses, epoch):
+def test_overfitting_is_rising_validation_loss_with_falling_training_loss(losses, epoch):
     assert overfits_from(rows_of(*losses)) == epoch
 
 

@@ -1,3 +1,5 @@
+"""The model: attention as a return value, cuts, freezing, and the count of operations."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Stage by stage against transformers in float32, so that a failure names its stage."""
+"""Compare each stage with transformers in float32, so that a failure names its stage."""
 
 from __future__ import annotations
 

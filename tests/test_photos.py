@@ -1,3 +1,5 @@
+"""Photos of every mode, size, orientation and format become the right pixels or an error."""
+
 from __future__ import annotations
 
 import io
@@ -282,7 +284,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch, data, mes
 
 
 def repeated_tags(width=8):
-    """2,000 tags that all point at the same megabyte."""
+    """Return Exif data with 2,000 tags that all point at the same megabyte."""
     tags = [
         tag
         for tag in tiff_tags(width, 8, (274, 3, 1, 6), (273, 4, 1, 8), (279, 4, 1, 64))

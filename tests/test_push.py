@@ -1,4 +1,4 @@
-"""A finished run goes up to the Hub with its card; and what describe says of models and data."""
+"""Push a finished run to the Hub with its model card, and describe models and data sets."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 
 import pytest
 import yaml
-from hub_server import COMMIT, TOKEN, serve
-from test_commands import run_train
-from test_hub import assert_one_line, run_python
+from checkpoints import fine_tune
+from conftest import assert_one_line, run_python, run_train
+from hub_server import COMMIT, TOKEN
 
 from minivit import load_pretrained
 from minivit.errors import UserError
@@ -85,12 +85,6 @@ def test_hub_reads_the_card_as_it_is_meant():
     assert {r.metric_name: r.metric_value for r in results}["accuracy"] == 0.9
 
 
-@pytest.fixture
-def hub(tiny_folder):
-    with serve(tiny_folder) as state:
-        yield state
-
-
 TRAIN = """
 import shutil, sys, torch, train
 from minivit import load_pretrained
@@ -164,7 +158,7 @@ def test_who_may_not_push_learns_why_and_how_to_go_on(hub, tiny_folder, tmp_path
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_training_asks_first_whether_it_may_push_and_a_failed_push_leaves_the_run(
+def test_a_refused_push_trains_nothing_and_a_failed_one_leaves_the_run(
     tiny_folder, shapes_data, tmp_path, monkeypatch, capsys
 ):
     def refuse(*_):
@@ -195,6 +189,11 @@ def described(capsys, *args) -> str:
     return capsys.readouterr().out
 
 
+def described_rows(capsys, *args) -> dict[str, str]:
+    lines = described(capsys, *args).splitlines()
+    return {line[:18].strip(): line[19:] for line in lines}
+
+
 def test_describe_tells_a_model_by_its_config_alone(hub, tmp_path, tiny_folder):
     done = run_python(["-m", "minivit", "describe", "owner/tiny"], hub, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -212,16 +211,13 @@ def test_describe_tells_a_model_by_its_config_alone(hub, tmp_path, tiny_folder):
 
 
 def test_describe_counts_google_vits_parameters_and_those_that_train(vit_b16, capsys):
-    said = described(capsys, str(vit_b16))
-    assert "86,567,656" in said
-    assert (
-        "14,946,280 with blocks 10-11, norm and head" in said
-    )  # with its own head of 1,000, not 37
+    description = described(capsys, str(vit_b16))
+    assert "86,567,656" in description
+    # This counts the checkpoint's head of 1,000 classes, not one of 37.
+    assert "14,946,280 with blocks 10-11, norm and head" in description
 
 
 def test_describe_tells_files_by_their_tensors(tiny_folder, tmp_path, capsys):
-    from test_export import fine_tune
-
     fine_tune(tiny_folder, tmp_path / "run")
     assert "3: Abyssinian, boxer, Egyptian Mau" in described(
         capsys, str(tmp_path / "run" / "tail.safetensors")
@@ -232,16 +228,13 @@ def test_describe_says_which_of_a_folders_files_it_has_a_fact_from(tiny_folder, 
     assert export.main([str(tiny_folder), "--to", "timm", "--out", str(tmp_path)]) == 0
     capsys.readouterr()
     for folder, source in ((tiny_folder, "preprocessor_config.json"), (tmp_path, "config.json")):
-        rows = {
-            line[:18].strip(): line[19:] for line in described(capsys, str(folder)).splitlines()
-        }
+        rows = described_rows(capsys, str(folder))
         assert rows["resizing"].endswith(f"; bilinear  ({source})")
         assert rows["blocks"].endswith("MLP 48  (config.json)")
 
 
 def test_describe_tells_a_data_set(shapes_data, capsys):
-    said = described(capsys, "demo", "--data", str(shapes_data))
-    rows = {line[:18].strip(): line[19:] for line in said.splitlines()}
+    rows = described_rows(capsys, "demo", "--data", str(shapes_data))
     assert rows["photos"].startswith("33 training, 3 validation, 12 test")
     assert rows["width"].startswith("50 to 50 pixels, median 50")
     assert rows["formats"].startswith("48 PNG")
@@ -250,10 +243,7 @@ def test_describe_tells_a_data_set(shapes_data, capsys):
 
 
 def test_describe_tells_pets_cats_from_dogs(pets3, capsys):
-    rows = {
-        line[:18].strip(): line[19:]
-        for line in described(capsys, "demo", "--data", str(pets3)).splitlines()
-    }
+    rows = described_rows(capsys, "demo", "--data", str(pets3))
     assert rows["cats and dogs"].startswith("398 cats, 200 dogs")
     assert rows["licence"].startswith("CC BY-SA 4.0")
 

@@ -1,4 +1,7 @@
-"""Each command in the README is one that minivit takes, and runs; its ten lines of Python run in test_commands.py."""
+"""Each command in the README is one that minivit takes, and it runs.
+
+The README's Python example runs in test_commands.py.
+"""
 
 from __future__ import annotations
 
@@ -16,30 +19,34 @@ from minivit import __main__, cli
 from minivit.tools.demo.drawings import draw_pets
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+# Values for the README's placeholders. The demo draws no Bengal cats, but it draws Siamese ones.
 STANDS_FOR = {
     "AMP": "off",
     "SEED": "0",
     "BLOCKS": "10-11",
     "Bengal": "Siamese",
-}  # a breed that is drawn
+}
 FENCED = re.compile(r"(?s)```\w*\n(.*?)```")
 CODE = [line for block in FENCED.findall(TEXT) for line in block.splitlines()]
 CODE += [re.sub(r"\s+", " ", code) for code in re.findall(r"`([^`]+)`", FENCED.sub("", TEXT))]
 
 
+COMMAND = re.compile(r"(?:python |torchrun .*)(?:-m minivit (\w+)|(train|infer)\.py)(.*)")
+
+
 def commands() -> dict[str, str]:
-    """Find what is given to train, infer and python -m minivit, and the line that gives it."""
-    found = {}
+    """Map each command of the README and its flags to the line that runs it."""
+    lines = {}
     for code in CODE:
-        if match := re.search(
-            r"(?:python |torchrun .*)(?:-m minivit (\w+)|(train|infer)\.py)(.*)", code
-        ):
-            command, script, flags = match.groups()
-            if (command or script) in __main__.COMMANDS and "--help" not in flags:
-                found[f"{command or script}{flags.partition('#')[0].partition(' > ')[0]}"] = code[
-                    match.start() :
-                ]
-    return found
+        match = COMMAND.search(code)
+        if match is None:
+            continue
+        command, script, flags = match.groups()
+        name = command or script
+        if name in __main__.COMMANDS and "--help" not in flags:
+            flags = flags.partition("#")[0].partition(" > ")[0]
+            lines[f"{name}{flags}"] = code[match.start() :]
+    return lines
 
 
 @pytest.mark.parametrize("command", sorted(commands()))
@@ -56,12 +63,13 @@ def test_each_command_is_one_that_minivit_takes(command, monkeypatch):
 
 @pytest.mark.slow
 def test_each_command_runs(tmp_path):
-    """As it stands there, in a folder where what it names is: the demo's checkpoint, and a few drawings as photos."""
+    """Each command runs as written, in a folder that holds all files and folders it names.
+
+    Their place is taken by the demo's checkpoint and a few drawings.
+    """
     draw_pets(tmp_path / "data", per_breed=(5, 2), seed=0, workers=2)
-    images, model = (
-        tmp_path / "data" / "oxford-iiit-pet" / "images",
-        ROOT / "minivit" / "checkpoints" / "demo_model",
-    )
+    images = tmp_path / "data" / "oxford-iiit-pet" / "images"
+    model = ROOT / "minivit" / "checkpoints" / "demo_model"
     (tmp_path / "photos").mkdir()
     for photo in sorted(images.glob("*.jpg"))[::20]:
         (tmp_path / "photos" / photo.name).symlink_to(photo)
@@ -77,32 +85,27 @@ def test_each_command_runs(tmp_path):
     places |= dict.fromkeys(
         ("path/to/pets", "pets3", "DIR", "FOLDER", "runs/demo/drawings"), tmp_path / "data"
     )
-    places |= {"runs/demo/run": tmp_path / "runs" / "pets"}  # not there before it is trained
-    for name, there in places.items():
+    # The first command that trains writes this folder.
+    places |= {"runs/demo/run": tmp_path / "runs" / "pets"}
+    for name, target in places.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).symlink_to(there)
+        (tmp_path / name).symlink_to(target)
     environ = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
-    lines = {line for name, line in commands().items() if name != "demo"}  # which test_demo.py runs
-    for line in sorted(
-        lines, key=lambda line: ("train.py" not in line, line)
-    ):  # what trains leaves runs/pets for the others
+    # test_demo.py runs the demo. Training comes first: it writes runs/pets for the others.
+    lines = {line for name, line in commands().items() if name != "demo"}
+    for line in sorted(lines, key=lambda line: ("train.py" not in line, line)):
         line = re.sub(r"--nproc-per-node 8", "--nproc-per-node 1", line).replace(
             "HOST", "127.0.0.1"
         )
         line = " ".join(STANDS_FOR.get(word, word) for word in line.split(" ") if word)
-        both = (
-            f"{line} --out runs/other & {line}; code=$?; wait; exit $code"
-            if "--nnodes 2" in line
-            else line
-        )
-        print(f"$ {both}", flush=True)
-        assert (
-            subprocess.run(["bash", "-c", both], cwd=tmp_path, env=environ, timeout=600).returncode
-            == 0
-        ), line
+        if "--nnodes 2" in line:
+            line = f"{line} --out runs/other & {line}; code=$?; wait; exit $code"
+        print(f"$ {line}", flush=True)
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environ, timeout=600)
+        assert done.returncode == 0, line
 
 
 def test_the_readme_names_every_command_flag_and_target_as_it_is():
@@ -114,6 +117,11 @@ def test_the_readme_names_every_command_flag_and_target_as_it_is():
         r"`((?:tests|benchmarks|docs|minivit)/[\w./]+)`|\]\(((?:docs|benchmarks)/[\w./]+)\)", TEXT
     ):
         assert (ROOT / "".join(path)).exists(), path
+
+
+def test_every_test_that_a_document_names_exists():
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
-    for name in re.findall(r"`(test_\w+)`", TEXT):
-        assert f"def {name}(" in sources, name
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        # Shorter names, such as test_accuracy, are keys of summary.json.
+        for name in re.findall(r"`(test(?:_[a-z0-9]+){3,})`", path.read_text(encoding="utf-8")):
+            assert f"def {name}(" in sources, f"{path.name} names {name}"

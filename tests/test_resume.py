@@ -1,4 +1,7 @@
-"""What a run leaves on disk when it is stopped, killed or out of room, and that going on ends where it would have."""
+"""What a run leaves on disk when it is stopped or killed or the disk is full.
+
+A resumed run must end as if nothing had stopped it.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def straight(tiny_saved, shapes_data, tmp_path_factory):
 
 
 def stop_in_step(monkeypatch, number, then=lambda: os.kill(os.getpid(), signal.SIGTERM)):
-    """Do something in the middle of a run's step of this number, once."""
+    """Call a function once, in the middle of the step of this number."""
     real, taken = steps.train_step, []
 
     def step(*args, **kwargs):
@@ -134,7 +137,7 @@ def test_fp16_goes_on_with_its_scaler(pixels, tmp_path):
     assert (second.step, second.scaler.state_dict()) == (whole.step, whole.scaler.state_dict())
 
 
-def test_the_best_epochs_weights_come_back_whether_or_not_they_are_the_last(pixels, tmp_path):
+def test_the_best_epochs_weights_come_back_even_if_it_is_not_the_last(pixels, tmp_path):
     run = start_run(make_trainable())
     train_epochs(run, pixels, lr=1e-2, stop_requested=lambda: bool(run.rows))
     last = run.trainable_weights()
@@ -239,7 +242,7 @@ def test_a_finished_run_is_not_run_again_and_an_absent_one_begins(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_without_resume_an_interrupted_run_is_kept_aside_and_can_go_on_there(
+def test_without_resume_an_interrupted_run_is_moved_and_can_go_on_there(
     tiny_saved, shapes_data, straight, tmp_path, monkeypatch
 ):
     out = tmp_path / "run"
@@ -270,9 +273,9 @@ def test_a_second_run_into_the_same_folder_is_refused_until_the_first_ends(
         (out / ".1.partial").write_text("left by a killed run")
         other.kill()
     assert code == 2
-    assert (
-        capsys.readouterr().err
-        == f"python -m minivit train: {out}: another run is writing there; wait for its end or give another --out\n"
+    assert capsys.readouterr().err == (
+        f"python -m minivit train: {out}: another run is writing there;"
+        " wait for its end or give another --out\n"
     )
     assert left == [".lock"]
     assert run_train(tiny_saved, shapes_data, out, "--epochs", "1") == 0
@@ -282,7 +285,9 @@ def test_a_second_run_into_the_same_folder_is_refused_until_the_first_ends(
 def test_a_full_disk_is_one_line_and_the_last_good_state_stays(
     tiny_saved, shapes_data, straight, tmp_path, monkeypatch, capsys
 ):
-    out, real, saved = tmp_path / "run", tensors.save_file, []
+    out = tmp_path / "run"
+    real = tensors.save_file
+    saved = []
 
     def full(contents, path, metadata):
         saved.append(path)
@@ -295,9 +300,8 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_stays(
         patch.setattr(tensors, "save_file", full)
         assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        last
-        == f"python -m minivit train: {out / runs.STATE}: cannot be written (No space left on device)"
+    assert last == (
+        f"python -m minivit train: {out / runs.STATE}: cannot be written (No space left on device)"
     )
     assert sorted(path.name for path in out.iterdir()) == [".lock", "metrics.jsonl", runs.STATE]
     assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume") == 0
@@ -384,7 +388,10 @@ print(json.dumps(died))
 def test_runs_killed_at_any_moment_go_on_to_the_same_bytes(
     tiny_saved, shapes_data, tmp_path, kills
 ):
-    """Half of them at random times, half in the middle of a save; forked from one process, which has imported torch."""
+    """Kill half of the runs at random times and half in the middle of a save.
+
+    All are forked from one process that has imported torch, which saves seconds for each.
+    """
     flags = [
         "--model",
         tiny_saved,

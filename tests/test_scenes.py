@@ -1,3 +1,5 @@
+"""The drawings of the demo: animals, rooms, masks, and the data set made from them."""
+
 from __future__ import annotations
 
 import hashlib
@@ -128,7 +130,7 @@ def test_one_seed_gives_one_data_set_whatever_the_number_of_workers(pets, tmp_pa
     assert not set(others) & set(digest(pets))
 
 
-def test_drawing_again_leaves_nothing_of_the_earlier_drawing_and_nothing_half(tmp_path):
+def test_drawing_again_replaces_the_earlier_drawing_as_a_whole(tmp_path):
     for per_breed in ((2, 2), (1, 1)):
         draw_pets(tmp_path, per_breed=per_breed, seed=0, workers=1)
     assert len(list((tmp_path / "oxford-iiit-pet" / "images").iterdir())) == 2 * len(BREEDS)

@@ -397,10 +397,8 @@ def test_photos_without_a_pet_to_look_at_are_counted_and_named(pets, folders, ca
     (trimaps / "dog_breed_6.png").write_bytes(b"\x89PNG no more")
     (pets / "images" / "dog_breed_7.jpg").write_bytes(b"no photo")
     assert run(pets, "--model", folders[0]) == 0
-    printed, summary = (
-        capsys.readouterr().out,
-        json.loads((pets.parent / "out" / "score.json").read_text()),
-    )
+    printed = capsys.readouterr().out
+    summary = json.loads((pets.parent / "out" / "score.json").read_text())
     assert summary["photos"] == 3
     assert summary["left_out"] == {
         "mask cannot be read": ["dog_breed_6.jpg"],
@@ -584,15 +582,13 @@ def test_processes_read_the_same_and_leave_out_the_same(pets, monkeypatch):
     model, paths = looking_model(1), sorted((pets / "images").iterdir())
     (pets / "annotations" / "trimaps" / f"{paths[3].stem}.png").unlink()
     paths[5].write_bytes(b"no photo")
-    here = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
+    options = {"blocks": [1], "methods": ("attention",), "workers": 2}
+    in_threads = measure.measure({"model": model}, paths, **options)
     monkeypatch.setattr(workers, "WORTH_STARTING_BYTES", 1)
-    there = measure.measure({"model": model}, paths, blocks=[1], methods=("attention",), workers=2)
-    np.testing.assert_array_equal(here.scores["model"], there.scores["model"])
-    assert (
-        here.left_out
-        == there.left_out
-        == {"mask missing": [paths[3].name], "photo cannot be read": [paths[5].name]}
-    )
+    in_processes = measure.measure({"model": model}, paths, **options)
+    np.testing.assert_array_equal(in_threads.scores["model"], in_processes.scores["model"])
+    left_out = {"mask missing": [paths[3].name], "photo cannot be read": [paths[5].name]}
+    assert in_threads.left_out == in_processes.left_out == left_out
 
 
 def test_nothing_of_a_batch_is_kept_but_its_scores_and_one_map(pets, monkeypatch):

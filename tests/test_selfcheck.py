@@ -1,3 +1,5 @@
+"""The command `selfcheck` passes on this machine and finds each planted defect."""
+
 from __future__ import annotations
 
 import pytest

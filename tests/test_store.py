@@ -1,4 +1,4 @@
-"""The store of decoded photos: what it contains, when it is made anew, and life without it."""
+"""The store of decoded photos: its contents, when it is written anew, and runs without it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import draw_photo
-from test_data import make_pets
+from conftest import draw_photo, make_pets
 
 from minivit import Preprocess, open_photo
 from minivit.data import preprocess, store
@@ -47,7 +46,7 @@ def made(root):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The photos that were decoded."""
+    """The list of the photos that have been decoded."""
     seen = []
     monkeypatch.setattr(
         preprocess, "open_photo", lambda path: seen.append(path) or open_photo(path)
@@ -65,7 +64,7 @@ def assert_aligned(data, decoded):
 
 @pytest.fixture
 def two_processes(monkeypatch):
-    """Decoding in processes, as where photos are many: five at a time."""
+    """Decode in processes, five photos at a time, as is otherwise done only for many photos."""
     monkeypatch.setattr(workers, "WORTH_STARTING_BYTES", 1)
     monkeypatch.setattr(store, "CHUNK", 5)
 
@@ -108,9 +107,7 @@ def test_decoding_gives_inference_pixels(pets, cap_gib, capsys):
     assert ("each epoch decodes them anew" in capsys.readouterr().err) == (cap_gib < 1)
 
 
-def test_a_second_run_decodes_nothing_whatever_its_split_and_the_way_to_the_photos(
-    pets, opened, monkeypatch
-):
+def test_a_second_run_with_another_split_or_path_decodes_nothing(pets, opened, monkeypatch):
     decode_all(load_data(pets, seed=0))
     assert len(opened) == 24
     opened.clear()
@@ -220,7 +217,7 @@ def test_where_too_little_is_free_photos_are_decoded_anew(pets, monkeypatch, cap
         decode_all(load_data(pets, seed=0), skip_bad=True)
 
 
-def test_beside_photos_that_cannot_be_written_to_it_lies_in_the_users_cache(
+def test_the_store_of_a_read_only_data_folder_is_in_the_users_cache(
     pets, opened, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -234,7 +231,7 @@ def test_beside_photos_that_cannot_be_written_to_it_lies_in_the_users_cache(
     assert capsys.readouterr().err.count("cannot be written to; the decoded photos go into") == 1
 
 
-def test_a_photo_that_vanishes_after_the_listing_is_named_where_there_is_no_store(pets):
+def test_a_photo_that_vanishes_is_named_where_there_is_no_store(pets):
     data, decoded = decode_all(load_data(pets, seed=0), cap_gib=1e-9)
     data.train.paths[1].unlink()
     with pytest.raises(UserError, match=f"{data.train.paths[1].name}: no such photo"):
@@ -304,7 +301,7 @@ def test_too_many_unreadable_photos_cannot_be_left_out(pets, which, message):
         decode_all(data, workers=2, skip_bad=True)
 
 
-def test_odd_metadata_gives_no_warning_and_leaves_the_warning_filters_alone(pets, monkeypatch):
+def test_odd_metadata_gives_no_warning_and_keeps_the_warning_filters(pets, monkeypatch):
     """Pillow warns of such a palette.
 
     Threads must not let that warning through, nor leave other warning filters behind.

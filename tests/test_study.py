@@ -1,4 +1,4 @@
-"""study: the grid, its runs compared with those of train.py, continuing, and what it says."""
+"""The command `study`: its grid, its runs compared with train.py's, resuming, and its output."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_shots_that_the_photos_do_not_allow_are_left_out_and_said(shapes_data, c
     assert message in capsys.readouterr().err
 
 
-def test_an_interrupted_study_goes_on_to_the_same_rows_and_a_finished_one_runs_nothing(
+def test_an_interrupted_study_resumes_and_a_finished_one_runs_nothing(
     whole, tiny_saved, shapes_data, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "study"
@@ -157,7 +157,10 @@ def test_a_dry_run_says_how_long_and_writes_nothing(tiny_saved, shapes_data, tmp
 
 def test_more_tokens_than_allowed_are_refused(tiny_saved, shapes_data, tmp_path, capsys):
     assert run(tiny_saved, shapes_data, tmp_path / "out", *GRID, "--cache-gib", "1e-6") == 2
-    assert "raise --cache-gib 1e-06, or lower --views 2" in capsys.readouterr().err
+    assert (
+        "more than --cache-gib 1e-06; allow more, or keep fewer than 2 --views"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_estimate_counts_steps_evaluations_and_the_test(tiny_saved, shapes_data, monkeypatch):

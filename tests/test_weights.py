@@ -1,3 +1,5 @@
+"""Checkpoints are written and read without loss, and a new head replaces one that differs."""
+
 from __future__ import annotations
 
 import json
@@ -27,10 +29,8 @@ def test_what_was_frozen_is_written_back_byte_for_byte(family, request, tmp_path
     model = load_pretrained(source, num_classes=3)
     torch.nn.init.ones_(model.blocks[11].mlp.fc2.bias)
     save_pretrained(model, tmp_path)
-    before, after = (
-        load_file(source / "model.safetensors"),
-        load_file(tmp_path / "model.safetensors"),
-    )
+    before = load_file(source / "model.safetensors")
+    after = load_file(tmp_path / "model.safetensors")
     prefix = "" if family == "vit_b16" else "dinov2."
     changed = [
         name

@@ -1,4 +1,4 @@
-"""Work in other processes, and in a thread behind: its order, its errors, and its end."""
+"""Work in other processes and in a background thread: its order, its errors and its end."""
 
 from __future__ import annotations
 
