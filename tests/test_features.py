@@ -303,8 +303,8 @@ def test_replayed_kernels_give_the_very_tokens(tiny):
         )
         draws = torch.rand(size, 5, device="cuda")
         with torch.no_grad():
-            assert torch.equal(compute(images, draws), compute.tokens(images, draws))
-        replayed.append(compute.replay.size if compute.replay else 0)
+            assert torch.equal(compute(images, draws), compute.extract(images, draws))
+        replayed.append(compute.graph.size if compute.graph else 0)
     assert replayed == [0, 4, 4, 4, 4, 4, 4, 3, 3]  # a last batch of an epoch does not take it away
 
 
