@@ -70,11 +70,13 @@ def test_each_command_runs(tmp_path):
     draw_pets(tmp_path / "data", per_breed=(5, 2), seed=0, workers=2)
     images = tmp_path / "data" / "oxford-iiit-pet" / "images"
     model = ROOT / "minivit" / "checkpoints" / "demo_model"
-    (tmp_path / "photos").mkdir()
-    for photo in sorted(images.glob("*.jpg"))[::20]:
-        (tmp_path / "photos" / photo.name).symlink_to(photo)
+    for name, breed in (("cat", "Siamese"), ("dog", "Husky")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for photo in images.glob(f"{breed}_*.jpg"):
+            (tmp_path / "photos" / name / photo.name).symlink_to(photo)
     places = {
         "cat.jpg": next(images.glob("*.jpg")),
+        "PHOTO": next(images.glob("*.jpg")),
         "train.py": ROOT / "train.py",
         "infer.py": ROOT / "infer.py",
     }
@@ -86,7 +88,7 @@ def test_each_command_runs(tmp_path):
         ("path/to/pets", "pets3", "DIR", "FOLDER", "runs/demo/drawings"), tmp_path / "data"
     )
     # The first command that trains writes this folder.
-    places |= {"runs/demo/run": tmp_path / "runs" / "pets"}
+    places |= dict.fromkeys(("runs/demo/run", "RUN"), tmp_path / "runs" / "pets")
     for name, target in places.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(target)
@@ -125,3 +127,46 @@ def test_every_test_that_a_document_names_exists():
         # Shorter names, such as test_accuracy, are keys of summary.json.
         for name in re.findall(r"`(test(?:_[a-z0-9]+){3,})`", path.read_text(encoding="utf-8")):
             assert f"def {name}(" in sources, f"{path.name} names {name}"
+
+
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
+def prose_of(page):
+    """Return the paragraphs of a page, without code blocks, tables, headings and figures."""
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    lines = []
+    for line in text.splitlines():
+        is_prose = not line.lstrip().startswith(("|", "#", "!", "<", "    "))
+        lines.append(line if is_prose else "")
+    paragraphs = re.split(r"\n\s*\n|\n(?=\s*(?:-|\d+\.) )", "\n".join(lines))
+    return [paragraph for paragraph in paragraphs if paragraph.strip()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_to_files_and_headings(page):
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)#\s]*#?[^)\s]*)\)", text):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"(?m)^#+ (.*)$", file.read_text(encoding="utf-8"))
+            anchors = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert anchor in anchors, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_are_readable(page):
+    paragraphs = prose_of(page)
+    assert max(len(paragraph.split()) for paragraph in paragraphs) <= 90
+    assert not re.search(r"\b20\d\d-\d\d-\d\d\b", "\n".join(paragraphs))
+
+
+def test_the_readme_is_short_and_shows_python_early():
+    lines = TEXT.splitlines()
+    assert len(lines) <= 200
+    assert len(TEXT.split()) <= 1500
+    assert lines.index("```python") < 60
