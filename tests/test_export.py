@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from minivit import ViT, ViTConfig, load_pretrained, save_pretrained
+from minivit.checkpoints.configs import timm_config
 from minivit.checkpoints.weights import save_tail
 from minivit.data.preprocess import Preprocess
 from minivit.errors import UserError
@@ -237,3 +238,12 @@ def test_timm_reads_exported_dinov2_backbones(kind, tmp_path, capsys):
     again = load_pretrained(tmp_path / "timm").eval()
     with torch.no_grad():
         assert_close(again(images), model(images), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [{"qkv_bias": False}, {"num_registers": 2}], ids=str)
+def test_a_model_that_timm_lacks_is_refused_by_name(config):
+    sizes = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    model = ViT(ViTConfig(**sizes, **config))
+    model.preprocess = Preprocess((32, 32))
+    with pytest.raises(UserError, match="timm has no ViT with qkv_bias"):
+        timm_config(model)

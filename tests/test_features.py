@@ -269,7 +269,7 @@ def test_kept_views_take_memory_before_features_for_evaluation(pixels, monkeypat
         "evaluation",
         lambda *args, keep: kept.append(keep) or real(*args, keep=keep),
     )
-    gib = features_gib(make_trainable(), 9)
+    gib = features_gib(make_trainable(), 9, cut=10)
     for room, expected in ((3.9, False), (4.1, True)):  # 2 views, and the photos of both splits
         kept.clear()
         fit(run_of(make_trainable()), pixels, cache_views=2, cache_gib=room * gib, epochs=3)

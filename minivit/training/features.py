@@ -236,7 +236,7 @@ def features_shape(model: ViT, cut: int) -> tuple[int, int]:
     return 1 if only_class_token else config.num_tokens, config.embed_dim
 
 
-def features_gib(model: ViT, n: int, cut: int = 0) -> float:
+def features_gib(model: ViT, n: int, cut: int) -> float:
     """Return how much host memory the features of n photos take, in GiB."""
     bytes_per_photo = math.prod(features_shape(model, cut)) * model.cls_token.dtype.itemsize
     return n * bytes_per_photo / 2**30

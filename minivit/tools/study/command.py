@@ -170,7 +170,7 @@ def check_memory(
     """Raise UserError if the features take more memory than --cache-gib allows."""
     from ...training.features import features_gib
 
-    gib = features_gib(model, num_photos + num_views * num_train)
+    gib = features_gib(model, num_photos + num_views * num_train, cut=0)
     if gib > cache_gib:
         raise UserError(
             f"the features of all photos take {gib:.1f} GiB, more than --cache-gib "
