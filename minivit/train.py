@@ -49,7 +49,7 @@ from .training.state import RunState, new_state, save_state, set_trainable
 from .training.step import mean_loss, predict, predict_photos, score_predictions, train_epoch
 from .training.views import TrainingPhotos
 
-Split = tuple[Pixels | Tensor, Tensor]  # pixels, uint8 (n, 3, h, w), and labels (n,)
+PixelsAndLabels = tuple[Pixels | Tensor, Tensor]  # pixels, uint8 (n, 3, h, w), and labels (n,)
 
 # From this many test photos on, drawing the figures takes as long as testing, so that worker
 # processes draw them meanwhile.
@@ -119,8 +119,8 @@ def train(settings: TrainSettings) -> int:
 
 def run_epochs(
     state: RunState,
-    train_split: Split,
-    val_split: Split,
+    train_split: PixelsAndLabels,
+    val_split: PixelsAndLabels,
     settings: TrainSettings,
     stop_requested: Callable[[], bool],
     recorder: Recorder | None = None,
@@ -189,8 +189,8 @@ class Evaluation:
         self,
         state: RunState,
         extractor: FeatureExtractor,
-        train_split: Split,
-        val_split: Split,
+        train_split: PixelsAndLabels,
+        val_split: PixelsAndLabels,
         *,
         keep: bool,
     ) -> None:
@@ -265,12 +265,16 @@ class Recorder:
         self.out = Path(settings.out)
         self.started = 0.0  # when the run would have started if it had never been interrupted
         self.base_hash: Future[str] | None = None
+        self.photos_checksum = ""
 
     def begin(self, state: RunState, started: float) -> None:
         """Begin a new run in the folder, or restore the run that is there."""
         if distributed.rank() == 0:
             # Hashing the base model takes a second, so it goes on beside the first epoch.
             self.base_hash = self.write_later(weights.hash_frozen, self.model)
+            # This looks at every file, so it is done once and not after each epoch.
+            splits = (self.data.train, self.data.val)
+            self.photos_checksum = store.checksum(*((s.paths, s.labels) for s in splits))
         saved = distributed.on_rank_0(lambda: self._open_folder(state))
         if saved is not None:
             state.restore(*saved)
@@ -285,12 +289,11 @@ class Recorder:
     def fingerprint(self, state: RunState) -> dict[str, object]:
         """Return all that changes the result: a run is resumed only if all of it is the same."""
         assert self.base_hash is not None  # Only rank 0 asks.
-        splits = [(split.paths, split.labels) for split in (self.data.train, self.data.val)]
         blocks = parse_blocks(self.settings.blocks, self.model.config.depth)
         return self.settings.mathematics() | {
             "precision": str(state.amp),
             "--blocks": blocks,
-            "the checksum of the photos": store.checksum(*splits),
+            "the checksum of the photos": self.photos_checksum,
             "the checksum of the base model": self.base_hash.result()[:16],
         }
 
@@ -353,7 +356,7 @@ def warn_about_few_steps(settings: TrainSettings, num_train: int) -> None:
         epochs = math.ceil(MIN_STEPS / steps_per_epoch)
         print(
             f"{steps} steps teach little; for so few photos try --epochs {epochs} --cache-views 4, "
-            "of which most cost little",
+            "where most epochs cost little",
             file=sys.stderr,
         )
 
@@ -379,7 +382,7 @@ def choose_micro_batch(
 
 def decode_photos(
     settings: TrainSettings, data: Data, model: ViT
-) -> tuple[Data, Split, Split, Split]:
+) -> tuple[Data, PixelsAndLabels, PixelsAndLabels, PixelsAndLabels]:
     """Decode all photos once; return the data without bad photos, and train, val and test."""
 
     def prepare_store() -> tuple[Data, Path | None]:
@@ -403,8 +406,8 @@ def finish(
     state: RunState,
     model: ViT,
     data: Data,
-    val_split: Split,
-    test_split: Split,
+    val_split: PixelsAndLabels,
+    test_split: PixelsAndLabels,
     pool: Executor,
 ) -> None:
     """Test the best epoch once, and write everything that the run leaves behind."""
@@ -446,7 +449,9 @@ def finish(
     print(run_folder.result_line(summary, out))
 
 
-def check_validation_loss(state: RunState, eval_model: ViT, val_split: Split, batch: int) -> None:
+def check_validation_loss(
+    state: RunState, eval_model: ViT, val_split: PixelsAndLabels, batch: int
+) -> None:
     """Check that the weights about to be tested reproduce the best epoch's validation loss.
 
     Raises RuntimeError if they do not.

@@ -126,8 +126,10 @@ def _silence_resource_tracker() -> None:
     If this process ends at once, as on Ctrl-C, the tracker removes the semaphores of the pool.
     It would also print a warning about them, below the one line that was meant to be the last.
     """
-    filters = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, filters))
+    silence = "ignore:resource_tracker:UserWarning"
+    filters = os.environ.get("PYTHONWARNINGS", "")
+    if silence not in filters:
+        os.environ["PYTHONWARNINGS"] = f"{filters},{silence}" if filters else silence
 
 
 def map_ahead(
