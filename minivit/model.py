@@ -186,7 +186,7 @@ class Attention(nn.Module):
 
         With the weights `attn` (B, H, N, N), the gradient of the output passes through them.
         """
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, K)
+        x = fused_attention(q, k, v)  # (B, H, N, K)
         if attn is not None:
             # The fused kernel knows nothing of attn, but attn @ v is the same up to rounding. So x
             # takes its value from the kernel and its gradient from the product: what is subtracted
@@ -195,6 +195,29 @@ class Attention(nn.Module):
                 product = attn @ v.to(attn.dtype)
             x = x.detach() - (product.detach() - product).to(x.dtype)
         return self.proj(x.transpose(1, 2).flatten(2))
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(K)) v, (B, H, Q, K), from one of PyTorch's fused kernels.
+
+    cuDNN's kernel is left out: in half precision it does not give the same bits each time, and
+    every new shape costs it 0.1 s of planning. It is used where the caller allows no other kernel,
+    and in code that torch.compile compiles, where that planning pays.
+    """
+    if torch.compiler.is_compiling() or not cudnn_is_one_of_several():
+        return F.scaled_dot_product_attention(q, k, v)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        return F.scaled_dot_product_attention(q, k, v)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def cudnn_is_one_of_several() -> bool:
+    """Return whether cuDNN's kernel is allowed, and another one as well."""
+    cuda = torch.backends.cuda
+    others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()
+    return cuda.cudnn_sdp_enabled() and others
 
 
 class MLP(nn.Module):

@@ -143,7 +143,6 @@ def run_epochs(
     )
     layers = TrainableLayers(state.model, state.cut)
     if settings.compile:
-        torch.backends.cuda.enable_cudnn_sdp(True)  # Its planning pays in a run that long.
         layers.compile()
     network = distributed.wrap(layers)
     photos = TrainingPhotos(extractor, *train_split, settings)

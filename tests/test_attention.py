@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, randomize
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,6 +29,7 @@ from minivit.attention import (
     shares,
 )
 from minivit.errors import UserError
+from minivit.model import fused_attention
 
 TARGETS = torch.tensor([1, 3])
 PRECISIONS = {
@@ -530,3 +532,22 @@ def test_class_relevance_keeps_one_blocks_graph_for_any_blocks():
     assert one > 0
     for blocks in ([0], [7], range(8)):
         assert peak_saved(lambda b=blocks: class_relevance(deep, images, TARGETS, b)) == one
+
+
+def test_cudnn_computes_no_attention_unless_it_is_alone(tiny, monkeypatch):
+    allowed = []
+
+    def record(q, k, v):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return v[:, :, : q.shape[2]]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    images = torch.randn(1, 3, 32, 32)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        tiny(images)
+        tiny.forward_with_attention(images, [3])
+        assert torch.backends.cuda.cudnn_sdp_enabled()  # as the caller had it
+    assert allowed == [False] * (2 * tiny.config.depth)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        fused_attention(*torch.randn(3, 1, 2, 5, 8))
+    assert allowed[-1]

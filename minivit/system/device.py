@@ -25,8 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 def pick_device(name: str) -> torch.device:
     """Return the device of that name; `auto` is CUDA, else Apple's mps, else the CPU.
 
-    Raises UserError if the device is not there. On CUDA, cuDNN's attention is switched off: on
-    Hopper it is a little faster, but only after 0.1 s of planning for each new shape.
+    Raises UserError if the device is not there.
     """
     if name == "auto":
         name = _best_device_name()
@@ -40,7 +39,6 @@ def pick_device(name: str) -> torch.device:
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps: this torch has no Metal device; use --device cpu")
-    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
