@@ -210,6 +210,10 @@ def test_augmentation_does_what_its_draws_say():
     assert_close(
         left[0, 0, 50, [0, 99]], torch.tensor([-0.1, 79.1]).clamp(min=0.1), rtol=0, atol=0.3
     )
+    for share, first in ((0.0, 0), (0.5, 10), (1.0, 20)):  # A crop of 80 pixels can move by 20.
+        crop = augment(ramp.mT.contiguous(), draws(scale=0.0, y=share))
+        expected = torch.tensor([first - 0.1, first + 39.1, first + 78.3])
+        assert_close(crop[0, 0, [0, 49, 98], 50], expected, rtol=0, atol=0.5)
     spot = torch.zeros(1, 3, 101, 201)
     spot[:, :, 49:52, 179:182] = 1  # 80 pixels right of the centre
     turned = augment(spot, draws(turn=1.0))[0, 0]
