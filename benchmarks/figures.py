@@ -33,7 +33,7 @@ from minivit import ViT, load_pretrained, open_photo, query_maps  # noqa: E402
 from minivit.figures.plots import HEAT, overlay, value_range  # noqa: E402
 from minivit.tools.demo.drawings import ANIMAL, BREEDS  # noqa: E402
 from minivit.tools.demo.scenes import draw_scene  # noqa: E402
-from minivit.tools.score.masks import read_regions  # noqa: E402
+from minivit.tools.score.masks import read_pet  # noqa: E402
 
 BLOCKS = (10, 11)
 OBJECT = "washing machine"
@@ -80,7 +80,7 @@ def choose_drawing(base: ViT, tuned: ViT, drawings: list[tuple[Path, str]]) -> P
         label_after, _, after = explain(tuned, path)
         if label_before != OBJECT or label_after != breed:
             continue
-        regions = read_regions(path, open_photo(path).size, tuned.preprocess, tuned.config.grid)
+        regions = read_pet(path, tuned.preprocess, tuned.config.grid).regions
         cat = torch.from_numpy(regions[0, 0])  # the cat's share of each patch's area
         looked_before = [cat[before[b].argmax()].item() > 0.5 for b in BLOCKS]
         looks_after = [cat[after[b].argmax()].item() > 0.5 for b in BLOCKS]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,8 +18,9 @@ from conftest import ROOT, randomize
 from PIL import Image
 from torch.testing import assert_close
 
-from minivit import Preprocess, ViT, ViTConfig, query_maps, save_pretrained
+from minivit import Preprocess, ViT, ViTConfig, load_pretrained, query_maps, save_pretrained
 from minivit.attention import METHODS, class_relevance, rollout
+from minivit.errors import UserError
 from minivit.system import workers
 from minivit.tools.score import command, gallery, masks, measure, report, statistics
 from minivit.tools.score.region_scores import region_scores
@@ -29,8 +32,10 @@ XML = (
 )
 
 
-def read_regions(*args):
-    return torch.from_numpy(masks.read_regions(*args))
+def read_regions(path, size, preprocess, grid):
+    edges = masks.patch_edges(preprocess.box(size), grid)
+    regions = [read(path, size, edges) for read in (masks.read_pet_region, masks.read_head_region)]
+    return torch.from_numpy(np.stack(regions))
 
 
 # Metrics
@@ -171,7 +176,8 @@ def test_masks_go_through_the_photos_geometry(tmp_path, preprocess, size):
 def test_masks_are_averaged_by_area_without_their_border(tmp_path):
     rng = np.random.default_rng(0)
     mask = rng.integers(1, 4, (41, 53)).astype(np.uint8)
-    path = write_pet(tmp_path, "a", mask, head=(10, 4, 30.0, 20))
+    # Pixels are counted from 1, and the last row and column belong to the box.
+    path = write_pet(tmp_path, "a", mask, head=(11, 5, 30.0, 20))
     regions = read_regions(path, (53, 41), Preprocess((32, 48)), (4, 6))
     assert regions.shape == (2, 2, 24) and regions.dtype == torch.float32
     for found, value in zip(regions[0], (1, 2)):
@@ -195,11 +201,83 @@ def test_masks_are_averaged_by_area_without_their_border(tmp_path):
 
 
 def test_a_head_box_that_is_absent_or_not_seen_has_no_area(tmp_path):
-    path = write_pet(tmp_path, "a", blob(100, 40, (40, 10, 60, 30)), head=(0, 0, 9, 9))
+    path = write_pet(tmp_path, "a", blob(100, 40, (40, 10, 60, 30)), head=(1, 1, 9, 9))
     assert (read_regions(path, (100, 40), CROP, (4, 4))[1] == 0).all()
     assert (read_regions(path, (100, 40), Preprocess((32, 32)), (4, 4))[1].sum(0) == 1).all()
     path = write_pet(tmp_path, "b", blob(100, 40, (40, 10, 60, 30)))
     assert (read_regions(path, (100, 40), Preprocess((32, 32)), (4, 4))[1] == 0).all()
+
+
+def test_a_head_box_is_read_as_oxford_counts_pixels(tmp_path):
+    blank = blob(20, 10, (0, 0, 20, 10))
+    one_pixel = write_pet(tmp_path, "a", blank, head=(7, 3, 7, 3))
+    assert np.argwhere(masks.read_head_mask(one_pixel, (20, 10))).tolist() == [[2, 6]]
+    whole_photo = write_pet(tmp_path, "b", blank, head=(1, 1, 20, 10))
+    assert masks.read_head_mask(whole_photo, (20, 10)).all()
+    # Each of two pets has a head, and a box may stick out of the photo.
+    two = write_pet(tmp_path, "c", blank, head=(0, 0, 2, 2))
+    xml = masks.head_box_path(two)
+    second = XML.format(20, 9, 25, 12)
+    xml.write_text(xml.read_text().replace("</annotation>", second.partition(">")[2]))
+    rows, columns = np.nonzero(masks.read_head_mask(two, (20, 10)))
+    assert list(zip(rows, columns)) == [(0, 0), (0, 1), (1, 0), (1, 1), (8, 19), (9, 19)]
+    assert masks.read_head_mask(write_pet(tmp_path, "d", blank), (20, 10)) is None
+
+
+SIZED = "<annotation><size><width>{}</width><height>{}</height></size></annotation>"
+
+
+@pytest.mark.parametrize(
+    "xml, reason",
+    [
+        (XML.format(1, 1, "inf", 9), "head box cannot be read"),
+        (XML.format(1, 1, "", 9), "head box cannot be read"),
+        (XML.replace("xmax", "right").format(1, 1, 9, 9), "head box cannot be read"),
+        ("<annotation><object>", "head box cannot be read"),
+        (XML.format(9, 1, 8, 9), "head box without an area in the photo"),
+        (XML.format(33, 1, 40, 9), "head box without an area in the photo"),
+        (XML.format(-9, 1, 0, 9), "head box without an area in the photo"),
+        (SIZED.format(64, 64), "head box for another size of the photo"),
+        (SIZED.format(32, 32), ""),
+        ("<annotation></annotation>", ""),
+    ],
+)
+def test_a_useless_head_box_costs_the_head_and_is_named(tmp_path, xml, reason):
+    path = write_pet(tmp_path, "a", blob(32, 32, (0, 0, 8, 8)), head=(1, 1, 8, 8))
+    masks.head_box_path(path).write_text(xml)
+    (read,) = masks.read_pets([path], Preprocess((32, 32)), (4, 4))
+    assert read.head_problem == reason
+    assert read.regions[0, 0].sum() == 1 and not read.regions[1].any()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        blob(32, 32, (0, 0, 8, 8)) - 1,  # 0 for the pet
+        255 * (blob(32, 32, (0, 0, 8, 8)) % 2),
+        np.stack([blob(32, 32, (0, 0, 8, 8))] * 3, -1),
+        blob(32, 32, (0, 0, 8, 8)) == 1,
+    ],
+    ids=["0 and 1", "0 and 255", "in colour", "one bit"],
+)
+def test_masks_of_other_values_are_not_guessed_at(tmp_path, values):
+    path = write_pet(tmp_path, "a", blob(32, 32, (0, 0, 8, 8)))
+    Image.fromarray(values).save(masks.mask_path(path))
+    (reason,) = masks.read_pets([path], Preprocess((32, 32)), (4, 4))
+    assert reason == "mask with values other than 1, 2 and 3"
+
+
+def test_real_head_boxes_lie_on_pets(pets3):
+    folder = pets3 / "oxford-iiit-pet"
+    on_pet = []
+    for xml in sorted(folder.glob("annotations/xmls/*.xml")):
+        path = folder / "images" / f"{xml.stem}.jpg"
+        with Image.open(folder / "annotations" / "trimaps" / f"{xml.stem}.png") as image:
+            size = image.size
+        head = masks.read_head_mask(path, size)
+        on_pet.append((masks.read_mask(path, size)[head] != masks.BACKGROUND).mean())
+    assert len(on_pet) == 296
+    assert np.mean(on_pet) > 0.85
 
 
 def test_random_attention_is_chance_on_real_masks(pets3):
@@ -277,7 +355,7 @@ def pets(tmp_path):
         for label, breed in enumerate(("cat_breed", "dog_breed"), 1):
             for i in ids:
                 x, y = 8 * (i % 3), 8 * (i // 4)
-                head = (x, y, x + 8, y + 8) if split == "trainval" else None
+                head = (x + 1, y + 1, x + 8, y + 8) if split == "trainval" else None
                 write_pet(folder, f"{breed}_{i}", blob(32, 32, (x, y, x + 8, y + 16)), head)
                 lines.append(f"{breed}_{i} {label} {label} 1")
         (folder / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
@@ -375,18 +453,21 @@ def test_looking_at_the_pet_scores_1_and_at_the_background_0(pets, folders, caps
 
 def test_head_boxes_are_scored_where_there_are_some(pets, folders, capsys):
     (pets / "annotations" / "xmls" / "cat_breed_0.xml").unlink()
+    (pets / "annotations" / "xmls" / "cat_breed_1.xml").write_text("<annotation>")
     assert run(pets, "--model", folders[0], "--split", "trainval", "--blocks", "1") == 0
     rows = read_csv(pets)
     head, pet = (
         rows["model", region, "all", "attention", "1", "mean"] for region in ("head box", "pet")
     )
-    assert (head["photos"], pet["photos"]) == ("11", "12")
+    assert (head["photos"], pet["photos"]) == ("10", "12")
     # The head is the upper half of the pet.
     assert [float(head[m]) for m in ("mass", "times_chance")] == pytest.approx([0.5, 8])
-    assert (
-        "attention on the head box, times chance, with 95% intervals over 11 photos"
-        in capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "attention on the head box, times chance, with 95% intervals over 10 photos" in printed
+    message = "scored on the pet alone, head box cannot be read: 1 (cat_breed_1.jpg)"
+    assert message in printed
+    summary = json.loads((pets.parent / "out" / "score.json").read_text())
+    assert summary["without_head"] == {"head box cannot be read": ["cat_breed_1.jpg"]}
 
 
 def test_photos_without_a_pet_to_look_at_are_counted_and_named(pets, folders, capsys):
@@ -526,6 +607,80 @@ def test_equal_blocks_are_counted_up_to_the_first_that_differs(tiny):
     assert measure.count_equal_blocks(tiny, other) == 0
 
 
+def with_changes(model, **changes):
+    """Return a copy of a model with other sizes, whose weights are random."""
+    other = randomize(ViT(replace(model.config, **changes)))
+    other.labels, other.preprocess = model.labels, model.preprocess
+    return other
+
+
+@pytest.mark.parametrize("inputs", ["cls_token", "reg_token", "pos_embed", "patch_embed.proj.bias"])
+def test_no_block_is_equal_if_an_input_of_block_0_differs(tiny, inputs):
+    model = with_changes(tiny, num_registers=2)
+    other = with_changes(tiny, num_registers=2)
+    assert measure.count_equal_blocks(model, other) == 12
+    other.get_parameter(inputs).data.view(-1)[-1] += 1e-3
+    assert measure.count_equal_blocks(model, other) == 0
+
+
+def test_weights_that_only_bf16_makes_equal_are_not_equal(pets, folders, tmp_path):
+    model = looking_model(1)
+    model.blocks[0].norm1.weight.data += 1e-5
+    save_pretrained(model, tmp_path)
+    assert run(pets, "--model", tmp_path, "--compare", folders[0], "--amp", "bf16") == 0
+    assert json.loads((pets.parent / "out" / "score.json").read_text())["equal_blocks"] == 0
+
+
+def test_registers_that_differ_are_reported_and_no_error(pets, tmp_path, capsys):
+    dinov2 = {"num_registers": 2, "eps": 1e-6, "layer_scale": True, "pool": "cls+mean"}
+    for name, value in (("model", 0.0), ("base", 0.1)):
+        model = with_changes(looking_model(1), **dinov2, pos_antialias=True)
+        model.reg_token.data.fill_(value)
+        (tmp_path / name).mkdir()
+        save_pretrained(model, tmp_path / name)
+    assert run(pets, "--model", tmp_path / "model", "--compare", tmp_path / "base") == 0
+    assert "weights of the embeddings or of block 0 differ" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_registers": 2}, "its num_registers is 2, not 0"),
+        ({"patch_size": 16}, "its patch_size is 16, not 8"),
+        ({"depth": 3}, "its depth is 3, not 2"),
+        ({"img_size": (64, 64)}, "its img_size is (64, 64), not (32, 32)"),
+        ({"eps": 1e-6}, "its eps is 1e-06, not 1e-12"),
+        ({"preprocess": Preprocess((32, 32), resample=3)}, "its preprocessing differs from that"),
+        ({"preprocess": CROP}, "its preprocessing differs from that"),
+    ],
+)
+def test_models_of_other_sizes_are_not_compared(changes, message):
+    model = looking_model(1)
+    preprocess = changes.pop("preprocess", model.preprocess)
+    base = with_changes(model, **changes)
+    base.preprocess = preprocess
+    with pytest.raises(UserError, match=re.escape(message)):
+        command.check_comparable(model, base, {"model": "runs/a", "base": "base"})
+
+
+def test_positions_and_margins_may_be_stored_otherwise_in_the_base(tiny):
+    base = with_changes(tiny, pos_grid=(6, 6), pos_antialias=True)
+    base.preprocess = replace(CROP, round_margins=True)
+    run_of_base = with_changes(tiny)
+    run_of_base.preprocess = CROP
+    state = base.state_dict() | {"pos_embed": base.positions()}
+    run_of_base.load_state_dict(state)
+    command.check_comparable(run_of_base, base, {})
+    assert measure.count_equal_blocks(run_of_base, base) == 12
+
+
+def test_a_base_is_loaded_at_the_input_size_of_the_run(pets, folders, tmp_path):
+    run_of_base = load_pretrained(folders[0], img_size=(64, 48))
+    save_pretrained(run_of_base, tmp_path)
+    assert run(pets, "--model", tmp_path, "--compare", folders[0]) == 0
+    assert json.loads((pets.parent / "out" / "score.json").read_text())["equal_blocks"] == 2
+
+
 def test_different_maps_from_equal_weights_are_an_error(pets, folders, monkeypatch):
     honest = measure.model_maps
 
@@ -571,7 +726,7 @@ def test_photos_are_read_ahead_and_scored_alike_in_any_batch(pets, folders, monk
     assert parts.photos == whole.photos == list(range(20))
     opened.clear()
     monkeypatch.setattr(measure, "CHUNK", 2)
-    batches = measure.read_photos(paths, model, workers=1, left_out={})
+    batches = measure.read_photos(paths, model, workers=1, left_out={}, without_head={})
     assert next(batches).indices == [0, 1, 2]
     # The first batch needs two chunks of two photos, and two more chunks are read ahead.
     assert len(opened) == 4 + 2 * 2
@@ -627,6 +782,7 @@ def measured(times_chance, base=None, probability=None):
     return measure.Measured(
         photos=list(range(n)),
         left_out={},
+        without_head={},
         map_keys=[],
         equal_blocks=0,
         scores={},

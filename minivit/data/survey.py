@@ -87,7 +87,7 @@ KINDS = {
     ),
     "bad-mask": (
         "warning",
-        "{n} mask{s} {are} unreadable or not of the photo's size ({names})",
+        "{n} mask{s} {are} unreadable, of other values than 1 to 3, or of another size ({names})",
         "their photos get no attention scores; unpack annotations.tar.gz again",
     ),
     "part": (

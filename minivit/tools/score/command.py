@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,10 +112,19 @@ def score(args: argparse.Namespace) -> int:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
+    equal_blocks = 0
+    if "base" in models:
+        # Weights are compared before a lower precision makes more of them equal.
+        equal_blocks = measure.count_equal_blocks(models["model"], models["base"])
     started = time.perf_counter()
     models = {key: working_copy(model, device, amp, train=False) for key, model in models.items()}
     measured = measure.measure(
-        models, split.paths, blocks=blocks, methods=args.methods, workers=args.workers
+        models,
+        split.paths,
+        blocks=blocks,
+        methods=args.methods,
+        workers=args.workers,
+        equal_blocks=equal_blocks,
     )
     seconds = time.perf_counter() - started
 
@@ -132,6 +142,7 @@ def score(args: argparse.Namespace) -> int:
         "sentence": sentence,
         "photos": len(split),
         "left_out": measured.left_out,
+        "without_head": measured.without_head,
         "pet_area": float(measured.pet_area.mean()),
         "equal_blocks": measured.equal_blocks,
         "seconds": seconds,
@@ -183,8 +194,11 @@ def load_models(
     """
     from ...checkpoints.weights import load_pretrained
 
-    models = {key: load_pretrained(name) for key, name in names.items()}
-    model = models["model"]
+    model = load_pretrained(names["model"])
+    models = {"model": model}
+    if "base" in names:
+        # A run may have been trained at another input size than its base.
+        models["base"] = load_pretrained(names["base"], img_size=model.config.img_size)
     blocks = cli.parse_blocks(blocks_text, model.config.depth)
     if not blocks:
         raise UserError("blocks 'none': expected at least one block to score")
@@ -200,15 +214,21 @@ def load_models(
 
 
 def check_comparable(model: ViT, base: ViT, names: Mapping[str, str]) -> None:
-    """Raise UserError unless only the heads and the weights of the two models differ."""
+    """Raise UserError unless only the heads and the weights of the two models differ.
+
+    The grid that positions were trained on, and how they are resampled, may differ too: a run
+    stores its positions resampled, and count_equal_blocks compares what comes out.
+    """
     for field, size in vars(model.config).items():
         base_size = getattr(base.config, field)
-        if field not in ("num_classes", "pool") and base_size != size:
+        if field not in ("num_classes", "pos_grid", "pos_antialias") and base_size != size:
             raise UserError(
                 f"{names['base']}: its {field} is {base_size}, not {size}; "
                 f"expected the model that {names['model']} was fine-tuned from"
             )
-    if model.preprocess != base.preprocess:
+    # Training keeps all of its base's preprocessing but for the rounding of margins.
+    margins = model.preprocess.round_margins
+    if model.preprocess != replace(base.preprocess, round_margins=margins):
         raise UserError(
             f"{names['base']}: its preprocessing differs from that of {names['model']}, "
             "so their maps cannot be compared; expected the model before fine-tuning"

@@ -6,9 +6,10 @@ Shapes: P = gh x gw patches of a photo; W, H a photo's width and height in pixel
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
@@ -17,24 +18,31 @@ from ...data.photos import PhotoError, open_photo
 from ...data.preprocess import Preprocess
 from ...errors import UserError
 
-# The values of a mask's pixels. The rest, 3, is the border, which belongs to neither.
+# The values of a mask's pixels.
 PET = 1
 BACKGROUND = 2
+BORDER = 3  # This counts neither as pet nor as background.
+
+
+class PetPhoto(NamedTuple):
+    """What is read of one photo to score maps of it."""
+
+    pixels: np.ndarray  # uint8 (3, h, w)
+    regions: np.ndarray  # float32 (2, 2, P): pet and head, inside and outside
+    head_problem: str  # why its head box cannot be used; "" if it can, or if there is none
 
 
 def read_pets(
     paths: Sequence[Path], preprocess: Preprocess, grid: tuple[int, int]
-) -> list[tuple[np.ndarray, np.ndarray] | str]:
-    """Return the pixels, uint8 (3, h, w), and the regions (2, 2, P) of each photo (read_regions).
+) -> list[PetPhoto | str]:
+    """Read photos and their regions.
 
     In place of a photo that cannot be scored, the list has a string with the reason.
     """
-    results: list[tuple[np.ndarray, np.ndarray] | str] = []
+    results: list[PetPhoto | str] = []
     for path in paths:
         try:
-            photo = open_photo(path)
-            pixels = preprocess.array(photo)
-            results.append((pixels, read_regions(path, photo.size, preprocess, grid)))
+            results.append(read_pet(path, preprocess, grid))
         except PhotoError:
             results.append("photo cannot be read")
         except UserError as error:
@@ -42,68 +50,135 @@ def read_pets(
     return results
 
 
+def read_pet(path: Path, preprocess: Preprocess, grid: tuple[int, int]) -> PetPhoto:
+    """Read one photo and its regions.
+
+    Raises PhotoError if the photo cannot be read, and UserError with the reason if its mask cannot
+    be used. Without a head box that can be used, the photo is scored on the pet alone.
+    """
+    photo = open_photo(path)
+    edges = patch_edges(preprocess.box(photo.size), grid)
+    pet = read_pet_region(path, photo.size, edges)
+    head_problem = ""
+    try:
+        head = read_head_region(path, photo.size, edges)
+    except UserError as error:
+        head = np.zeros_like(pet)
+        head_problem = str(error)
+    return PetPhoto(preprocess.array(photo), np.stack([pet, head]), head_problem)
+
+
 def mask_path(photo: Path) -> Path:
     return photo.parents[1] / "annotations" / "trimaps" / f"{photo.stem}.png"
+
+
+def head_box_path(photo: Path) -> Path:
+    return photo.parents[1] / "annotations" / "xmls" / f"{photo.stem}.xml"
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
     """Read the mask (H, W) of a photo of `size` (W, H).
 
-    Raises UserError with the reason if there is no mask, or none of this size.
+    Raises UserError with the reason if there is no mask, or if it has another size or other values
+    than those of Oxford-IIIT Pet.
     """
+    if not mask_path(path).is_file():
+        raise UserError("mask missing")
     try:
         with Image.open(mask_path(path), formats=("PNG",)) as image:
             mask = np.asarray(image)
-    except FileNotFoundError:
-        raise UserError("mask missing") from None
     except Exception:  # Decoders may raise any exception for a broken file.
         raise UserError("mask cannot be read") from None
-    if mask.shape != size[::-1]:
+    if mask.shape[:2] != size[::-1]:
         raise UserError("mask not of the photo's size")
+    if mask.ndim != 2 or mask.min() < PET or mask.max() > BORDER:
+        raise UserError("mask with values other than 1, 2 and 3")
     return mask
 
 
-def read_head_box(path: Path) -> list[float] | None:
-    """Read the left, top, right and bottom of a photo's head box, in its pixels, if it has one."""
-    xml = path.parents[1] / "annotations" / "xmls" / f"{path.stem}.xml"
-    if not xml.is_file():
+def read_head_mask(path: Path, size: tuple[int, int]) -> np.ndarray | None:
+    """Read the head boxes of a photo of `size` (W, H) as a boolean mask (H, W), if it has any.
+
+    If there are several pets in the photo, each head has a box. Oxford-IIIT Pet counts pixels from
+    1, and the last row and column belong to the box. Raises UserError with the reason if the boxes
+    cannot be used.
+    """
+    if not head_box_path(path).is_file():
         return None
-    text = xml.read_text("utf-8", "replace")
-    edges = dict(re.findall(r"<([xy]m(?:in|ax))>\s*(\d+)", text)[:4])
-    if len(edges) < 4:
-        return None
-    return [float(edges[name]) for name in ("xmin", "ymin", "xmax", "ymax")]
+    W, H = size
+    mask = np.zeros((H, W), bool)
+    try:
+        annotation = ElementTree.parse(head_box_path(path))
+        sizes = [_read_pixels(each, "width", "height") for each in annotation.iter("size")]
+        boxes = [
+            _read_pixels(box, "xmin", "ymin", "xmax", "ymax") for box in annotation.iter("bndbox")
+        ]
+    except (ElementTree.ParseError, OSError, LookupError, ValueError, OverflowError):
+        raise UserError("head box cannot be read") from None
+    if sizes not in ([], [[W, H]]):
+        raise UserError("head box for another size of the photo")
+    for x_min, y_min, x_max, y_max in boxes:
+        box = mask[max(y_min, 1) - 1 : y_max, max(x_min, 1) - 1 : x_max]
+        if box.size == 0 or x_max < 1 or y_max < 1:
+            raise UserError("head box without an area in the photo")
+        box[:] = True
+    return mask if boxes else None
 
 
-def read_regions(
-    path: Path, size: tuple[int, int], preprocess: Preprocess, grid: tuple[int, int]
+def _read_pixels(element: ElementTree.Element, *names: str) -> list[int]:
+    """Return whole numbers of pixels from an element's children; raises ValueError if any lacks."""
+    return [round(float(element.findtext(name, ""))) for name in names]
+
+
+def patch_edges(
+    box: tuple[float, float, float, float], grid: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the edges ys (gh + 1,) and xs (gw + 1,) of the patches of what the model sees.
+
+    `box` is that part of the photo: left, top, right and bottom, in the photo's pixels.
+    """
+    left, top, right, bottom = box
+    ys = np.linspace(top, bottom, grid[0] + 1)
+    xs = np.linspace(left, right, grid[1] + 1)
+    return ys, xs
+
+
+def read_pet_region(
+    path: Path, size: tuple[int, int], edges: tuple[np.ndarray, np.ndarray]
 ) -> np.ndarray:
-    """Return the fraction of each patch's area in the pet, around it, in its head and around that.
+    """Return the fraction of each patch's area in the pet, and around it: float32 (2, P).
 
-    The result is float32 (2, 2, P): pet and head, inside and outside. `size` is the photo's
-    (W, H). The border of the mask counts neither as pet nor as background. Without a head box, the
-    head's fractions are 0. Raises UserError with the reason if the model sees no pet in the photo.
+    `size` is the photo's (W, H). The border of the mask counts neither as pet nor as background.
+    Raises UserError with the reason if the model sees no pet in the photo.
     """
     mask = read_mask(path, size)
     if not (mask == PET).any():
         raise UserError("no pet in the mask")
-    left, top, right, bottom = preprocess.box(size)
-    ys = np.linspace(top, bottom, grid[0] + 1)
-    xs = np.linspace(left, right, grid[1] + 1)
-    pet = mean_by_patch(mask == PET, ys, xs)
-    background = mean_by_patch(mask == BACKGROUND, ys, xs)
+    pet = mean_by_patch(mask == PET, *edges)
     if not pet.any():
         raise UserError("pet outside of what the model sees")
-    head = np.zeros(grid)
-    around_head = np.zeros(grid)
-    box = read_head_box(path)
-    if box is not None:
-        x_min, y_min, x_max, y_max = box
-        head = np.outer(fraction_covered(ys, y_min, y_max), fraction_covered(xs, x_min, x_max))
-        if head.any():
-            around_head = 1 - head
-    regions = np.stack([pet, background, head, around_head])
-    return regions.reshape(2, 2, -1).astype(np.float32)
+    background = mean_by_patch(mask == BACKGROUND, *edges)
+    return np.stack([pet, background]).reshape(2, -1).astype(np.float32)
+
+
+def read_head_region(
+    path: Path, size: tuple[int, int], edges: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """Return the fraction of each patch's area in the head boxes, and around: float32 (2, P).
+
+    All are 0 if there is no head box, or none that the model sees. Raises UserError with the reason
+    if the head boxes cannot be used.
+    """
+    num_patches = (len(edges[0]) - 1) * (len(edges[1]) - 1)
+    region = np.zeros((2, num_patches), np.float32)
+    mask = read_head_mask(path, size)
+    if mask is None:
+        return region
+    head = mean_by_patch(mask, *edges).ravel()
+    if head.any():
+        region[0] = head
+        region[1] = 1 - region[0]
+    return region
 
 
 def mean_by_patch(mask: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
@@ -122,10 +197,3 @@ def mean_between(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     sums = np.pad(values.cumsum(0, dtype=np.float64), ((1, 0), (0, 0)))
     sums_to_edges = sums[whole_rows] + (edges - whole_rows)[:, None] * values[whole_rows]
     return np.diff(sums_to_edges, axis=0) / np.diff(edges)[:, None]
-
-
-def fraction_covered(edges: np.ndarray, start: float, end: float) -> np.ndarray:
-    """Return the fraction (g,) of each stretch between edges (g + 1,) that start to end covers."""
-    low = edges[:-1]
-    high = edges[1:]
-    return (np.minimum(high, end) - np.maximum(low, start)).clip(0) / (high - low)

@@ -21,18 +21,18 @@ from ...attention import CLASS_TOKEN, class_relevance, forward_with_rollout, que
 from ...errors import UserError
 from ...model import ViT
 from ...system.workers import map_ahead, processes_worth_starting, worker_pool
-from .masks import read_pets
+from .masks import PetPhoto, read_pets
 from .region_scores import region_scores
 
 BATCH = 64  # photos that go through a model at once
 CHUNK = 8  # photos that a worker reads in one job
-EMBEDDINGS = ("cls_token", "reg_token", "pos_embed", "patch_embed")  # the weights before block 0
+AFTER_BLOCKS = ("norm.", "head.")  # the weights that no map depends on
 
 MapKey = tuple[str, int, int | str]  # method, block, and head or "mean"
 
 
 class PhotoBatch(NamedTuple):
-    """Decoded photos and their regions, which masks.read_regions describes."""
+    """Decoded photos and their regions, as masks.PetPhoto has them of one photo."""
 
     indices: list[int]
     pixels: Tensor  # uint8 (B, 3, h, w)
@@ -49,6 +49,7 @@ class Measured:
 
     photos: list[int]  # the indices of these photos
     left_out: dict[str, list[str]]  # the file names of the other photos, by reason
+    without_head: dict[str, list[str]]  # those of photos whose head box cannot be used, by reason
     map_keys: list[MapKey]
     equal_blocks: int  # how many blocks, from block 0 on, have the same weights in all models
     scores: dict[str, np.ndarray]  # (n, M, 2 regions, 4 metrics), NaN where there is no head box
@@ -66,20 +67,25 @@ def measure(
     blocks: Sequence[int],
     methods: Sequence[str],
     workers: int,
+    equal_blocks: int = 0,
 ) -> Measured:
     """Score the maps that a "model", and a "base" of the same architecture, make of photos.
 
-    Workers decode photos in the meantime. `blocks` are sorted. Raises UserError if no photo can be
-    scored, and RuntimeError if the maps of blocks with the same weights differ.
+    Workers decode photos in the meantime. `blocks` are sorted. Of the first `equal_blocks` blocks
+    (see count_equal_blocks), the maps must be the same in both models. Raises UserError if no photo
+    can be scored, and RuntimeError if the maps of such a block differ.
     """
     model = models["model"]
-    equal_blocks = count_equal_blocks(model, models["base"]) if "base" in models else 0
     keys = map_keys(blocks, model.config.num_heads, methods)
     results: dict[str, Tensor] = {}
     photos: list[int] = []
     left_out: dict[str, list[str]] = {}
+    without_head: dict[str, list[str]] = {}
+    reading = read_photos(
+        paths, model, workers=workers, left_out=left_out, without_head=without_head
+    )
     with torch.inference_mode(), tqdm(total=len(paths), unit="photo", leave=False) as progress:
-        for batch in read_photos(paths, model, workers=workers, left_out=left_out):
+        for batch in reading:
             rows = slice(len(photos), len(photos) + len(batch.indices))
             for name, values in measure_batch(models, batch, blocks, methods).items():
                 # The memory for all photos is allocated at once. Small tensors that are kept after
@@ -107,6 +113,7 @@ def measure(
     return Measured(
         photos=photos,
         left_out=dict(sorted(left_out.items())),
+        without_head=dict(sorted(without_head.items())),
         map_keys=keys,
         equal_blocks=equal_blocks,
         scores=by_model("scores"),
@@ -198,29 +205,37 @@ def map_keys(blocks: Sequence[int], num_heads: int, methods: Sequence[str]) -> l
 
 
 def count_equal_blocks(model: ViT, other: ViT) -> int:
-    """Return how many blocks, from block 0 on, have the same weights in both models.
+    """Return how many blocks, from block 0 on, have equal weights and equal inputs in both models.
 
-    The answer is 0 if the embeddings differ, because then every block has another input.
+    All weights outside of the blocks, the final norm and the head make block 0's input, so the
+    answer is 0 if one of these differs. The models have the same sizes and preprocessing.
     """
-    other_weights = other.state_dict()
+    # Positions count as they enter block 0, resampled to the models' input size.
+    weights = dict(model.named_parameters()) | {"pos_embed": model.positions()}
+    other_weights = dict(other.named_parameters()) | {"pos_embed": other.positions()}
     first_unequal = model.config.depth
-    for name, tensor in model.state_dict().items():
-        if not name.startswith(("blocks.", *EMBEDDINGS)):
-            continue  # The other model may have another head, or none.
-        if tensor.equal(other_weights[name]):
+    for name, tensor in weights.items():
+        if name.startswith(AFTER_BLOCKS) or tensor.equal(other_weights[name]):
             continue
-        if name.startswith(EMBEDDINGS):
+        if not name.startswith("blocks."):
             return 0
-        first_unequal = min(first_unequal, int(name.split(".")[1]))
+        block = int(name.split(".")[1])
+        first_unequal = min(first_unequal, block)
     return first_unequal
 
 
 def read_photos(
-    paths: Sequence[Path], model: ViT, *, workers: int, left_out: dict[str, list[str]]
+    paths: Sequence[Path],
+    model: ViT,
+    *,
+    workers: int,
+    left_out: dict[str, list[str]],
+    without_head: dict[str, list[str]],
 ) -> Iterator[PhotoBatch]:
     """Yield photos in batches, which are read a little ahead of their use.
 
-    The names of photos that cannot be scored are added to `left_out`, by reason.
+    The names of photos that cannot be scored are added to `left_out`, by reason, and those of
+    photos whose head box cannot be used to `without_head`.
     """
     jobs = (
         (paths[start : start + CHUNK], model.preprocess, model.config.grid)
@@ -229,21 +244,25 @@ def read_photos(
     num_processes = processes_worth_starting(paths, workers)
     with worker_pool(num_processes, "minivit.tools.score.masks") as pool:
         chunks = map_ahead(pool, read_pets, jobs, ahead=2 * workers)
-        batch = []
+        indices: list[int] = []
+        photos: list[PetPhoto] = []
         for index, result in enumerate(itertools.chain.from_iterable(chunks)):
             if isinstance(result, str):
                 left_out.setdefault(result, []).append(paths[index].name)
                 continue
-            batch.append((index, *result))
-            if len(batch) == BATCH:
-                yield stack_photos(batch)
-                batch = []
-        if batch:
-            yield stack_photos(batch)
+            if result.head_problem:
+                without_head.setdefault(result.head_problem, []).append(paths[index].name)
+            indices.append(index)
+            photos.append(result)
+            if len(photos) == BATCH:
+                yield stack_photos(indices, photos)
+                indices = []
+                photos = []
+        if photos:
+            yield stack_photos(indices, photos)
 
 
-def stack_photos(photos: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> PhotoBatch:
-    indices, pixels, regions = zip(*photos)
-    return PhotoBatch(
-        list(indices), torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(regions))
-    )
+def stack_photos(indices: list[int], photos: Sequence[PetPhoto]) -> PhotoBatch:
+    pixels = np.stack([photo.pixels for photo in photos])
+    regions = np.stack([photo.regions for photo in photos])
+    return PhotoBatch(indices, torch.from_numpy(pixels), torch.from_numpy(regions))

@@ -34,7 +34,9 @@ def overview(
     if "right" not in groups:
         yield "the model does not know these breeds, so no prediction is right or wrong"
     for reason, files in measured.left_out.items():
-        yield f"left out, {reason}: {len(files)} ({first_few(map(printable, files), 5)})"
+        yield f"left out, {reason}: {named(files)}"
+    for reason, files in measured.without_head.items():
+        yield f"scored on the pet alone, {reason}: {named(files)}"
     yield (
         f"the pet covers {measured.pet_area.mean():.3f} of what the model sees: the chance level "
         "of mass and average precision, and roughly of pointing"
@@ -42,6 +44,11 @@ def overview(
     if "base" in names:
         base = printable(names["base"])
         yield f"before: {base}; {equal_weights(measured.equal_blocks, blocks)}"
+
+
+def named(files: Sequence[str]) -> str:
+    """Return how many files there are, and the names of the first few."""
+    return f"{len(files)} ({first_few(map(printable, files), 5)})"
 
 
 def equal_weights(equal_blocks: int, blocks: Sequence[int]) -> str:
