@@ -36,7 +36,7 @@ mutants: .venv/installed-dev ## break the code in 150 small ways, and see whethe
 fuzz: .venv/installed-dev ## open 20,000 broken photos, for ten minutes at most (ARGS="--seed 1")
 	$(BIN)/python tests/test_fuzz.py --cases 20000 --minutes 10 $(ARGS)
 
-figures: .venv/installed-dev ## make the figures of README.md and docs/ again, from what `make demo` leaves
+figures: .venv/installed-dev ## make the figures of README.md and docs/ again, from what `make demo` leaves and benchmarks measured
 	$(BIN)/python benchmarks/figures.py $(ARGS)
 
 bench: .venv/installed-dev ## measure speed on this machine's CPU, against transformers (ARGS="--train 3680 --test 3669")

@@ -9,12 +9,13 @@ ratios are medians over the rounds. Weights and images are random.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
+from results import Figure, dtype_name, figure_of, parse, record
 from torch import Tensor
+from workloads import attention_cost
 
 from minivit import ViT, ViTConfig
 from minivit.attention import method_rows
@@ -46,10 +47,10 @@ def relevance(model: ViT, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
 
 VARIANTS = {
     "logits alone": logits_alone,
-    "and the class token's rows": class_token_rows,
-    "and all rows": all_rows,
-    "and rollout of all blocks": rollout,
-    "and relevance": relevance,
+    "class token's rows": class_token_rows,
+    "all rows": all_rows,
+    "rollout of all blocks": rollout,
+    "relevance": relevance,
 }
 
 
@@ -70,8 +71,8 @@ def measure(compute: Callable, model: ViT, images: Tensor) -> tuple[float, float
     return seconds, peak_gib, result[0]
 
 
-def compare(model: ViT, images: Tensor, rounds: int) -> None:
-    """Measure all variants in turn, and print a line for each."""
+def compare(model: ViT, images: Tensor, rounds: int) -> dict[str, Figure]:
+    """Measure all variants in turn; print a line for each, and return the figures."""
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     peaks: dict[str, float] = {}
     logits: dict[str, Tensor] = {}
@@ -80,17 +81,27 @@ def compare(model: ViT, images: Tensor, rounds: int) -> None:
             seconds, peaks[name], logits[name] = measure(compute, model, images)
             if i >= WARM_UP:
                 times[name].append(seconds)
-    dtype = str(model.cls_token.dtype).removeprefix("torch.")
+    precision = dtype_name(model.cls_token.dtype)
+    figures = {}
     for name in VARIANTS:
         ratios = [a / b for a, b in zip(times[name], times["logits alone"])]
-        speed = len(images) / statistics.median(times[name])
-        memory = f", {peaks[name]:.2f} GiB" if images.is_cuda else ""
-        same = torch.equal(logits[name], logits["logits alone"])
+        speed = figure_of([len(images) / seconds for seconds in times[name]], "images/s")
+        ratio = figure_of(ratios, "times")
+        gap = (logits[name] - logits["logits alone"]).abs().max().item()
+        key = f"{precision}, {name}"
+        figures[f"{key}, speed"] = speed
+        figures[f"{key}, time against logits alone"] = ratio
+        figures[f"{key}, largest difference of a logit"] = figure_of([gap], "logits")
+        memory = ""
+        if images.is_cuda:
+            figures[f"{key}, device memory"] = figure_of([peaks[name]], "GiB")
+            memory = f", {peaks[name]:.2f} GiB"
         print(
-            f"{dtype:9} {name:27} {speed:8,.1f} images/s, "
-            f"{statistics.median(ratios):.2f} of the time{memory}, "
-            f"logits {'identical' if same else 'DIFFER'}"
+            f"{precision:9} {name:22} {speed.median:8,.1f} images/s, "
+            f"{ratio.median:.2f} of the time{memory}, "
+            f"logits {'identical' if gap == 0 else f'differ by up to {gap:.1e}'}"
         )
+    return figures
 
 
 def main() -> None:
@@ -99,23 +110,21 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args()
+    args = parse(parser)
     device = torch.device("cpu")
-    device_name = "CPU"
     dtypes = [torch.float32]
     if torch.cuda.is_available():
         device = torch.device("cuda")
-        device_name = torch.cuda.get_device_name()
         dtypes += [torch.bfloat16, torch.float16]
-    date = time.strftime("%Y-%m-%d")
-    print(f"{date}, {device_name}, torch {torch.__version__}, ViT-B/16")
     torch.manual_seed(0)
     model = ViT(ViTConfig()).eval().to(device)
     images = torch.randn(args.batch, 3, 224, 224, device=device)
+    figures: dict[str, Figure] = {}
     for dtype in dtypes:
         # The weights in float16 are rounded to bfloat16 before, which is no matter for random ones.
         model.to(dtype)
-        compare(model, images, args.rounds)
+        figures |= compare(model, images, args.rounds)
+    record(args, device, attention_cost(args.batch, device.type), figures)
 
 
 if __name__ == "__main__":

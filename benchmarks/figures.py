@@ -1,7 +1,7 @@
-"""Make the figures of README.md and docs/ again, from what `make demo` leaves.
+"""Make the figures of README.md and docs/ again: of the demo, and of what benchmarks measured.
 
     python -m minivit demo
-    python benchmarks/figures.py [--demo runs/demo] [--out docs]
+    python benchmarks/figures.py [--demo runs/demo] [--out docs] [--only scaling]
 
 story.png shows one drawing before and after fine-tuning, chosen by a rule. 60 rooms with a washing
 machine and a cat are drawn, none of which training has seen. A drawing passes if the model before
@@ -9,7 +9,8 @@ fine-tuning calls it a washing machine and looks away from the cat (the brightes
 and 11 is off it), and the tuned model names the breed and looks at the cat. Of those that pass, the
 one whose attention on the cat rises by the median is shown. How many pass is printed.
 score.png and gallery.png are the demo's own. explorer.png is a screenshot of the demo's page, and
-is left as it is where there is no Chromium.
+is left as it is where there is no Chromium. scaling.png shows what scaling.py measured last; it is
+drawn from results.jsonl, and is the only one that needs no demo.
 """
 
 from __future__ import annotations
@@ -23,8 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
+from report import EpochCurves, digest_of_epochs, epoch_curves, epochs
+from results import read_rows
+from workloads import KEPT_4_GIB, KEPT_NOTHING
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -40,6 +46,10 @@ OBJECT = "washing machine"
 NUM_DRAWINGS = 60
 SEED = 2026
 WIDTH = 830  # pixels at which GitHub shows a figure
+CURVES = {
+    KEPT_NOTHING: {"color": "black", "marker": "o"},
+    KEPT_4_GIB: {"color": "0.5", "marker": "s", "linestyle": "--"},
+}
 
 
 def explain(model: ViT, path: Path) -> tuple[str, float, dict[int, torch.Tensor]]:
@@ -153,22 +163,73 @@ def screenshot_explorer(page: Path, out: Path) -> None:
     shrink(out, out)
 
 
+def draw_scaling(path: Path) -> None:
+    """Draw the seconds of an epoch against photos and against blocks, from results.jsonl."""
+    runs = epochs(read_rows())
+    curves = epoch_curves(runs)
+    start = runs.figure("line, time without photos")[0].median
+    slope = runs.figure("line, time for a photo")[0].median
+    figure = Figure((WIDTH / 100, 3.9), layout="constrained", dpi=200)
+    left, right = figure.subplots(1, 2)
+    draw_by_photos(left, curves, start, slope)
+    draw_by_blocks(right, curves)
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=9)
+    figure.suptitle(f"ViT-B/16 on one {runs.rows[0].hardware}", fontsize=11)
+    # The digest lets report.py --check say whether the picture shows the newest row.
+    figure.savefig(path, metadata={"Comment": digest_of_epochs(runs), "Software": None})
+
+
+def draw_by_photos(ax: Axes, curves: EpochCurves, start: float, slope: float) -> None:
+    """Draw the measured times, and the line of `start` seconds and `slope` ms a photo."""
+    for name, seconds in curves.by_photos.items():
+        ax.loglog(list(seconds), list(seconds.values()), label=name, **CURVES[name])
+    sizes = list(curves.by_photos[KEPT_NOTHING])
+    line = [start + slope / 1000 * n for n in sizes]
+    ax.loglog(sizes, line, "k:", linewidth=2.5, label=f"{start:g} s + {slope:g} ms a photo")
+    ax.set_title(f"{curves.blocks} blocks train", fontsize=10)
+    ax.set(xlabel="training photos", ylabel="seconds an epoch")
+    ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter("{x:g}")
+
+
+def draw_by_blocks(ax: Axes, curves: EpochCurves) -> None:
+    for name, seconds in curves.by_blocks.items():
+        ax.plot(list(seconds), list(seconds.values()), label=name, **CURVES[name])
+    ax.set_title(f"{curves.photos:,} photos", fontsize=10)
+    numbers = list(curves.by_blocks[KEPT_NOTHING])
+    ax.set(xlabel="blocks that train", ylabel="seconds an epoch", xticks=numbers)
+    ax.set_ylim(bottom=0)
+
+
+def draw_demo(demo: Path, out: Path) -> None:
+    """Make the figures that come from a finished demo."""
+    models = {"before": load_pretrained("demo"), "after": load_pretrained(demo / "run")}
+    with tempfile.TemporaryDirectory() as folder:
+        drawings = draw_candidates(Path(folder))
+        drawing = choose_drawing(models["before"], models["after"], drawings)
+        draw_story(out / "story.png", drawing, models)
+    for name in ("score.png", "gallery.png"):
+        shrink(demo / "score" / name, out / name)
+    pages = sorted((demo / "after").glob(f"*{OBJECT}*.html"))
+    screenshot_explorer(pages[0], out / "explorer.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--demo", type=Path, default=ROOT / "runs" / "demo", metavar="DIR")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", metavar="DIR")
+    parser.add_argument("--only", choices=("scaling",), help="default: make all figures")
     args = parser.parse_args()
-    models = {"before": load_pretrained("demo"), "after": load_pretrained(args.demo / "run")}
-    with tempfile.TemporaryDirectory() as folder:
-        drawings = draw_candidates(Path(folder))
-        drawing = choose_drawing(models["before"], models["after"], drawings)
-        draw_story(args.out / "story.png", drawing, models)
-    for name in ("score.png", "gallery.png"):
-        shrink(args.demo / "score" / name, args.out / name)
-    pages = sorted((args.demo / "after").glob(f"*{OBJECT}*.html"))
-    screenshot_explorer(pages[0], args.out / "explorer.png")
+    draw_scaling(args.out / "scaling.png")
+    if args.only is None:
+        draw_demo(args.demo, args.out)
 
 
 if __name__ == "__main__":

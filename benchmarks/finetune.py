@@ -1,7 +1,7 @@
 """Compare train.py with what a user of transformers writes, as whole processes in turn.
 
     python benchmarks/finetune.py --data DIR [--only transformers,minivit] [--epochs 5] [--runs 3]
-                                  [--train 3680 --test 3669]
+                                  [--train 3680 --test 3669] [--commit NAME]
 
 Both train blocks 10-11, the final norm and the head of ViT-B/16. The photos of an Oxford-IIIT Pet
 folder (drawn ones, if there is none) are linked under new names into class folders that both read,
@@ -18,14 +18,23 @@ import json
 import math
 import os
 import shutil
-import statistics
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from one_photo import MODEL, ROOT, run
-from results import parse, record
+from one_photo import run
+from results import (
+    MODEL,
+    ROOT,
+    Figure,
+    figure_of,
+    machine_name,
+    model_name,
+    parse_with_model,
+    record,
+)
+from workloads import VARIANTS, whole_job
 
 from minivit.checkpoints.weights import read_configs
 from minivit.cli import cores
@@ -34,8 +43,13 @@ from minivit.data.datasets import Data, load_data
 from minivit.system.device import pick_amp
 from minivit.tools.demo.drawings import BREEDS, draw_pets
 
-# What is measured of a process, and how it is printed.
-COLUMNS = {"seconds": ".1f", "images/s": ",.0f", "device GiB": ".2f", "host MiB": ",.0f"}
+# What is measured of a process, in which unit, and how it is printed.
+COLUMNS = {
+    "time": ("s", ".1f"),
+    "training speed": ("images/s", ",.0f"),
+    "device memory": ("GiB", ".2f"),
+    "host memory": ("MiB", ",.0f"),
+}
 OTHER_PROGRAM = ROOT / "benchmarks" / "finetune_transformers.py"
 
 
@@ -125,11 +139,11 @@ def measure(name: str, flags: list[str], data: Path, out: Path) -> dict[str, flo
     last_row = json.loads(lines.splitlines()[-1])
     shutil.rmtree(out)
     return {
-        "seconds": result.seconds,
-        "images/s": last_row.get("images_per_s"),
+        "time": result.seconds,
+        "training speed": last_row.get("images_per_s"),
         # On a CPU, train.py reports the host's memory there.
-        "device GiB": None if "cpu" in flags else last_row["peak_gib"],
-        "host MiB": result.peak_mib,
+        "device memory": None if "cpu" in flags else last_row["peak_gib"],
+        "host memory": result.peak_mib,
     }
 
 
@@ -139,20 +153,42 @@ def decode_photos(data: Path, model: Path) -> None:
     store.prepare(load_data(data, seed=0), spec.preprocess, workers=cores(), cap_gib=math.inf)
 
 
-def print_table(results: Mapping[str, list[dict[str, float | None]]]) -> dict[str, str]:
-    """Print the medians of each variant's runs, and return them as figures to record."""
+def figures_of(results: Mapping[str, list[dict[str, float | None]]]) -> dict[str, Figure]:
+    """Return the figures of all variants, each over the variant's runs."""
     figures = {}
-    print(f"\n{'':24}", *(f"{column:>12}" for column in COLUMNS))
     for name, rows in results.items():
-        cells = []
-        for column, style in COLUMNS.items():
-            cell = "-"
+        for column, (unit, _) in COLUMNS.items():
             if rows[0][column] is not None:
-                cell = format(statistics.median(row[column] for row in rows), style)
-                figures[f"whole process, {name}, {column}"] = cell
-            cells.append(f"{cell:>12}")
-        print(f"{name:24}", *cells)
+                figures[f"{name}, {column}"] = figure_of([row[column] for row in rows], unit)
     return figures
+
+
+def print_table(names: Sequence[str], figures: Mapping[str, Figure]) -> None:
+    """Print a line for each variant: the medians, and what the variant is."""
+    columns = [column for column in COLUMNS if any(key.endswith(column) for key in figures)]
+    heads = [f"{column} ({COLUMNS[column][0]})" for column in columns]
+    print("\n" + "  ".join(heads))
+    for name in names:
+        cells = []
+        for column, head in zip(columns, heads):
+            cell = "-"
+            if f"{name}, {column}" in figures:
+                cell = format(figures[f"{name}, {column}"].median, COLUMNS[column][1])
+            cells.append(cell.rjust(len(head)))
+        print("  ".join(cells), VARIANTS[name].replace("`", ""), sep="  ")
+
+
+def print_comparison(figures: Mapping[str, Figure]) -> None:
+    """Say how much longer each of transformers' programs took than train.py, if it was measured."""
+    ours = figures.get("minivit-cold, time")
+    if ours is None:
+        return
+    print()
+    for name, description in VARIANTS.items():
+        theirs = figures.get(f"{name}, time")
+        if theirs is not None and name.startswith("transformers"):
+            ratio = theirs.median / ours.median
+            print(f"{ratio:.1f} times as long as train.py: {description.replace('`', '')}")
 
 
 def main() -> None:
@@ -169,9 +205,10 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=3680, help="number of training photos")
     parser.add_argument("--test", type=int, default=3669, help="number of test photos")
     parser.add_argument("--epochs", type=int, default=5)
-    names = ", ".join(list_variants(True))
-    parser.add_argument("--only", metavar="NAME,...", help=f"default: all of {names}")
-    args = parse(parser)
+    known_names = ", ".join(VARIANTS)
+    parser.add_argument("--only", metavar="NAME,...", help=f"default: all of {known_names}")
+    parser.add_argument("--runs", type=int, default=3, help="each figure is the median of these")
+    args = parse_with_model(parser)
     variants = list_variants(pick_amp("auto", args.device) is not None)
     names = args.only.split(",") if args.only else list(variants)
     unknown = set(names) - set(variants)
@@ -181,6 +218,12 @@ def main() -> None:
     counts = {"train": args.train, "val": math.ceil(args.train / 10), "test": args.test}
     common = ["--model", str(args.model), "--device", args.device.type]
     common += ["--epochs", str(args.epochs)]
+    print(
+        f"{args.epochs} epochs of {args.train} photos and a test of {args.test}, with random "
+        f"weights of {model_name(args.model)}, on {machine_name(args.device)}.\n"
+        "Each program is measured as a whole, from its start to its end.",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(dir=MODEL.parent) as folder:
         photos = Path(folder) / "photos"
         make_folders(args.data, photos, counts)
@@ -191,8 +234,13 @@ def main() -> None:
             for name in names:
                 row = measure(name, [*common, *variants[name]], photos, Path(folder) / "run")
                 results[name].append(row)
-                print(f"run {i + 1}, {name}: {row['seconds']:.1f} s", flush=True)
-    record(print_table(results), args.device, args.record)
+                print(f"run {i + 1} of {args.runs}, {name}: {row['time']:.1f} s", flush=True)
+    figures = figures_of(results)
+    print_table(names, figures)
+    print_comparison(figures)
+    model = model_name(args.model)
+    workload = whole_job(model, args.epochs, args.train, args.test, args.device.type)
+    record(args, args.device, workload, figures)
 
 
 if __name__ == "__main__":

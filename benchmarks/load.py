@@ -10,19 +10,16 @@ process of its own, and the first of each fills the disk's cache and does not co
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
-import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from results import ROOT, Figure, figure_of, parse, record
+
 PROGRAMS = {
     "minivit": (
         "from minivit import load_pretrained; model = load_pretrained(sys.argv[1] + '/hub').eval()"
@@ -79,36 +76,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=5)
-    runs = parser.parse_args().runs
-    sys.path.insert(0, str(ROOT))
+    parser.add_argument("--runs", type=int, default=5, help="each figure is the median of these")
+    args = parse(parser)
     import torch
 
     programs = {name: code for name, code in PROGRAMS.items() if importlib.util.find_spec(name)}
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
-        for run in range(runs + 1):
+        for run in range(args.runs + 1):
             for name, code in programs.items():
                 result = measure(code, folder)
                 if run > 0:
                     results[name].append(result)
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    figures: dict[str, Figure] = {}
     for name, pairs in results.items():
-        row = {
-            "what": name,
-            "seconds": round(statistics.median(seconds for seconds, _ in pairs), 2),
-            "peak_mib": round(statistics.median(mib for _, mib in pairs)),
-            "runs": runs,
-            "commit": commit,
-            "date": str(datetime.date.today()),
-            "machine": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "command": " ".join(["python", *sys.argv]),
-        }
-        print(json.dumps(row))
+        time_taken = figure_of([seconds for seconds, _ in pairs], "s")
+        memory = figure_of([mib for _, mib in pairs], "MiB")
+        figures[f"{name}, time"] = time_taken
+        figures[f"{name}, host memory"] = memory
+        print(f"{name:13} {time_taken.median:6.2f} s, {memory.median:6,.0f} MiB")
+    record(args, torch.device("cpu"), "a process that loads ViT-B/16 in float32, cpu", figures)
 
 
 if __name__ == "__main__":

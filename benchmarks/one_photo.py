@@ -1,6 +1,6 @@
 """Compare infer.py with what a user of transformers writes: a photo to a figure of blocks 8 to 11.
 
-    python benchmarks/one_photo.py PHOTO|FOLDER [--model DIR] [--runs 5]
+    python benchmarks/one_photo.py PHOTO|FOLDER [--model DIR] [--runs 5] [--device cpu]
 
 Both are measured as whole processes, in turn. Without --model, a ViT-B/16 with random weights is
 written into .cache once. For a folder, infer.py alone is measured: photos a second, seconds to the
@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,8 +20,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
-MODEL = ROOT / ".cache" / "random-vit-b16"
+from results import MODEL, ROOT, Figure, figure_of, model_name, parse_with_model, record
+from workloads import many_photos, one_photo
+
 # This small program stands between us and the one that is measured. On Linux, the peak memory of a
 # process includes what its parent held when it started it, and we hold torch.
 LAUNCH = """import resource, subprocess, sys
@@ -39,16 +38,6 @@ class ProcessResult(NamedTuple):
     first_figure: float  # seconds until the name of a figure was printed; 0 if there was none
     peak_mib: float  # of the process or of its largest child
     output: str
-
-
-def write_random_vit(folder: Path) -> None:
-    """Write a ViT-B/16 with random weights, in the Hub's layout."""
-    import torch
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-
-    torch.manual_seed(0)
-    ViTForImageClassification(ViTConfig(num_labels=1000)).save_pretrained(folder)
-    ViTImageProcessor().save_pretrained(folder)
 
 
 def run(command: list[str]) -> ProcessResult:
@@ -80,34 +69,42 @@ def run(command: list[str]) -> ProcessResult:
     return ProcessResult(seconds, first_figure, peak_kib / 1024, "".join(lines))
 
 
-def measure_folder(command: list[str], out: Path) -> None:
-    """Run infer.py on a folder, and print how fast it was."""
+def measure_folder(command: list[str], out: Path) -> dict[str, Figure]:
+    """Run infer.py on a folder, and print and return how fast it was."""
     result = run(command)
     number = len(list(out.iterdir()))
     print(
         f"{number} photos in {result.seconds:.1f} s: {number / result.seconds:.2f} a second, "
         f"first figure after {result.first_figure:.1f} s, {result.peak_mib:,.0f} MiB"
     )
+    return {
+        "infer.py, photos": figure_of([number], "photos"),
+        "infer.py, speed": figure_of([number / result.seconds], "photos/s"),
+        "infer.py, time to the first figure": figure_of([result.first_figure], "s"),
+        "infer.py, host memory": figure_of([result.peak_mib], "MiB"),
+    }
 
 
-def compare(minivit: list[str], transformers: list[str], runs: int) -> None:
-    """Run two commands in turn, and print the time and memory of each, and the ratio of times."""
-    results: dict[str, list[ProcessResult]] = {"minivit": [], "transformers": []}
-    for _ in range(runs + 1):
-        results["minivit"].append(run(minivit))
-        results["transformers"].append(run(transformers))
-    times: dict[str, list[float]] = {}
-    for name, all_results in results.items():
-        counted = all_results[1:]
-        seconds = [result.seconds for result in counted]
-        times[name] = seconds
-        print(
-            f"{name:13} {statistics.median(seconds):6.2f} s "
-            f"({min(seconds):.2f} to {max(seconds):.2f}), "
-            f"{max(result.peak_mib for result in counted):6,.0f} MiB"
-        )
-    ratios = [a / b for a, b in zip(times["minivit"], times["transformers"])]
-    print(f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+def compare(ours: list[str], theirs: list[str], runs: int) -> dict[str, Figure]:
+    """Run two commands in turn, and print and return the time and memory of each, and the ratio."""
+    commands = {"infer.py": ours, "transformers": theirs}
+    results: dict[str, list[ProcessResult]] = {name: [] for name in commands}
+    for i in range(runs + 1):
+        for name, command in commands.items():
+            result = run(command)
+            if i > 0:
+                results[name].append(result)
+    figures = {}
+    for name, counted in results.items():
+        figures[f"{name}, time"] = figure_of([result.seconds for result in counted], "s")
+        figures[f"{name}, host memory"] = figure_of([result.peak_mib for result in counted], "MiB")
+    pairs = zip(results["infer.py"], results["transformers"])
+    ratios = [a.seconds / b.seconds for a, b in pairs]
+    figures["infer.py, time against transformers"] = figure_of(ratios, "times")
+    for name, figure in figures.items():
+        spread = "" if figure.min is None else f" ({figure.min:g} to {figure.max:g})"
+        print(f"{name:36} {figure.median:8g} {figure.unit}{spread}")
+    return figures
 
 
 def main() -> None:
@@ -115,30 +112,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("photo", type=Path, help="a photo or a folder of photos")
-    parser.add_argument("--model", type=Path, default=MODEL, help="a folder in the Hub's layout")
-    parser.add_argument("--runs", type=int, default=5)
-    args = parser.parse_args()
-    if not (args.model / "config.json").exists():
-        write_random_vit(args.model)
-    import torch
-    import transformers
-
-    machine = platform.processor() or platform.machine()
-    print(
-        f"{time.strftime('%Y-%m-%d')}, {machine}, {os.cpu_count()} CPUs, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}"
-    )
-    infer_script = str(ROOT / "infer.py")
-    other_script = str(ROOT / "benchmarks" / "one_photo_transformers.py")
+    parser.add_argument("--runs", type=int, default=5, help="each figure is the median of these")
+    args = parse_with_model(parser)
     photo = str(args.photo)
     model = str(args.model)
+    device = args.device.type
     with tempfile.TemporaryDirectory() as out:
-        ours = [sys.executable, infer_script, photo, "--model", model, "--out", out]
+        ours = [sys.executable, str(ROOT / "infer.py"), photo, "--model", model, "--out", out]
+        ours += ["--device", device]
+        theirs = [sys.executable, str(ROOT / "benchmarks" / "one_photo_transformers.py")]
+        theirs += [photo, model, out, "--device", device]
         if args.photo.is_dir():
-            measure_folder(ours, Path(out))
+            figures = measure_folder(ours, Path(out))
+            workload = many_photos(model_name(args.model), device)
         else:
-            compare(ours, [sys.executable, other_script, photo, model, out], args.runs)
+            figures = compare(ours, theirs, args.runs)
+            workload = one_photo(model_name(args.model), device)
+    record(args, args.device, workload, figures)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,15 @@ def main() -> None:
     parser.add_argument("photo")
     parser.add_argument("model", help="a folder in the Hub's layout")
     parser.add_argument("out", type=Path, help="the folder that figure.png is written to")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     processor = AutoImageProcessor.from_pretrained(args.model)
     model = ViTForImageClassification.from_pretrained(args.model, attn_implementation="eager")
-    model.eval()
+    model.eval().to(args.device)
     photo = ImageOps.exif_transpose(Image.open(args.photo)).convert("RGB")
     with torch.no_grad():
-        outputs = model(**processor(photo, return_tensors="pt"), output_attentions=True)
+        pixels = processor(photo, return_tensors="pt").pixel_values.to(args.device)
+        outputs = model(pixels, output_attentions=True)
     top = outputs.logits[0].softmax(0).topk(5)
     for probability, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
         print(f"{probability:.3f}  {model.config.id2label[index]}")
@@ -35,7 +37,7 @@ def main() -> None:
     axes[0].imshow(photo)
     for ax, block in zip(axes[1:], range(8, 12), strict=True):
         row = outputs.attentions[block][0, :, 0, 1:].mean(0).view(1, 1, 14, 14)
-        heat = torch.nn.functional.interpolate(row, photo.size[::-1], mode="bilinear")[0, 0]
+        heat = torch.nn.functional.interpolate(row, photo.size[::-1], mode="bilinear")[0, 0].cpu()
         ax.imshow(photo)
         ax.imshow(heat, cmap="inferno", alpha=0.6)
         ax.set_title(f"block {block}")

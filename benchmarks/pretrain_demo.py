@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from results import figure_of, parse, record
 from torch import Tensor, nn
 
 from minivit import Preprocess, ViT, ViTConfig, save_pretrained
@@ -182,7 +183,7 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=18_000, help="number of training photos")
     parser.add_argument("--epochs", type=int, default=28, help="number of epochs")
     parser.add_argument("--out", type=Path, default=DEMO, help="the folder of the checkpoint")
-    args = parser.parse_args()
+    args = parse(parser)
     started = time.perf_counter()
     device = pick_device("auto")
     torch.manual_seed(0)
@@ -207,6 +208,12 @@ def main() -> None:
             flush=True,
         )
         save_pretrained(copy.deepcopy(pretraining.model).cpu().half(), args.out)
+    figures = {
+        "accuracy on new rooms": figure_of([accuracy], "fraction"),
+        "time": figure_of([time.perf_counter() - started], "s"),
+    }
+    workload = f"the demo's checkpoint: {args.photos} rooms, {args.epochs} epochs, {device.type}"
+    record(args, device, workload, figures)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,9 +22,10 @@ from pathlib import Path
 
 import torch
 from finetune_transformers import freeze
-from results import dtype_name, parse, record
+from results import Figure, dtype_name, figure_of, model_name, parse_with_model, record
 from torch import Tensor, nn
 from transformers import ViTForImageClassification
+from workloads import steady_speed
 
 from minivit import load_pretrained
 from minivit.cli import parse_blocks
@@ -95,16 +95,16 @@ def train_epochs(
     return state.rows
 
 
-def images_per_second(work: Callable[[], object], images: int, case: Case) -> float:
-    """Time `work`, which takes so many images: the median of some runs after one to warm up."""
-    seconds = []
+def images_per_second(work: Callable[[], object], images: int, case: Case) -> list[float]:
+    """Return the images a second of each run of `work`, which takes so many, after a warm-up."""
+    speeds = []
     for _ in range(case.runs + 1):
         wait_for(case.device)
         started = time.perf_counter()
         work()
         wait_for(case.device)
-        seconds.append(time.perf_counter() - started)
-    return images / statistics.median(seconds[1:])
+        speeds.append(images / (time.perf_counter() - started))
+    return speeds[1:]
 
 
 def wait_for(device: torch.device) -> None:
@@ -112,13 +112,13 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def measure_training(case: Case, pixels: Tensor, *, cache_views: int) -> float:
+def measure_training(case: Case, pixels: Tensor, *, cache_views: int) -> list[float]:
     """Measure train.py's own loop, from its second epoch on."""
     rows = train_epochs(case, pixels, blocks="10-11", cache_gib=1e3, cache_views=cache_views)
-    return statistics.median(row["images_per_s"] for row in rows[1:])
+    return [row["images_per_s"] for row in rows[1:]]
 
 
-def measure_predictions(case: Case, pixels: Tensor) -> float:
+def measure_predictions(case: Case, pixels: Tensor) -> list[float]:
     """Measure how train.py predicts the classes of photos."""
     model = load_pretrained(case.model, num_classes=CLASSES)
     model = working_copy(model, case.device, case.amp, train=False)
@@ -153,7 +153,7 @@ def transformers_model(folder: Path) -> nn.Module:
     )
 
 
-def measure_other(case: Case, library: str, part: str, pixels: Tensor) -> float:
+def measure_other(case: Case, library: str, part: str, pixels: Tensor) -> list[float]:
     """Measure another library's model, in a training step or in the forward pass alone.
 
     It runs under autocast if its weights are in float32 and `amp` is not.
@@ -201,8 +201,8 @@ def measure_other(case: Case, library: str, part: str, pixels: Tensor) -> float:
     return images_per_second(work_through_batches, num_batches * case.batch, case)
 
 
-def measure(case: Case, name: str, part: str, pixels: Tensor) -> float:
-    """Return the images a second of one of PARTS."""
+def measure(case: Case, name: str, part: str, pixels: Tensor) -> list[float]:
+    """Return the images a second of one of PARTS, in each run."""
     if name == "train":
         return measure_training(case, pixels, cache_views=0)
     if name == "kept":
@@ -221,20 +221,26 @@ def list_cases(args: argparse.Namespace) -> Iterator[Case]:
                 yield Case(args.model, args.device, amp, int(batch), args.runs, compiled)
 
 
-def measure_case(case: Case, name: str, part: str, pixels: Tensor) -> tuple[str, str]:
-    """Measure in a fresh state; return what was measured and the figure, as they are printed."""
+def measure_case(case: Case, name: str, part: str, pixels: Tensor) -> dict[str, Figure]:
+    """Measure in a fresh state; print and return the speed and, on a GPU, the peak of memory."""
     torch.compiler.reset()
     gc.collect()
     on_gpu = case.device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(case.device)
-    speed = measure(case, name, part, pixels)
-    memory = f", {devices.peak_gib(case.device):.2f} GiB" if on_gpu else ""
+    speed = figure_of(measure(case, name, part, pixels), "images/s")
     who = f"minivit {part}" if name == part else f"{name} {part}"
     compiled = ", compiled" if case.compiled else ""
     what = f"{who}, batch {case.batch}, {dtype_name(case.amp)}{compiled}"
-    return what, f"{speed:,.1f} images/s{memory}"
+    figures = {f"{what}, speed": speed}
+    memory = ""
+    if on_gpu:
+        peak = figure_of([devices.peak_gib(case.device)], "GiB")
+        figures[f"{what}, device memory"] = peak
+        memory = f", {peak.median:.2f} GiB"
+    print(f"{what:70} {speed.median:,.1f} images/s{memory}", flush=True)
+    return figures
 
 
 def main() -> None:
@@ -251,13 +257,14 @@ def main() -> None:
         help="photos in an epoch; at least a batch, and whole batches",
     )
     parser.add_argument("--no-compile", action="store_true")
-    args = parse(parser)
+    parser.add_argument("--runs", type=int, default=3, help="each figure is the median of these")
+    args = parse_with_model(parser)
     auto = devices.pick_amp("auto", args.device) or torch.float32
     print(f"--amp auto is {auto} on {args.device}")
     size = load_pretrained(args.model).config.img_size
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (args.photos, 3, *size), dtype=torch.uint8, generator=generator)
-    figures: dict[str, str] = {}
+    figures: dict[str, Figure] = {}
     for name in args.only.split(","):
         if name == "timm" and not importlib.util.find_spec("timm"):
             print("timm is not installed")
@@ -266,10 +273,9 @@ def main() -> None:
             for case in list_cases(args):
                 if part == LOW and case.amp is None:
                     continue
-                what, figure = measure_case(case, name, part, pixels)
-                figures[what] = figure
-                print(f"{what:70} {figure}", flush=True)
-    record(figures, args.device, args.record)
+                figures |= measure_case(case, name, part, pixels)
+    workload = steady_speed(model_name(args.model), args.photos, args.device.type)
+    record(args, args.device, workload, figures)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ All figures come from train.py itself, run as users run it. What depends on size
 with a random ViT-B/16, as large as google/vit-base-patch16-224, and with noisy photos. On one GPU,
 these are the memory that training takes, its prediction and its limit, and the bytes of a run that
 was resumed; on several, their speed, their loss curves, and what becomes of a run whose process is
-killed. Prints one line for each figure.
+killed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -25,11 +26,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from results import ROOT, Figure, figure_of, parse, record
+from workloads import train_gpu
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from minivit import Preprocess, ViT, ViTConfig, save_pretrained
 
-ROOT = Path(__file__).parents[1]
 ALL_BLOCKS_IN_FLOAT32 = ("--amp", "off", "--blocks", "all")
 MEMORY_CASES: dict[str, tuple[object, ...]] = {
     "bf16": ("--amp", "bf16"),
@@ -107,22 +108,26 @@ def read_summary(run: Path) -> dict:
     return json.loads((run / "summary.json").read_text())
 
 
-def measure_memory(model: Path, data: Path, out: Path) -> None:
-    """Print the GiB that ViT-B/16 needs by prediction and by measurement."""
+def measure_memory(model: Path, data: Path, out: Path) -> dict[str, Figure]:
+    """Print and return the GiB that ViT-B/16 needs by prediction and by measurement."""
+    figures = {}
     for name, flags in MEMORY_CASES.items():
         run = out / f"memory {name}"
         process = start_training(
             "--model", model, "--data", data, "--epochs", 1, "--out", run, *flags
         )
-        prediction = "no prediction"
-        for line in wait_for_end(process).splitlines():
-            if line.startswith("up to "):
-                prediction = line
-                break
-        print(f"memory, {name}: {prediction}; measured {read_summary(run)['peak_gib']:.2f} GiB")
+        prediction = re.search(r"(?m)^up to ([\d.]+) GiB.*", wait_for_end(process))
+        said = "no prediction"
+        if prediction is not None:
+            said = prediction[0]
+            figures[f"memory, {name}, predicted"] = figure_of([float(prediction[1])], "GiB")
+        measured = figure_of([read_summary(run)["peak_gib"]], "GiB")
+        figures[f"memory, {name}, measured"] = measured
+        print(f"memory, {name}: {said}; measured {measured.median:.2f} GiB")
+    return figures
 
 
-def compare_resumed(model: Path, data: Path, out: Path, amp: str) -> None:
+def compare_resumed(model: Path, data: Path, out: Path, amp: str) -> dict[str, Figure]:
     """Stop a deterministic run with SIGTERM in its second epoch, resume it, compare the bytes."""
     straight = out / f"straight {amp}"
     stopped = out / f"stopped {amp}"
@@ -140,10 +145,13 @@ def compare_resumed(model: Path, data: Path, out: Path, amp: str) -> None:
     print(
         f"resume, {amp}: exit code {process.returncode}, bytes {'equal' if is_equal else 'DIFFER'}"
     )
+    share = figure_of([float(is_equal)], "fraction")
+    return {f"resume, {amp}, runs that ended in the same bytes": share}
 
 
-def compare_speed(model: Path, data: Path, out: Path, gpus: int) -> None:
-    """Print the images a second of one GPU and of all, at two batch sizes."""
+def compare_speed(model: Path, data: Path, out: Path, gpus: int) -> dict[str, Figure]:
+    """Print and return the images a second of one GPU and of all, at two batch sizes."""
+    figures = {}
     for batch in (64, 256):  # of each GPU
         speed = {}
         for n in (1, gpus):
@@ -151,16 +159,18 @@ def compare_speed(model: Path, data: Path, out: Path, gpus: int) -> None:
             flags = ("--model", model, "--data", data, "--epochs", 6, "--batch-size", batch * n)
             flags += ("--amp", "bf16", "--out", run)
             wait_for_end(start_training(*flags, processes=n))
-            speed[n] = statistics.median(row["images_per_s"] for row in read_rows(run)[1:])
+            speeds = [row["images_per_s"] for row in read_rows(run)[1:]]
+            speed[n] = statistics.median(speeds)
+            figures[f"{batch} photos a GPU, {n} GPUs, speed"] = figure_of(speeds, "images/s")
+        gain = figure_of([speed[gpus] / speed[1]], "times")
+        figures[f"{batch} photos a GPU, speed against one GPU"] = gain
         rounded = {n: round(images_per_s) for n, images_per_s in speed.items()}
-        print(
-            f"images/s at {batch} a GPU, by GPUs: {rounded}, "
-            f"{speed[gpus] / speed[1]:.2f} times one GPU"
-        )
+        print(f"images/s at {batch} a GPU, by GPUs: {rounded}, {gain.median:.2f} times one GPU")
+    return figures
 
 
-def compare_curves(model: Path, data: Path, out: Path, gpus: int) -> None:
-    """Print how far the loss curves of one GPU and of all differ, and what a killed rank does."""
+def compare_curves(model: Path, data: Path, out: Path, gpus: int) -> dict[str, Figure]:
+    """Measure how far the loss curves of one GPU and of all differ, and what a killed rank does."""
     flags = ("--model", model, "--data", data, "--epochs", 6, "--batch-size", 32, "--amp", "off")
     runs = {n: out / f"curve {n}" for n in (1, gpus)}
     for n, run in runs.items():
@@ -188,6 +198,12 @@ def compare_curves(model: Path, data: Path, out: Path, gpus: int) -> None:
     last_line = wait_for_end(process).splitlines()[-1:]
     seconds = time.perf_counter() - started
     print(f"a killed rank: exit code {process.returncode} after {seconds:.0f} s more; {last_line}")
+    return {
+        "largest difference of the losses of an epoch": figure_of([gap], "times"),
+        "test accuracy, 1 GPU": figure_of([accuracy[1]], "fraction"),
+        "test accuracy, all GPUs": figure_of([accuracy[gpus]], "fraction"),
+        "a killed process, time to the end": figure_of([seconds], "s"),
+    }
 
 
 def main() -> None:
@@ -203,7 +219,7 @@ def main() -> None:
         "--data", type=Path, help="real photos for the loss curves; default: noisy ones"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
-    args = parser.parse_args()
+    args = parse(parser)
     gpus = torch.cuda.device_count()
     if gpus == 0:
         sys.exit("no GPU found: this benchmark needs at least one CUDA device")
@@ -215,15 +231,17 @@ def main() -> None:
         write_model(model)
     write_photos(data, num_train)
     if gpus == 1:
-        measure_memory(model, data, args.out)
+        figures = measure_memory(model, data, args.out)
         for amp in ("bf16", "fp16", "off"):
-            compare_resumed(model, data, args.out, amp)
-        return
-    compare_speed(model, data, args.out, gpus)
-    if args.model and args.data:
-        compare_curves(args.model, args.data, args.out, gpus)
+            figures |= compare_resumed(model, data, args.out, amp)
     else:
-        compare_curves(model, data, args.out, gpus)
+        figures = compare_speed(model, data, args.out, gpus)
+        has_own = args.model is not None and args.data is not None
+        curve_model = args.model if has_own else model
+        curve_data = args.data if has_own else data
+        figures |= compare_curves(curve_model, curve_data, args.out, gpus)
+    workload = train_gpu(gpus)
+    record(args, torch.device("cuda"), workload, figures)
 
 
 if __name__ == "__main__":
