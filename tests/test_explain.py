@@ -581,11 +581,11 @@ def test_flags_that_would_have_no_effect_are_refused_in_one_line(
                 depth=12,
                 num_heads=3,
                 mlp_dim=48,
-                num_classes=1,
+                num_classes=2,
             )
         )
     )
-    model.labels, model.preprocess = ("x",), Preprocess((48, 48))
+    model.labels, model.preprocess = ("x", "y"), Preprocess((48, 48))
     (tmp_path / "grid").mkdir()
     save_pretrained(model, tmp_path / "grid")
     flags = [tmp_path / "grid" if flag == "GRID" else flag for flag in flags]

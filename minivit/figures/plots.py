@@ -8,30 +8,24 @@ from __future__ import annotations
 
 import math
 import textwrap
-import warnings
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.colors import Colormap
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from ..data.photos import open_photo
 from ..errors import printable
-from ..system.files import whole_file
+from .drawing import DPI, new_figure, save
+from .mpl import Axes, Colormap, Figure, MaxNLocator, Rectangle, colormaps
 
 HEAT = colormaps["inferno"]
 SIGNED = colormaps["cividis"]  # from dark for less, over grey, to light for more
 RIGHT = "#1b7837"
 WRONG = "#b2182b"
 GREY = "0.25"
-DPI = 120
 # Measures of draw_attention, in pixels.
 MARGIN = 14
 CAPTION_LINE = 16
@@ -125,43 +119,43 @@ def draw_attention(
     *,
     shared_scale: bool = False,
     query_box: tuple[float, float, float, float] | None = None,
-) -> None:
+) -> str:
     """Draw rows of maps over a photo, uint8 (h, w, 3), beside the photo itself.
 
     Each map has a colour scale of its own or, with `shared_scale`, that of its row. Differences
     always share their row's. `query_box` is the patch to mark: left, top, right and bottom, as
-    fractions of the photo.
+    fractions of the photo. Returns what save returns.
     """
     layout = _layout(photo, rows, caption)
     width, height = layout.size
-    figure = Figure((width / DPI, height / DPI), dpi=DPI, facecolor="white")
-    _text(figure, width / 2, 8, title, 11, ha="center")
-    for i, line in enumerate(reversed(layout.caption), start=1):
-        _text(figure, MARGIN, height - CAPTION_LINE * i, line, 8, color=GREY)
-    characters = layout.cell[0] // CHARACTER
-    h, w = photo.shape[:2]
-    for r, row in enumerate(rows):
-        x, y = layout.position(r, 0)
-        label = "\n".join(shorten(line, characters) for line in row.label.split("\n"))
-        _text(figure, x, y - 4, label, 9, va="bottom")
-        if not row.signed:
-            _image(figure, x, y, photo)
-            if query_box:
-                left, top, right, bottom = query_box
-                edges = x + left * w, y + top * h, x + right * w, y + bottom * h
-                _frame(figure, edges, "black", 4)
-                _frame(figure, edges, "white", 2)
-        row_limits = None
-        if shared_scale or row.signed:
-            row_limits = value_range([panel.values for panel in row.panels], row.signed)
-        for column, panel in enumerate(row.panels, start=1):
-            x, y = layout.position(r, column)
-            _text(figure, x, y - 4, shorten(panel.title, characters), 9, va="bottom")
-            limits = row_limits
-            if limits is None:
-                limits = value_range([panel.values])
-            _draw_panel(figure, x, y, photo, panel, limits, row.signed)
-    save(figure, path)
+    with new_figure((width / DPI, height / DPI)) as figure:
+        _text(figure, width / 2, 8, title, 11, ha="center")
+        for i, line in enumerate(reversed(layout.caption), start=1):
+            _text(figure, MARGIN, height - CAPTION_LINE * i, line, 8, color=GREY)
+        characters = layout.cell[0] // CHARACTER
+        h, w = photo.shape[:2]
+        for r, row in enumerate(rows):
+            x, y = layout.position(r, 0)
+            label = "\n".join(shorten(line, characters) for line in row.label.split("\n"))
+            _text(figure, x, y - 4, label, 9, va="bottom")
+            if not row.signed:
+                _image(figure, x, y, photo)
+                if query_box:
+                    left, top, right, bottom = query_box
+                    edges = x + left * w, y + top * h, x + right * w, y + bottom * h
+                    _frame(figure, edges, "black", 4)
+                    _frame(figure, edges, "white", 2)
+            row_limits = None
+            if shared_scale or row.signed:
+                row_limits = value_range([panel.values for panel in row.panels], row.signed)
+            for column, panel in enumerate(row.panels, start=1):
+                x, y = layout.position(r, column)
+                _text(figure, x, y - 4, shorten(panel.title, characters), 9, va="bottom")
+                limits = row_limits
+                if limits is None:
+                    limits = value_range([panel.values])
+                _draw_panel(figure, x, y, photo, panel, limits, row.signed)
+        return save(figure, path)
 
 
 def _draw_panel(
@@ -244,41 +238,42 @@ def draw_curves(
     best_epoch: int,
     overfits_from: int | None = None,
     verdict: str = "",
-) -> None:
+) -> str:
     """Draw loss and accuracy by epoch, for training (images without augmentation) and validation.
 
-    The epochs from `overfits_from` on are shaded, and the verdict is written above.
+    The epochs from `overfits_from` on are shaded, and the verdict is written above. Returns what
+    save returns.
     """
-    figure = Figure((9, 4.1), layout="constrained", dpi=DPI)
     epochs = [row["epoch"] for row in rows]
-    for ax, metric in zip(figure.subplots(1, 2), ("loss", "accuracy")):
-        training = [row[f"train_{metric}"] for row in rows]
-        validation = [row[f"val_{metric}"] for row in rows]
-        ax.plot(epochs, training, "o--", color="#5aae61", label="training, not augmented")
-        ax.plot(epochs, validation, "s-", color="#40004b", label="validation")
-        ax.axvline(best_epoch, color="0.5", linestyle=":", label=f"best epoch ({best_epoch})")
-        if overfits_from:
-            ax.axvspan(
-                overfits_from - 0.5,
-                epochs[-1] + 0.5,
-                color="#fdb863",
-                alpha=0.3,
-                label="overfitting",
-                hatch="//",
-                lw=0,
-            )
-        ax.set(xlabel="epoch", ylabel=metric, title=metric)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        # Leave room for the markers at the top.
-        if metric == "loss":
-            highest = max(training + validation)
-            ax.set(ylabel="cross-entropy loss", ylim=(0, 1.05 * highest))
-        else:
-            ax.set_ylim(None, 1.02)
-        ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    figure.suptitle("\n".join(textwrap.wrap(verdict, 115)), fontsize=10, parse_math=False)
-    save(figure, path)
+    with new_figure((9, 4.1), layout="constrained") as figure:
+        for ax, metric in zip(figure.subplots(1, 2), ("loss", "accuracy")):
+            training = [row[f"train_{metric}"] for row in rows]
+            validation = [row[f"val_{metric}"] for row in rows]
+            ax.plot(epochs, training, "o--", color="#5aae61", label="training, not augmented")
+            ax.plot(epochs, validation, "s-", color="#40004b", label="validation")
+            ax.axvline(best_epoch, color="0.5", linestyle=":", label=f"best epoch ({best_epoch})")
+            if overfits_from:
+                ax.axvspan(
+                    overfits_from - 0.5,
+                    epochs[-1] + 0.5,
+                    color="#fdb863",
+                    alpha=0.3,
+                    label="overfitting",
+                    hatch="//",
+                    lw=0,
+                )
+            ax.set(xlabel="epoch", ylabel=metric, title=metric)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            # Leave room for the markers at the top.
+            if metric == "loss":
+                highest = max(training + validation)
+                ax.set(ylabel="cross-entropy loss", ylim=(0, 1.05 * highest))
+            else:
+                ax.set_ylim(None, 1.02)
+            ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+        figure.suptitle("\n".join(textwrap.wrap(verdict, 115)), fontsize=10, parse_math=False)
+        return save(figure, path)
 
 
 def draw_confusion(
@@ -287,72 +282,94 @@ def draw_confusion(
     classes: Sequence[str],
     title: str,
     pairs: Sequence[tuple[str, str, int]] = (),
-) -> None:
+) -> str:
     """Draw a confusion matrix (C, C), with a row for each true class.
 
     A cell is shaded by its share of the row. `pairs` (true class, predicted class, photos) are
-    listed below.
+    listed below. Returns what save returns.
     """
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     C = len(classes)
     readable = C <= 60  # Smaller numbers in the cells could not be read.
-    side = min(0.32 * C, 40) + 3.2
-    dpi = 110 if readable else 60
-    figure = Figure((side + 0.6, side - 0.6), layout="constrained", dpi=dpi)
-    ax = figure.subplots()
-    shaded = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     names = [shorten(name, 28) for name in classes]
-    style: dict[str, Any] = {"fontsize": 8, "parse_math": False}
+    lines = [
+        f"{n} × {shorten(true, 28)} taken for {shorten(wrong, 28)}" for true, wrong, n in pairs
+    ]
+    if lines:
+        lines.insert(0, "confused most:")
+
+    # In inches: the matrix, and the room that names, lines and the colour bar take around it.
+    side = min(max(0.26 * C, 1.9), 31)
+    names_room = 0.075 * max(map(columns, names)) + 0.4
     rotation = 60 if C > 3 else 20
-    ax.set_xticks(range(C), names, rotation=rotation, ha="right", rotation_mode="anchor", **style)
-    ax.set_yticks(range(C), names, **style)
-    ax.set(xlabel="predicted", ylabel="true")
-    ax.set_title(title, parse_math=False)
-    if readable:
-        for i, j in np.argwhere(counts > 0):
-            colour = "white" if shares[i, j] > 0.55 else "black"
-            ax.text(j, i, counts[i, j], ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(shaded, ax=ax, fraction=0.04, label="share of the true class")
-    if pairs:
-        lines = ["confused most:"]
-        for true, predicted, n in pairs:
-            lines.append(f"{n} × {shorten(true, 28)} taken for {shorten(predicted, 28)}")
-        text = "\n".join(lines)
-        figure.supxlabel(text, x=0.02, ha="left", ma="left", fontsize=9, parse_math=False)
-    save(figure, path)
+    names_below = names_room * math.sin(math.radians(rotation)) + 0.3
+    lines_width = 0.09 * max(map(columns, lines), default=0)
+    width = max(names_room + side + 1.1, lines_width + 0.3, 0.1 * len(title) + names_room)
+    height = 0.4 + side + names_below + 0.17 * len(lines)
+    with new_figure((width, height), layout="constrained", dpi=110 if readable else 75) as figure:
+        ax = figure.subplots()
+        shaded = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        style: dict[str, Any] = {"fontsize": 8, "parse_math": False}
+        ax.set_xticks(
+            range(C), names, rotation=rotation, ha="right", rotation_mode="anchor", **style
+        )
+        ax.set_yticks(range(C), names, **style)
+        ax.set(xlabel="predicted", ylabel="true")
+        ax.set_title(title, parse_math=False)
+        if readable:
+            for i, j in np.argwhere(counts > 0):
+                colour = "white" if shares[i, j] > 0.55 else "black"
+                ax.text(j, i, counts[i, j], ha="center", va="center", fontsize=7, color=colour)
+        # The bar keeps its width and stays beside the matrix, however large that is.
+        bar = ax.inset_axes((1 + 0.12 / side, 0, 0.15 / side, 1))
+        figure.colorbar(shaded, cax=bar, label="share of the true class")
+        if lines:
+            text = "\n".join(lines)
+            figure.supxlabel(text, x=0.02, ha="left", ma="left", fontsize=9, parse_math=False)
+        return save(figure, path)
 
 
 def draw_predictions(
     path: Path, photos: Sequence[Path], captions: Sequence[tuple[str, str, float]], title: str
-) -> None:
+) -> str:
     """Draw photos in a grid, each with its (true class, predicted class, probability).
 
-    Right predictions are framed in green, wrong ones in red.
+    Right predictions are framed in green, wrong ones in red. Returns what save returns.
     """
     side = 240
     cell_h = side + 46
     columns = min(6, len(photos))
     rows = math.ceil(len(photos) / columns)
     width = max(columns * (side + 12) + 12, 780)
-    figure = Figure((width / DPI, (rows * cell_h + 46) / DPI), dpi=DPI)
-    _text(figure, width / 2, 10, title, 11, ha="center")
-    for i, (photo_path, (true, predicted, probability)) in enumerate(zip(photos, captions)):
-        photo = open_photo(photo_path)
-        photo.thumbnail((side, side))
-        row, column = divmod(i, columns)
-        x = (column + 0.5) * (width / columns)
-        left = round(x - photo.width / 2)
-        bottom = 46 + (row + 1) * cell_h - 12
-        top = bottom - photo.height
-        _image(figure, left, top, np.asarray(photo))
-        caption = f"✓ {shorten(predicted, 20)} {probability:.2f}"
-        colour, weight, line = RIGHT, "normal", 1
-        if true != predicted:
-            caption = f"✗ {shorten(predicted, 20)} {probability:.2f}\ntrue: {shorten(true, 20)}"
-            colour, weight, line = WRONG, "bold", 3
-        _frame(figure, (left, top, left + photo.width, bottom), colour, line)
-        _text(figure, x, top - 4, caption, 8, va="bottom", ha="center", color=colour, weight=weight)
-    save(figure, path)
+    with new_figure((width / DPI, (rows * cell_h + 46) / DPI)) as figure:
+        _text(figure, width / 2, 10, title, 11, ha="center")
+        for i, (photo_path, (true, predicted, probability)) in enumerate(zip(photos, captions)):
+            photo = open_photo(photo_path)
+            photo.thumbnail((side, side))
+            row, column = divmod(i, columns)
+            x = (column + 0.5) * (width / columns)
+            left = round(x - photo.width / 2)
+            bottom = 46 + (row + 1) * cell_h - 12
+            top = bottom - photo.height
+            _image(figure, left, top, np.asarray(photo))
+            caption = f"✓ {shorten(predicted, 20)} {probability:.2f}"
+            colour, weight, line = RIGHT, "normal", 1
+            if true != predicted:
+                caption = f"✗ {shorten(predicted, 20)} {probability:.2f}\ntrue: {shorten(true, 20)}"
+                colour, weight, line = WRONG, "bold", 3
+            _frame(figure, (left, top, left + photo.width, bottom), colour, line)
+            _text(
+                figure,
+                x,
+                top - 4,
+                caption,
+                8,
+                va="bottom",
+                ha="center",
+                color=colour,
+                weight=weight,
+            )
+        return save(figure, path)
 
 
 def show(ax: Axes, image: np.ndarray, title: str, size: int = 10) -> None:
@@ -363,16 +380,16 @@ def show(ax: Axes, image: np.ndarray, title: str, size: int = 10) -> None:
     ax.set_title(title, fontsize=size, parse_math=False)
 
 
+def columns(text: str) -> int:
+    """Return the width of a text in Latin letters; a Chinese character is as wide as two."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
 def shorten(name: str, length: int) -> str:
-    """Return a name as one line of at most so many characters."""
+    """Return a name as one line that is at most as wide as `length` Latin letters."""
     name = printable(name)
-    return name if len(name) <= length else name[: length - 1] + "…"
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    with whole_file(path) as partial, warnings.catch_warnings():
-        # Characters that the font lacks are drawn as boxes.
-        warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")
-        # Level 3 halves the time for a tenth more bytes.
-        figure.savefig(partial, format="png", pil_kwargs={"compress_level": 3})
+    if columns(name) <= length:
+        return name
+    while columns(name) > length - 1:
+        name = name[:-1]
+    return name + "…"

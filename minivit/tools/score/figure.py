@@ -9,13 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
 
-from ...figures.plots import HEAT, save, shorten
+from ...figures.drawing import new_figure, save
+from ...figures.mpl import Axes, Figure, GridSpec, Normalize, ScalarMappable
+from ...figures.plots import HEAT, shorten
 from .statistics import Score, ScoreKey
 
 GRID_COLUMNS = 6  # so that a row can be divided among one, two or three panels
@@ -25,12 +22,12 @@ STYLES = {"before": ("s--", "#5aae61"), "after": ("o-", "#40004b"), "model": ("o
 
 def draw_scores(
     path: Path, scores: Mapping[ScoreKey, Score], names: Mapping[str, str], title: str
-) -> None:
+) -> str:
     """Draw how much of the class token's attention falls on the pet, in times chance.
 
     The upper row has a heat map of heads by blocks for each model. The lower row has a plot for
     each method, of the mean over heads by block, with intervals. `names` has the name of the
-    "model" and, if there is one, of its "base".
+    "model" and, if there is one, of its "base". Returns what save returns.
     """
     labels = {"model": "model"}
     if "base" in names:
@@ -47,23 +44,23 @@ def draw_scores(
     panel_width = max(1.5 + 0.42 * len(blocks), 4)
     width = max(len(labels), len(methods)) * panel_width + 0.8
     upper_height = 0.3 * len(heads) + 0.7
-    figure = Figure((width, upper_height + 4.1), layout="constrained", dpi=110)
-    grid = figure.add_gridspec(2, GRID_COLUMNS, height_ratios=[upper_height, 3.2])
+    with new_figure((width, upper_height + 4.1), layout="constrained", dpi=110) as figure:
+        grid = figure.add_gridspec(2, GRID_COLUMNS, height_ratios=[upper_height, 3.2])
 
-    maps = {}
-    for model, label in labels.items():
-        rows = [[on_pet[model, "attention", b, head].mean for b in blocks] for head in heads]
-        maps[f"{label}: {shorten(names[model], 30)}"] = np.array(rows)
-    draw_heat_maps(add_panels(figure, grid, 0, len(maps)), maps, blocks, heads)
-    for method, ax in zip(methods, add_panels(figure, grid, 1, len(methods))):
-        lines = {
-            label: np.array([on_pet[model, method, block, "mean"] for block in blocks])
-            for model, label in labels.items()
-        }
-        draw_lines(ax, lines, blocks)
-        ax.set_title(f"{method}, mean of heads")
-    figure.suptitle(title, fontsize=10, wrap=True, parse_math=False)
-    save(figure, path)
+        maps = {}
+        for model, label in labels.items():
+            rows = [[on_pet[model, "attention", b, head].mean for b in blocks] for head in heads]
+            maps[f"{label}: {shorten(names[model], 30)}"] = np.array(rows)
+        draw_heat_maps(add_panels(figure, grid, 0, len(maps)), maps, blocks, heads)
+        for method, ax in zip(methods, add_panels(figure, grid, 1, len(methods))):
+            lines = {
+                label: np.array([on_pet[model, method, block, "mean"] for block in blocks])
+                for model, label in labels.items()
+            }
+            draw_lines(ax, lines, blocks)
+            ax.set_title(f"{method}, mean of heads")
+        figure.suptitle(title, fontsize=10, wrap=True, parse_math=False)
+        return save(figure, path)
 
 
 def add_panels(figure: Figure, grid: GridSpec, row: int, count: int) -> list[Axes]:

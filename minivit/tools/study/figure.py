@@ -5,12 +5,8 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
-
-from ...figures.plots import save
+from ...figures.drawing import new_figure, save
+from ...figures.mpl import Axes, NullLocator, colormaps
 from .summary import Spread, Table
 
 # Lines differ in more than their colours, for greyscale printers.
@@ -18,48 +14,49 @@ MARKERS = "os^Dv*"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)))
 
 
-def draw_study(path: Path, table: Table, title: str) -> None:
+def draw_study(path: Path, table: Table, title: str) -> str:
     """Draw two panels against photos per class, with a line for each choice of blocks.
 
-    A line is the mean over the seeds, between their lowest and their highest value.
+    A line is the mean over the seeds, between their lowest and their highest value. Returns what
+    save returns.
     """
-    figure = Figure((11, 5.4), layout="constrained")
-    figure.suptitle(textwrap.fill(title[:1].upper() + title[1:], 130), fontsize=10)
-    tests, gaps = figure.subplots(1, 2)
-    for i, (name, summaries) in enumerate(table.items()):
-        photos = [summary.photos for summary in summaries.values()]
-        position = i / max(1, len(table) - 1)
-        style = {
-            "label": name,
-            "color": colormaps["viridis"](0.9 * position),
-            "marker": MARKERS[i % len(MARKERS)],
-            "linestyle": DASHES[i % len(DASHES)],
-        }
-        _draw_line(tests, photos, [summary.test for summary in summaries.values()], style)
-        _draw_line(gaps, photos, [summary.gap for summary in summaries.values()], style)
-    ticks = {}
-    num_seeds = 1
-    for summaries in table.values():
-        for shots, summary in summaries.items():
-            ticks[f"{shots}\n({summary.photos:g})"] = summary.photos
-            num_seeds = max(num_seeds, summary.seeds)
-    for ax in (tests, gaps):
-        ax.set_xscale("log")
-        ax.set_xticks(list(ticks.values()), list(ticks))
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_xlabel("training photos per class (in all)")
-        ax.grid(alpha=0.3)
-    tests.set_ylabel("test accuracy, %")
-    gaps.set_ylabel("training above validation, points")
-    gaps.axhline(0, color="black", linewidth=0.8)
-    seeds = "1 seed" if num_seeds == 1 else f"{num_seeds} seeds"
-    figure.legend(
-        *gaps.get_legend_handles_labels(),
-        title=f"trained, mean and range of {seeds}",
-        loc="outside lower center",
-        ncols=6,
-    )
-    save(figure, path)
+    with new_figure((11, 5.4), layout="constrained", dpi=100) as figure:
+        figure.suptitle(textwrap.fill(title[:1].upper() + title[1:], 130), fontsize=10)
+        tests, gaps = figure.subplots(1, 2)
+        for i, (name, summaries) in enumerate(table.items()):
+            photos = [summary.photos for summary in summaries.values()]
+            position = i / max(1, len(table) - 1)
+            style = {
+                "label": name,
+                "color": colormaps["viridis"](0.9 * position),
+                "marker": MARKERS[i % len(MARKERS)],
+                "linestyle": DASHES[i % len(DASHES)],
+            }
+            _draw_line(tests, photos, [summary.test for summary in summaries.values()], style)
+            _draw_line(gaps, photos, [summary.gap for summary in summaries.values()], style)
+        ticks = {}
+        num_seeds = 1
+        for summaries in table.values():
+            for shots, summary in summaries.items():
+                ticks[f"{shots}\n({summary.photos:g})"] = summary.photos
+                num_seeds = max(num_seeds, summary.seeds)
+        for ax in (tests, gaps):
+            ax.set_xscale("log")
+            ax.set_xticks(list(ticks.values()), list(ticks))
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.set_xlabel("training photos per class (in all)")
+            ax.grid(alpha=0.3)
+        tests.set_ylabel("test accuracy, %")
+        gaps.set_ylabel("training above validation, points")
+        gaps.axhline(0, color="black", linewidth=0.8)
+        seeds = "1 seed" if num_seeds == 1 else f"{num_seeds} seeds"
+        figure.legend(
+            *gaps.get_legend_handles_labels(),
+            title=f"trained, mean and range of {seeds}",
+            loc="outside lower center",
+            ncols=6,
+        )
+        return save(figure, path)
 
 
 def _draw_line(ax: Axes, photos: list[float], spreads: list[Spread], style: dict) -> None:

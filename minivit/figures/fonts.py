@@ -1,0 +1,151 @@
+"""Fonts for names in any script: those installed are looked through for what DejaVu Sans lacks."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import printable
+from .mpl import FT2Font, font_manager, matplotlib
+
+# Words in the file names of fonts that other fonts are preferred to.
+PLAINER_FIRST = ("bold", "italic", "oblique", "light", "thin", "black", "medium", "mono", "serif")
+# Fonts that have a box, or an image in colour, in place of the outlines that matplotlib draws.
+WITHOUT_OUTLINES = ("lastresort", "coloremoji", "color emoji", "blank")
+# Selectors of a glyph's variant are not drawn themselves.
+VARIATION_SELECTORS = frozenset(map(chr, range(0xFE00, 0xFE10)))
+# What to install for a script, by the first word of its characters' Unicode names.
+NOTO_CJK = "Noto Sans CJK (apt install fonts-noto-cjk)"
+PACKAGES = dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "IDEOGRAPHIC"), NOTO_CJK)
+OTHER_SCRIPTS = "Noto Sans (apt install fonts-noto-core)"
+SYMBOLS = "Symbola (apt install fonts-symbola)"
+# The first version of matplotlib that joins letters, and writes from right to left.
+SHAPES_TEXT = (3, 11)
+SHAPED_SCRIPTS = frozenset(
+    [
+        *("ARABIC", "HEBREW", "SYRIAC", "THAANA", "NKO"),
+        *("DEVANAGARI", "BENGALI", "GURMUKHI", "GUJARATI", "ORIYA", "TAMIL", "TELUGU"),
+        *("KANNADA", "MALAYALAM", "SINHALA", "MYANMAR", "KHMER", "TIBETAN"),
+    ]
+)
+MAX_SHOWN = 30  # characters in a message
+
+_reported: set[str] = set()
+
+
+def lacking(characters: Iterable[str]) -> set[str]:
+    """Return those characters that matplotlib's own font, DejaVu Sans, does not have."""
+    others = {character for character in characters if not character.isascii()}
+    if not others:
+        return set()
+    regular = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans"))
+    return others - VARIATION_SELECTORS - _characters_of(regular)
+
+
+@functools.lru_cache(maxsize=64)
+def fallback_families(characters: frozenset[str]) -> tuple[Sequence[str], frozenset[str]]:
+    """Return installed font families that have the characters, and the characters that none has.
+
+    Each family has most of the characters that the families before it lack.
+    """
+    found: dict[Path, frozenset[str]] = {}
+    for path in _installed_fonts():
+        covered = characters & _characters_of(str(path))
+        if covered:
+            found[path] = covered
+    families = []
+    remaining = characters
+    while remaining and found:
+        # Of fonts with equally many, max takes the first, which is the plainest.
+        best = max(found, key=lambda path: len(found[path] & remaining))
+        covered = found.pop(best) & remaining
+        if not covered:
+            break
+        families.append(_add_family(best))
+        remaining -= covered
+    return families, remaining
+
+
+def _installed_fonts() -> list[Path]:
+    """Return the files of all installed fonts that have outlines, the plainest first.
+
+    matplotlib's own list may be older than a font that was just installed.
+    """
+    paths = set(map(Path, font_manager.findSystemFonts()))
+    paths |= {Path(entry.fname) for entry in font_manager.fontManager.ttflist}
+
+    def order(path: Path) -> tuple[int, str]:
+        name = path.name.lower()
+        return sum(word in name for word in PLAINER_FIRST), name
+
+    drawn = [path for path in paths if not any(w in path.name.lower() for w in WITHOUT_OUTLINES)]
+    return sorted(drawn, key=order)
+
+
+@functools.lru_cache(maxsize=1024)
+def _characters_of(path: str) -> frozenset[str]:
+    """Return the characters of a font; a file that cannot be read as one has none."""
+    try:
+        return frozenset(map(chr, FT2Font(path).get_charmap()))
+    except (OSError, RuntimeError, ValueError):
+        return frozenset()
+
+
+def _add_family(path: Path) -> str:
+    """Make sure that matplotlib lists a font, and return the name of its family."""
+    manager = font_manager.fontManager
+    listed = [entry for entry in manager.ttflist if Path(entry.fname) == path]
+    if not listed:
+        manager.addfont(str(path))
+        listed = manager.ttflist[-1:]
+    # A file may hold several faces, of which the first is the one that was looked into.
+    first: Any = min(listed, key=lambda entry: getattr(entry, "index", 0))
+    return first.name
+
+
+def not_shaped(characters: Iterable[str]) -> set[str]:
+    """Return those characters that this version of matplotlib has glyphs for but cannot join."""
+    if matplotlib.__version_info__[:2] >= SHAPES_TEXT:
+        return set()
+    return {character for character in characters if _script(character) in SHAPED_SCRIPTS}
+
+
+def report_lacking(characters: str | None) -> None:
+    """Say on stderr, once for each character, that figures cannot show it as it should be."""
+    new = sorted(set(characters or "") - _reported)
+    _reported.update(new)
+    unshaped = not_shaped(new)
+    boxes = [character for character in new if character not in unshaped]
+    if unshaped:
+        scripts = " and ".join(sorted({_script(character).title() for character in unshaped}))
+        print(
+            f"matplotlib {matplotlib.__version__} draws {scripts} letter by letter; "
+            f"install matplotlib {'.'.join(map(str, SHAPES_TEXT))} or newer, which joins them",
+            file=sys.stderr,
+        )
+    if boxes:
+        shown = printable("".join(boxes[:MAX_SHOWN]))
+        if len(boxes) > MAX_SHOWN:
+            shown += f"… ({len(boxes)} characters)"
+        packages = " and ".join(sorted({_package(character) for character in boxes}))
+        print(
+            f"no installed font has {shown}: figures show boxes in their place; "
+            f"install a font that has them, such as {packages}",
+            file=sys.stderr,
+        )
+
+
+def _script(character: str) -> str:
+    """Return the first word of a character's Unicode name, which for a letter is its script."""
+    return unicodedata.name(character, "").split(" ")[0].split("-")[0]
+
+
+def _package(character: str) -> str:
+    """Return the name of a font that has a character, and how to install it."""
+    if _script(character) in PACKAGES:
+        return PACKAGES[_script(character)]
+    return OTHER_SCRIPTS if unicodedata.category(character)[0] in "LM" else SYMBOLS
