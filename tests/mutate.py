@@ -27,10 +27,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 # Each module of the core, and the test modules that should notice a change in it.
 TESTS = {
-    "model": ["model", "attention", "parity", "families"],
+    "model": ["model", "attention", "parity", "families", "features"],
     "attention": ["attention", "score", "explain"],
     "train": ["loop", "resume", "commands"],
-    "training/step": ["loop", "features"],
+    "training/step": ["loop", "features", "distributed"],
     "training/features": ["features", "loop", "study"],
     "training/views": ["features", "loop", "resume"],
     "training/optimizer": ["loop", "resume"],
