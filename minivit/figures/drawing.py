@@ -6,6 +6,7 @@ A figure looks the same whatever the user's settings of matplotlib.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import re
 import warnings
 from collections.abc import Iterator
@@ -47,8 +48,8 @@ def new_figure(
 def save(figure: Figure, path: Path) -> str:
     """Write a figure as PNG, whole or not at all; return the characters that it cannot show.
 
-    fonts.report_lacking says which these are. Other fonts are used for characters that
-    matplotlib's own font lacks.
+    These are reported on stderr, but not from a worker process: whoever gets its result reports
+    them once for all workers.
     """
     missing = _give_fonts(figure)
     with whole_file(path) as partial, warnings.catch_warnings(record=True) as caught:
@@ -64,7 +65,10 @@ def save(figure: Figure, path: Path) -> str:
         glyph = re.match(r"Glyph (\d+) ", str(warning.message))
         if glyph:
             missing.add(chr(int(glyph[1])))
-    return "".join(sorted(missing))
+    characters = "".join(sorted(missing))
+    if multiprocessing.parent_process() is None:
+        fonts.report_lacking(characters)
+    return characters
 
 
 def _give_fonts(figure: Figure) -> set[str]:

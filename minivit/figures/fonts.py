@@ -34,7 +34,7 @@ SHAPED_SCRIPTS = frozenset(
 )
 MAX_SHOWN = 30  # characters in a message
 
-_reported: set[str] = set()
+_reported: set[str] = set()  # what was advised to install
 
 
 def lacking(characters: Iterable[str]) -> set[str]:
@@ -42,7 +42,7 @@ def lacking(characters: Iterable[str]) -> set[str]:
     others = {character for character in characters if not character.isascii()}
     if not others:
         return set()
-    regular = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans"))
+    regular = font_manager.findfont(font_manager.FontProperties(family=["DejaVu Sans"]))
     return others - VARIATION_SELECTORS - _characters_of(regular)
 
 
@@ -88,22 +88,23 @@ def _installed_fonts() -> list[Path]:
 
 @functools.lru_cache(maxsize=1024)
 def _characters_of(path: str) -> frozenset[str]:
-    """Return the characters of a font; a file that cannot be read as one has none."""
+    """Return the characters that matplotlib can draw with a font."""
     try:
-        return frozenset(map(chr, FT2Font(path).get_charmap()))
-    except (OSError, RuntimeError, ValueError):
+        font = FT2Font(path)
+        # matplotlib 3.11 draws nothing where a font has bitmaps of small sizes.
+        return frozenset() if font.num_fixed_sizes else frozenset(map(chr, font.get_charmap()))
+    except (OSError, RuntimeError, ValueError):  # This is no font, or one of another kind.
         return frozenset()
 
 
 def _add_family(path: Path) -> str:
     """Make sure that matplotlib lists a font, and return the name of its family."""
     manager = font_manager.fontManager
-    listed = [entry for entry in manager.ttflist if Path(entry.fname) == path]
-    if not listed:
+    if not any(Path(entry.fname) == path for entry in manager.ttflist):
         manager.addfont(str(path))
-        listed = manager.ttflist[-1:]
-    # A file may hold several faces, of which the first is the one that was looked into.
-    first: Any = min(listed, key=lambda entry: getattr(entry, "index", 0))
+    faces = [entry for entry in manager.ttflist if Path(entry.fname) == path]
+    # Of several faces in a file, the first is the one that was looked into.
+    first: Any = min(faces, key=lambda face: getattr(face, "index", 0))
     return first.name
 
 
@@ -115,26 +116,30 @@ def not_shaped(characters: Iterable[str]) -> set[str]:
 
 
 def report_lacking(characters: str | None) -> None:
-    """Say on stderr, once for each character, that figures cannot show it as it should be."""
-    new = sorted(set(characters or "") - _reported)
-    _reported.update(new)
-    unshaped = not_shaped(new)
-    boxes = [character for character in new if character not in unshaped]
-    if unshaped:
+    """Say on stderr that figures cannot show these characters as they should be.
+
+    That is said once for each font, or version of matplotlib, that would help.
+    """
+    unshaped = not_shaped(characters or "")
+    if unshaped and "matplotlib" not in _reported:
+        _reported.add("matplotlib")
         scripts = " and ".join(sorted({_script(character).title() for character in unshaped}))
+        newer = ".".join(map(str, SHAPES_TEXT))
         print(
             f"matplotlib {matplotlib.__version__} draws {scripts} letter by letter; "
-            f"install matplotlib {'.'.join(map(str, SHAPES_TEXT))} or newer, which joins them",
+            f"install matplotlib {newer} or newer, which joins the letters",
             file=sys.stderr,
         )
-    if boxes:
+    boxes = sorted(set(characters or "") - unshaped)
+    packages = sorted({_package(character) for character in boxes} - _reported)
+    if packages:
+        _reported.update(packages)
         shown = printable("".join(boxes[:MAX_SHOWN]))
         if len(boxes) > MAX_SHOWN:
             shown += f"… ({len(boxes)} characters)"
-        packages = " and ".join(sorted({_package(character) for character in boxes}))
         print(
             f"no installed font has {shown}: figures show boxes in their place; "
-            f"install a font that has them, such as {packages}",
+            f"install a font that has them, such as {' and '.join(packages)}",
             file=sys.stderr,
         )
 

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import logging
 import os
+import sys
 from types import ModuleType
 
 from ..errors import UserError
@@ -48,6 +49,9 @@ def _import_without_settings() -> ModuleType:
     """Import matplotlib with an empty file in place of the user's matplotlibrc."""
     named = os.environ.get("MATPLOTLIBRC")
     os.environ["MATPLOTLIBRC"] = os.devnull
+    for name in list(sys.modules):  # Modules of the first attempt are half imported.
+        if name.partition(".")[0] == "matplotlib":
+            del sys.modules[name]
     try:
         return importlib.import_module("matplotlib")
     except Exception as error:

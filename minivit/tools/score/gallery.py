@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 
 from ...data.photos import open_photo
 from ...data.preprocess import Preprocess
 from ...errors import printable
-from ...figures.plots import HEAT, overlay, save, show, value_range
+from ...figures.drawing import new_figure, save
+from ...figures.plots import HEAT, overlay, show, value_range
 from ...system.files import whole_file
 from .masks import PET, read_mask
 from .measure import Measured
@@ -172,17 +172,18 @@ def draw_gallery(path: Path, sections: Mapping[str, Sequence[CaptionedStrip]], t
     """Draw the strips with their captions, section by section."""
     num_rows = [math.ceil(len(strips) / COLUMNS) for strips in sections.values()]
     heights = [2.3 * n + 0.5 for n in num_rows]
-    figure = Figure((COLUMNS * 4.4, sum(heights) + 0.5), layout="constrained", dpi=100)
-    parts = figure.subfigures(len(sections), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for part, n, (kind, strips) in zip(parts, num_rows, sections.items()):
-        heading = f"{kind}\n" if strips else f"{kind}: none"
-        part.suptitle(heading, x=0.01, ha="left", weight="bold", fontsize=11)
-        if not strips:
-            continue
-        axes = part.subplots(n, COLUMNS, squeeze=False).ravel()
-        for ax in axes:
-            ax.axis("off")
-        for ax, strip in zip(axes, strips):
-            show(ax, np.asarray(strip.image), strip.caption, size=8)
-    figure.suptitle(title, fontsize=10, parse_math=False)
-    save(figure, path)
+    size = COLUMNS * 4.4, sum(heights) + 0.5
+    with new_figure(size, layout="constrained", dpi=100) as figure:
+        parts = figure.subfigures(len(sections), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for part, n, (kind, strips) in zip(parts, num_rows, sections.items()):
+            heading = f"{kind}\n" if strips else f"{kind}: none"
+            part.suptitle(heading, x=0.01, ha="left", weight="bold", fontsize=11)
+            if not strips:
+                continue
+            axes = part.subplots(n, COLUMNS, squeeze=False).ravel()
+            for ax in axes:
+                ax.axis("off")
+            for ax, strip in zip(axes, strips):
+                show(ax, np.asarray(strip.image), strip.caption, size=8)
+        figure.suptitle(title, fontsize=10, parse_math=False)
+        save(figure, path)

@@ -1,0 +1,308 @@
+"""Nothing around a command changes its result: the user's matplotlib, fonts, variables, streams."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from PIL import Image
+
+from minivit.figures import drawing, fonts, plots
+from minivit.figures.mpl import font_manager, matplotlib
+from minivit.tools.score import figure as score_figure
+from minivit.tools.score.gallery import CaptionedStrip, draw_gallery
+from minivit.tools.score.statistics import Estimate, Score, ScoreKey
+from minivit.tools.study import figure as study_figure
+from minivit.tools.study.summary import Spread, Summary
+
+ROWS = [
+    {
+        "epoch": epoch,
+        "train_loss": 1 / epoch,
+        "val_loss": 0.5 + 1 / epoch,
+        "train_accuracy": 1 - 0.5 / epoch,
+        "val_accuracy": 0.9 - 0.5 / epoch,
+    }
+    for epoch in (1, 2, 3)
+]
+
+
+def pixels(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+# matplotlib's settings
+
+
+def draw_curves(path):
+    plots.draw_curves(path, ROWS, 2, 3, "overfitting from epoch 3")
+
+
+def draw_confusion(path):
+    counts = np.array([[5, 1], [0, 4]])
+    plots.draw_confusion(path, counts, ["cat", "dog"], "9 of 10", [("cat", "dog", 1)])
+
+
+def draw_predictions(path):
+    photo = path.with_name("photo.png")
+    Image.new("RGB", (90, 60), "green").save(photo)
+    plots.draw_predictions(path, [photo] * 2, [("a", "a", 0.9), ("a", "b", 0.8)], "Test photos")
+
+
+def draw_attention(path):
+    photo = np.full((60, 90, 3), 128, np.uint8)
+    panel = plots.Panel("block 0", np.linspace(0, 1, 60 * 90).reshape(60, 90), "top patch 2%")
+    plots.draw_attention(path, photo, [plots.Row("photo", [panel, panel])], "title", "caption")
+
+
+def draw_scores(path):
+    estimate = Estimate(1.5, 1.2, 1.8)
+    score = Score(4, estimate, estimate, estimate, estimate)
+    scores = {}
+    for block in (0, 1):
+        for head in (0, 1, "mean"):
+            scores[ScoreKey("model", "pet", "all", "attention", block, head)] = score
+    score_figure.draw_scores(path, scores, {"model": "runs/pets"}, "a sentence")
+
+
+def draw_study(path):
+    fields = {"photos": 10, "seeds": 2, "test": Spread(0.5, 0.4, 0.6), "gap": Spread(0.1, 0, 0.2)}
+    fields |= {name: 0 for name in Summary._fields if name not in fields}
+    fields |= {"validation": Spread(0.5, 0.4, 0.6)} if "validation" in Summary._fields else {}
+    study_figure.draw_study(path, {"the head alone": {"5": Summary(**fields)}}, "a sentence")
+
+
+def draw_strips(path):
+    strip = CaptionedStrip(Image.new("RGB", (80, 40), "red"), "cat.jpg")
+    draw_gallery(path, {"wrong": [strip], "right": []}, "photos worth a look")
+
+
+FIGURES = (
+    draw_curves,
+    draw_confusion,
+    draw_predictions,
+    draw_attention,
+    draw_scores,
+    draw_study,
+    draw_strips,
+)
+HOSTILE = {
+    "text.usetex": True,
+    "savefig.dpi": 300,
+    "figure.dpi": 33,
+    "savefig.bbox": "tight",
+    "savefig.transparent": True,
+    "savefig.facecolor": "green",
+    "figure.facecolor": "red",
+    "figure.autolayout": True,
+    "font.size": 30,
+    "font.family": ["serif"],
+    "axes.spines.top": False,
+    "axes.unicode_minus": False,
+    "axes.prop_cycle": matplotlib.cycler("color", ["r", "g"]),
+    "image.cmap": "jet",
+    "image.origin": "lower",
+    "lines.linewidth": 9.0,
+    "path.sketch": (1.0, 100.0, 2.0),
+    "legend.loc": "upper left",
+    "xtick.labelsize": 30.0,
+    "grid.color": "red",
+}
+
+
+@pytest.mark.parametrize("draw", FIGURES)
+def test_a_figure_is_the_same_whatever_the_users_settings(draw, tmp_path):
+    draw(tmp_path / "own.png")
+    with matplotlib.rc_context(HOSTILE):
+        draw(tmp_path / "hostile.png")
+        assert matplotlib.rcParams["font.size"] == 30  # The user's settings are left alone.
+    assert np.array_equal(pixels(tmp_path / "own.png"), pixels(tmp_path / "hostile.png"))
+
+
+def draw_in_a_process(path, cwd, **variables) -> subprocess.CompletedProcess:
+    """Do what draw_curves does in a process of its own, without torch."""
+    code = f"""
+import sys
+from pathlib import Path
+from minivit.figures import plots
+plots.draw_curves(Path(sys.argv[1]), {ROWS}, 2, 3, "overfitting from epoch 3")
+"""
+    return subprocess.run(
+        [sys.executable, "-c", code, path],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
+    )
+
+
+def test_a_wrong_backend_and_settings_of_other_bytes_change_no_figure(tmp_path):
+    settings = tmp_path / "settings"
+    settings.write_bytes(b"\xff\xfe")
+    done = draw_in_a_process(
+        tmp_path / "drawn.png",
+        tmp_path,
+        MPLBACKEND="module://not_installed.backend_inline",
+        MATPLOTLIBRC=str(settings),
+        MPLCONFIGDIR="/dev/null/none",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    draw_curves(tmp_path / "own.png")
+    assert np.array_equal(pixels(tmp_path / "own.png"), pixels(tmp_path / "drawn.png"))
+
+
+def test_settings_in_this_folder_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe")
+    done = draw_in_a_process(tmp_path / "drawn.png", tmp_path)
+    assert done.stderr.splitlines()[-1].startswith(
+        "minivit.errors.UserError: matplotlib cannot read its settings ('utf-8' codec"
+    )
+
+
+def test_only_one_module_imports_matplotlib():
+    """Its import fails with a wrong MPLBACKEND, which this module takes care of."""
+    for path in (ROOT / "minivit").rglob("*.py"):
+        if path.name == "mpl.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            assert not any(name.split(".")[0] == "matplotlib" for name in names), path
+
+
+# Names in all scripts
+
+
+def make_font(path: Path, characters: str) -> None:
+    """Write a font in which each of these characters is a black square."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for point in ((0, 900), (900, 900), (900, 0)):
+        pen.lineTo(point)
+    pen.closePath()
+    square = pen.glyph()
+    names = {ord(character): f"u{ord(character):04X}" for character in characters}
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", *names.values()])
+    builder.setupCharacterMap(names)
+    builder.setupGlyf(
+        {".notdef": TTGlyphPen(None).glyph(), **dict.fromkeys(names.values(), square)}
+    )
+    builder.setupHorizontalMetrics(dict.fromkeys([".notdef", *names.values()], (1000, 0)))
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": path.stem, "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """A list of the fonts that are installed besides DejaVu Sans."""
+    paths: list[str] = []
+    manager = font_manager.fontManager
+    dejavu = [entry for entry in manager.ttflist if entry.name == "DejaVu Sans"]
+    monkeypatch.setattr(manager, "ttflist", dejavu)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: paths)
+    monkeypatch.setattr(fonts, "_reported", set())
+    fonts.fallback_families.cache_clear()
+    yield paths
+    fonts.fallback_families.cache_clear()
+
+
+NAMES = ["猫", "犬 dog"]
+
+
+def draw_names(path) -> str:
+    counts = np.array([[5, 0], [0, 4]])
+    return plots.draw_confusion(path, counts, NAMES, "猫と犬", [("猫", "犬", 1)])
+
+
+def test_names_are_drawn_in_a_font_that_has_their_characters(installed, tmp_path, capsys):
+    for name, characters in (("Squares One", "猫犬"), ("Squares Two", "とx"), ("Three", "x")):
+        make_font(tmp_path / f"{name}.ttf", characters)
+        installed.append(str(tmp_path / f"{name}.ttf"))
+    assert draw_names(tmp_path / "names.png") == ""
+    assert capsys.readouterr().err == ""
+    with_squares = (pixels(tmp_path / "names.png") == 0).sum()
+    fonts.fallback_families.cache_clear()
+    installed.clear()
+    font_manager.fontManager.ttflist = [
+        entry for entry in font_manager.fontManager.ttflist if entry.name == "DejaVu Sans"
+    ]
+    draw_names(tmp_path / "boxes.png")
+    assert with_squares > 1.5 * (pixels(tmp_path / "boxes.png") == 0).sum()
+
+
+def test_characters_that_no_font_has_are_said_once_with_what_helps(installed, tmp_path, capsys):
+    assert draw_names(tmp_path / "boxes.png") == "と犬猫"
+    assert draw_names(tmp_path / "boxes.png") == "と犬猫"
+    assert capsys.readouterr().err == (
+        "no installed font has と犬猫: figures show boxes in their place; install a font that has "
+        "them, such as Noto Sans CJK (apt install fonts-noto-cjk)\n"
+    )
+    fonts.report_lacking("बि")
+    assert "such as Noto Sans (apt install fonts-noto-core)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("draw", [draw_predictions, draw_attention, draw_scores, draw_strips])
+def test_no_figure_shows_boxes_without_a_word(draw, installed, tmp_path, capsys, monkeypatch):
+    real_text = matplotlib.text.Text.set_text
+    monkeypatch.setattr(matplotlib.text.Text, "set_text", lambda text, s: real_text(text, f"{s}猫"))
+    draw(tmp_path / "figure.png")
+    assert capsys.readouterr().err.startswith("no installed font has 猫: ")
+
+
+def test_older_matplotlib_is_said_to_write_arabic_letter_by_letter(
+    installed, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(matplotlib, "__version_info__", (3, 10, 0, "final", 0))
+    counts = np.array([[5, 0], [0, 4]])
+    plots.draw_confusion(tmp_path / "names.png", counts, ["قطة", "dog"], "9 of 10")
+    assert "draws Arabic letter by letter; install matplotlib 3.11" in capsys.readouterr().err
+
+
+def test_a_font_with_bitmaps_of_small_sizes_or_a_broken_one_is_not_used(installed, tmp_path):
+    make_font(tmp_path / "LastResort.ttf", "猫")
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    installed += [str(tmp_path / "LastResort.ttf"), str(tmp_path / "broken.ttf")]
+    assert fonts.fallback_families(frozenset("猫")) == ([], {"猫"})
+
+
+def test_a_chinese_name_is_shortened_to_the_same_width_as_a_latin_one():
+    assert plots.shorten("abcdefgh", 8) == "abcdefgh"
+    assert plots.shorten("abcdefghi", 8) == "abcdefg…"
+    assert plots.shorten("猫犬鳥魚", 8) == "猫犬鳥魚"
+    assert plots.shorten("猫犬鳥魚馬", 8) == "猫犬鳥…"
+
+
+@pytest.mark.parametrize("num_classes", [2, 5, 37])
+def test_nothing_of_a_confusion_matrix_is_cut_off(num_classes, tmp_path, monkeypatch):
+    """At its edges a figure is white, because no text and no bar reaches them."""
+    names = [f"Staffordshire Bull Terrier {i}" for i in range(num_classes)]
+    counts = np.eye(num_classes, dtype=int) * 100
+    pairs = [(names[0], names[1], 3)] * 8
+    plots.draw_confusion(tmp_path / "confusion.png", counts, names, "3429 of 3669 right", pairs)
+    image = pixels(tmp_path / "confusion.png")
+    for edge in (image[:2], image[-2:], image[:, :2], image[:, -2:]):
+        assert (edge == 255).all()
+    assert image.shape[1] < 1700
+
+
+def test_a_figure_says_that_minivit_drew_it(tmp_path):
+    with drawing.new_figure((1, 1)) as figure:
+        drawing.save(figure, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.info["Software"] == "minivit"
