@@ -52,8 +52,13 @@ def train_parser() -> cli.Parser:
     add(
         "--data",
         metavar="DIR",
-        help="a folder that holds class folders, or oxford-iiit-pet, which is downloaded there "
-        "if it is absent",
+        help="a folder that holds class folders, train/ with val/ and test/, or Oxford-IIIT Pet, "
+        "which is downloaded into the default folder if it is absent or empty",
+    )
+    add(
+        "--download",
+        action="store_true",
+        help="download Oxford-IIIT Pet (774 MiB) into another folder, if it is absent or empty",
     )
     add(
         "--blocks",

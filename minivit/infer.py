@@ -23,8 +23,10 @@ from . import explain
 from .attention import METHODS
 from .checkpoints.weights import load_pretrained
 from .cli import default_model, parse_blocks
-from .data.photos import SUFFIXES, PhotoError, list_photos
-from .errors import UserError, printable
+from .data.folder import FORMAT, MISNAMED, SUFFIXES, FolderContents, read_folder
+from .data.photos import PhotoError
+from .data.survey import describe_unread
+from .errors import UserError, first_few, printable
 from .explain import Explanation, Photo
 from .figures import explorer, plots
 from .model import ViT, working_copy
@@ -70,7 +72,7 @@ class Answer:
 
 def infer(settings: InferSettings) -> int:
     """Do the whole job: name photos and draw figures, and return the exit code."""
-    photos = list(find_photos(settings.photos))
+    photos, num_unread = find_photos(settings.photos)
     jobs = list(place_figures(photos, Path(settings.out)))
     # torchrun's processes share the photos out.
     jobs = jobs[distributed.launched_rank() :: distributed.launched_world_size()]
@@ -96,7 +98,7 @@ def infer(settings: InferSettings) -> int:
         while pending:
             finish(pending.popleft(), settings, progress)
     distributed.wait_for_all_ranks()
-    return 2 if num_unreadable else 0
+    return 2 if num_unreadable or num_unread else 0
 
 
 def progress_bar(num_photos: int) -> tqdm:
@@ -171,21 +173,46 @@ def finish(answer: Answer, settings: InferSettings, progress: tqdm) -> None:
     report(answer.json, settings)
 
 
-def find_photos(arguments: Iterable[str]) -> Iterator[Path]:
-    """Yield the photos that are meant; a folder stands for the photos directly inside it.
+def find_photos(arguments: Iterable[str]) -> tuple[list[Path], int]:
+    """Return the photos that are meant, and the number of others that cannot be read.
 
+    A folder stands for the photos directly inside it; what else it holds is named on stderr.
     Raises UserError for a folder without photos.
     """
+    photos: list[Path] = []
+    num_unread = 0
     for path in map(Path, arguments):
         try:
-            photos = list_photos(path)
+            contents = read_folder(path)
         except OSError:  # This is not a folder. If it is no photo either, open_photo says why.
-            photos = [path]
-        if not photos:
+            photos.append(path)
+            continue
+        names = sorted([*contents.photos, *contents.broken])  # open_photo says what is broken.
+        left_out = describe_left_out(path, contents)
+        if not names:
+            found = "".join(f"; {text}" for text in left_out)
             raise UserError(
-                f"{path}: no photos in this folder; expected files ending in {', '.join(SUFFIXES)}"
+                f"{path}: no photos in this folder{found}; "
+                f"expected files ending in {', '.join(SUFFIXES)}"
             )
-        yield from photos
+        if distributed.launched_rank() == 0:
+            for text in left_out:
+                say(f"{path}: {text}", sys.stderr)
+        photos += [path / name for name in names]
+        num_unread += len(contents.names(FORMAT, MISNAMED))
+    return photos, num_unread
+
+
+def describe_left_out(folder: Path, contents: FolderContents) -> list[str]:
+    """Say how many files and folders in a folder are left out, and why."""
+    left_out = [finding.message for finding in describe_unread(contents)]
+    inner = [name for name in contents.folders if read_folder(folder / name).like_photos()]
+    if inner:
+        s = "" if len(inner) == 1 else "s"
+        left_out.append(
+            f"photos in {len(inner)} folder{s} inside are left out ({first_few(inner)})"
+        )
+    return left_out
 
 
 def place_figures(photos: Sequence[Path], out: Path) -> Iterator[Job]:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 BASE_MODEL = "google/vit-base-patch16-224"
 RUN_DIR = "runs/pets"
+DATA_DIR = "data"
 MIN_STEPS = 60  # Fewer optimizer steps teach little.
 
 
@@ -22,7 +23,8 @@ class TrainSettings:
     model: str = BASE_MODEL  # a Hub id, a folder, a file, or "demo"
     revision: str | None = None  # of the Hub repository
     img_size: tuple[int, int] | None = None  # height, width in pixels; None: the checkpoint's
-    data: str = "data"
+    data: str = DATA_DIR
+    download: bool = False  # of Oxford-IIIT Pet, also into another folder than DATA_DIR
     blocks: str = "10-11"  # the blocks to train, as cli.parse_blocks reads them
     # How it is trained.
     epochs: int = 5

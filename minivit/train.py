@@ -26,7 +26,9 @@ from . import __version__
 from .checkpoints import hub, tensors, weights
 from .cli import parse_blocks
 from .data import store
-from .data.datasets import Data, list_data, split_data
+from .data.datasets import Data, split_data
+from .data.layout import is_absent_or_empty, is_default_folder
+from .data.listing import list_data
 from .data.store import Pixels
 from .data.survey import quick_findings
 from .errors import UserError
@@ -341,8 +343,19 @@ def holds_finished_run(out: Path, resume: bool, lock: contextlib.ExitStack) -> b
 
 def load_data(settings: TrainSettings) -> Data:
     """List the data set, downloaded if need be, and print what is odd about it."""
-    listing = list_data(settings.data, download=True)
-    data = split_data(listing, seed=settings.seed)
+    may_download = settings.download or is_default_folder(settings.data)
+    if settings.dry_run and may_download and is_absent_or_empty(settings.data):
+        raise UserError(
+            f"{settings.data}: there are no photos yet, and a dry run downloads nothing; "
+            "leave --dry-run away to have Oxford-IIIT Pet downloaded there"
+        )
+    listing = list_data(settings.data, download=True, anywhere=settings.download)
+    if settings.download and not listing.folder.is_pets:
+        raise UserError(
+            f"{settings.data}: holds class folders, and --download fetches Oxford-IIIT Pet only "
+            "into an absent or empty folder; name another one, or leave --download away"
+        )
+    data = split_data(listing, seed=settings.seed, skip_bad=settings.skip_bad)
     for finding in quick_findings(listing):
         print(finding, file=sys.stderr)
     return data

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from minivit.data import survey
-from minivit.data.datasets import list_data
+from minivit.data.listing import list_data
 from minivit.errors import UserError
 from minivit.tools import doctor
 
@@ -66,7 +66,7 @@ def found(root):
 
 
 def quick_findings(root):
-    return survey.quick_findings(list_data(root, download=False))
+    return survey.quick_findings(list_data(root))
 
 
 def message(root, kind):
@@ -120,7 +120,7 @@ DEFECTS = {
     "CMYK": (lambda p: photo(7).convert("CMYK").save(p), "mode"),
     "turned": (turn, "exif-rotation"),
     "tiny": (lambda p: photo(7, (200, 63)).save(p), "tiny"),
-    "huge": (lambda p: Image.new("RGB", (5001, 5000)).save(p), "huge"),
+    "huge": (lambda p: photo(7, (5001, 5000)).save(p), "huge"),
 }
 
 
@@ -201,13 +201,14 @@ def test_flat_and_drawn_images_are_not_taken_for_copies(tmp_path):
                 (6 * i, 20 * c + 3 * i, 6 * i + 30, 20 * c + 3 * i + 20), "orange", "black"
             )
             drawn.save(tmp_path / name / f"drawn{i}.png")
-    assert found(tmp_path) == {}
+    assert set(found(tmp_path)) == {"one-colour"}
 
 
 def test_copies_of_a_flat_image_are_found(folder):
     for name in ("a", "b"):
         Image.new("RGB", (96, 72), "red").save(folder / "train" / "cat" / f"{name}.png")
-    assert found(folder) == {"copies": ["train/cat/a.png", "train/cat/b.png"]}
+    names = ["train/cat/a.png", "train/cat/b.png"]
+    assert found(folder) == {"copies": names, "one-colour": names}
 
 
 def test_copies_are_found_however_far_apart(tmp_path):
@@ -217,16 +218,30 @@ def test_copies_are_found_however_far_apart(tmp_path):
     assert found(tmp_path) == {"copies-labels": ["cat/0.jpg", "dog/zzz.jpg"]}
 
 
-@pytest.mark.parametrize(
-    "unread",
-    ["notes.txt", "valid/cat/9.jpg", "train/9.jpg", "train/cat/x.heic", "test/cat/more/9.jpg"],
-)
-def test_what_training_does_not_read_is_noted(folder, unread):
+UNREAD = {
+    "notes.txt": "other",
+    "train/cat/notes.txt": "other",
+    "holdout/cat/9.jpg": "beside",
+    "extra/9.jpg": "beside",
+    "9.jpg": "outside",
+    "train/9.jpg": "outside",
+    "train/cat/x.heic": "format",
+    "train/cat/x.CR2": "format",
+    "train/cat/x.dat": "misnamed",
+    "train/cat/.9.jpg": "hidden",
+    "test/cat/more/9.jpg": "nested",
+    "test/cat/more/of them/9.jpg": "nested",
+}
+
+
+@pytest.mark.parametrize("unread, kind", UNREAD.items())
+def test_what_training_does_not_read_is_named_with_the_reason(folder, unread, kind):
     (folder / unread).parent.mkdir(parents=True, exist_ok=True)
     photo(7).save(folder / unread, "JPEG")
-    (folder / "train" / ".DS_Store").write_text("not worth a word")
-    shown = {"valid/cat/9.jpg": "valid", "test/cat/more/9.jpg": "test/cat/more"}.get(unread, unread)
-    assert found(folder) == {"unlisted": [shown]}
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._0.jpg"):
+        (folder / "train" / name).write_text("not worth a word")
+    shown = unread.partition("/")[0] if kind == "beside" else unread
+    assert found(folder) == {kind: [shown]}
 
 
 def test_small_classes_are_found(folder):
@@ -324,7 +339,7 @@ PETS_DEFECTS = {
     ),
     "file of another kind": (
         lambda p: (p / IMAGE).with_suffix(".mat").write_text("x"),
-        "unlisted",
+        "other",
         ["Bengal_0.mat"],
     ),
     "photo of zero bytes": (lambda p: (p / IMAGE).write_bytes(b""), "unreadable", ["Bengal_0.jpg"]),
@@ -356,13 +371,14 @@ def test_a_photo_that_both_listings_name_is_a_copy_in_two_splits(pets):
 
 def test_an_odd_photo_that_no_listing_names_does_not_stop_training(pets):
     images = pets / "oxford-iiit-pet" / "images"
-    (images / ".hidden.jpg").write_text("not worth a word")
+    (images / ".hidden.jpg").write_text("no photo")
     photo(7).save(images / "Bengal_70.jpg", "GIF")
     (images / "Bengal_71.jpg").write_text("no photo")
     shutil.copy(images / "Bengal_0.jpg", images / "Bengal_72.jpg")
     assert found(pets) == {
         "part": [],
         "unlisted": ["Bengal_70.jpg", "Bengal_71.jpg", "Bengal_72.jpg"],
+        "hidden": [".hidden.jpg"],
         "wrong-extension": ["Bengal_70.jpg"],
         "mode": ["Bengal_70.jpg"],
     }
@@ -418,12 +434,13 @@ def test_the_exact_oddities_of_real_photos_are_found(pets3):
         "copies-splits": ["Abyssinian_151.jpg", "Abyssinian_99.jpg"],
         "wrong-extension": ["Abyssinian_34.jpg", "Abyssinian_5.jpg"],
         "part": [],
-        "unlisted": ["Abyssinian_101.mat", "Abyssinian_34.jpg"],
+        "unlisted": ["Abyssinian_34.jpg"],
+        "other": ["Abyssinian_101.mat"],
         "copies": [f"Abyssinian_{i}.jpg" for i in (11, 122, 172, 177, 24, 40, 5, 56, 63, 87)],
         "mode": ["Abyssinian_34.jpg", "Abyssinian_5.jpg"],
         "empty-mask": ["Abyssinian_34.png"],
     }
-    assert [finding.kind for finding in quick_findings(pets3)] == ["part", "unlisted"]
+    assert [finding.kind for finding in quick_findings(pets3)] == ["part", "unlisted", "other"]
 
 
 def test_the_quick_findings_open_nothing(folder, monkeypatch):
@@ -490,7 +507,7 @@ def test_hostile_names_neither_steer_the_terminal_nor_break_the_output(folder, c
     save_photos(folder / "train" / os.fsdecode(b"\xff\x1b"), 70, 1)
     assert doctor.main(["--data", str(folder)]) == 0
     text = capfdbinary.readouterr().out.decode()
-    assert len(text.splitlines()) == 3
+    assert len(text.splitlines()) == 4
     assert all(c.isprintable() for c in text.replace("\n", ""))
     assert "\\x1b[31mred\\n.jpg" in text
     assert doctor.main(["--data", str(folder), "--json"]) == 0
@@ -504,7 +521,7 @@ def test_hostile_names_neither_steer_the_terminal_nor_break_the_output(folder, c
 def test_what_is_no_data_folder_ends_in_one_line_and_downloads_nothing(
     tmp_path, what, capsys, monkeypatch
 ):
-    monkeypatch.setattr("minivit.data.datasets.download_pets", None)
+    monkeypatch.setattr("minivit.data.listing.download_pets", None)
     root = tmp_path / "data"
     if what == "a file":
         root.write_text("x")

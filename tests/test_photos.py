@@ -18,7 +18,8 @@ from conftest import DINOV2_PREPROCESSOR, ROOT, draw_photo
 from PIL import Image, ImageFile
 
 from minivit import Preprocess, open_photo
-from minivit.data.photos import MAX_BYTES, PhotoError, list_photos
+from minivit.data.folder import list_photos
+from minivit.data.photos import MAX_BYTES, PhotoError
 from minivit.errors import UserError, printable
 
 SQUASH, CROP = Preprocess(), Preprocess.from_config(DINOV2_PREPROCESSOR)

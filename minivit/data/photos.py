@@ -12,7 +12,6 @@ import logging
 import os
 import stat
 import warnings
-from pathlib import Path
 
 import numpy as np
 
@@ -22,8 +21,12 @@ from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, WebPImagePlugin  # 
 from ..errors import UserError
 
 # The raster formats that Pillow decodes itself. EPS and the like would start other programs.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".ppm")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
+with contextlib.suppress(ImportError):  # Pillow before 11.3 has no AVIF.
+    from PIL import AvifImagePlugin
+
+    if AvifImagePlugin.SUPPORTED:
+        FORMATS += ("AVIF",)
 # Phones and full-frame cameras take up to 64 million pixels. Decoding one pixel needs up to
 # 20 bytes, so that this limit keeps the memory for one photo below 1.3 GB.
 MAX_PIXELS = 65_000_000
@@ -162,13 +165,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     photo = Image.new("RGB", image.size, "white")
     photo.paste(image, mask=image)
     return photo
-
-
-def is_photo(name: str) -> bool:
-    """Return whether a file name looks like a photo's and is not hidden."""
-    return name.lower().endswith(SUFFIXES) and name[0] != "."
-
-
-def list_photos(folder: Path) -> list[Path]:
-    """Return the photos directly inside a folder, sorted by name."""
-    return [folder / name for name in sorted(os.listdir(folder)) if is_photo(name)]

@@ -6,13 +6,15 @@ photo, and uses the same table of findings.
 
 from __future__ import annotations
 
-import os
+import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import first_few, printable
-from .datasets import ListedPhoto, Listing
+from .folder import FolderContents, count_extensions, photos_below
+from .listing import BESIDE, MISSING, ListedPhoto, Listing
 
 # What is wrong, by kind and by the name of a file or class. The detail follows the name in the
 # message; a name whose detail is None is counted but not shown.
@@ -21,8 +23,10 @@ Problems = dict[str, dict[str, str | None]]
 
 # All kinds of findings in the order in which they are shown: severity, text, and what to do.
 # An error stops training, a warning may spoil it, and a note is good to know. In the texts, {n}
-# is the number of names and {names} the first few of them; SINGULAR or PLURAL fills in the rest.
-# The names are those of files or classes, except where they are the whole text.
+# is the number of names, {names} the first few of them, and {extensions} how many have which
+# extension; SINGULAR or PLURAL fills in the rest.
+# The names are those of files or classes, except where they are the whole text. What is not read
+# stands under the reason that the listing gives.
 KINDS = {
     "layout": ("error", "{names}", ""),
     "missing": (
@@ -39,6 +43,36 @@ KINDS = {
         "error",
         "{n} class{es} {have} too few photos to hold any out ({names})",
         "add photos or remove the class{es}",
+    ),
+    "format": (
+        "warning",
+        "{extensions} file{s} {are} not read ({names})",
+        "minivit cannot open {them}, so convert {them} to JPEG",
+    ),
+    "misnamed": (
+        "warning",
+        "{n} photo{s} {are} not read because of the extension ({names})",
+        "rename {them} to what {they} {are}, as .jpg or .png",
+    ),
+    "nested": (
+        "warning",
+        "{n} photo{s} {are} not read, in folders inside class folders ({names})",
+        "move {them} up into the class folders",
+    ),
+    "outside": (
+        "warning",
+        "{n} photo{s} {are} not read, outside of class folders ({names})",
+        "move {them} into the class folders",
+    ),
+    "beside": (
+        "warning",
+        "{n} folder{s} of photos {are} not read ({names})",
+        "if {they} {are} meant, name {them} with --data",
+    ),
+    "untested": (
+        "warning",
+        "{n} class{es} {have} training photos, but none in another split ({names})",
+        "no result will say anything of {them} there",
     ),
     "archive": (
         "warning",
@@ -80,6 +114,11 @@ KINDS = {
         "{n} photo{s} {have} fewer than 64 pixels on the short side ({names})",
         "too little can be seen in {them}, so look for larger ones",
     ),
+    "one-colour": (
+        "warning",
+        "{n} photo{s} {come} out in nearly one colour everywhere ({names})",
+        "look at {them}: perhaps {they} {are} empty, or the values use a small part of their range",
+    ),
     "missing-mask": (
         "warning",
         "{n} mask{s} {are} missing ({names})",
@@ -97,8 +136,28 @@ KINDS = {
     ),
     "unlisted": (
         "note",
+        "{n} photo{s} {are} not used ({names})",
+        "the listings of Oxford-IIIT Pet do not name {them}",
+    ),
+    "own": (
+        "note",
+        "{n} file{s} or folder{s} {are} left out ({names})",
+        "minivit wrote {them}",
+    ),
+    "hidden": (
+        "note",
+        "{n} hidden photo{s} {are} not read ({names})",
+        "rename {them} if {they} {are} meant",
+    ),
+    "other": (
+        "note",
         "{n} file{s} or folder{s} {are} not used ({names})",
-        "training reads only listed photos, or those directly in class folders",
+        "no photo{s}",
+    ),
+    "case": (
+        "note",
+        "{n} photo{s} {have} the name of another one but for its case ({names})",
+        "on many other systems one would replace the other",
     ),
     "copies": (
         "note",
@@ -127,8 +186,10 @@ KINDS = {
     ),
 }
 
-SINGULAR = {"s": "", "es": "", "are": "is", "have": "has", "show": "shows", "them": "it"}
-PLURAL = {"s": "s", "es": "es", "are": "are", "have": "have", "show": "show", "them": "them"}
+SINGULAR = {"s": "", "es": "", "are": "is", "have": "has", "show": "shows", "come": "comes"}
+SINGULAR |= {"them": "it", "they": "it"}
+PLURAL = {"s": "s", "es": "es", "are": "are", "have": "have", "show": "show", "come": "come"}
+PLURAL |= {"them": "them", "they": "they"}
 
 # Oxford-IIIT Pet has 100 photos of each breed in trainval and 100 in test, except for these.
 NUM_BREEDS = 37
@@ -165,18 +226,25 @@ def quick_findings(listing: Listing) -> list[Finding]:
     return describe_problems(survey(listing))
 
 
+def describe_unread(contents: FolderContents) -> list[Finding]:
+    """Return a finding for each reason why files of a folder are not read."""
+    problems: Problems = {}
+    for name, reason in contents.unread.items():
+        problems.setdefault(reason, {})[name] = ""
+    return describe_problems(problems)
+
+
 def survey(listing: Listing) -> Problems:
     """Collect what a listing and the size of each file show, without opening any photo."""
     problems: Problems = {kind: {} for kind in KINDS}
     for photo in listing.photos():
         _check_file(photo, problems)
-    root = listing.folder.root
-    if listing.folder.is_pets:
-        _survey_pets(listing, problems)
-        problems["unlisted"] = {path.name: "" for path in listing.unused}
+    for reason, paths in listing.unused.items():
+        problems[reason] = {listing.name_of(path): "" for path in paths}
+    if listing.folder.pets is not None:
+        _survey_pets(listing, listing.folder.pets / "annotations", problems)
     else:
-        unused = (path.relative_to(root).as_posix() for path in listing.unused)
-        problems["unlisted"] = dict.fromkeys(unused, "")
+        _survey_class_folders(listing, problems)
     # One photo of each class to train on, and one for each split that has to be held out.
     needed = 3 - len({"val", "test"} & {name for name, photos in listing.splits.items() if photos})
     training_photos = listing.splits["trainval" if listing.folder.is_pets else "train"]
@@ -191,18 +259,45 @@ def survey(listing: Listing) -> Problems:
 
 
 def _check_file(photo: ListedPhoto, problems: Problems) -> None:
-    if not photo.path.is_file():
-        # A link that leads nowhere cannot be read, but it is not missing either.
-        if os.path.lexists(photo.path):
-            problems["unreadable"][photo.name] = " is not a file"
-        else:
-            problems["missing"][photo.name] = ""
+    if photo.problem == MISSING:
+        problems["missing"][photo.name] = ""
+    elif photo.problem:
+        problems["unreadable"][photo.name] = f" {photo.problem}"
     elif photo.path.stat().st_size == 0:
         problems["unreadable"][photo.name] = " is empty"
 
 
-def _survey_pets(listing: Listing, problems: Problems) -> None:
-    annotations = listing.folder.pets / "annotations"
+def _survey_class_folders(listing: Listing, problems: Problems) -> None:
+    for error in listing.errors.values():
+        problems["layout"][str(error)] = ""
+    for path in listing.unused[BESIDE]:
+        problems["beside"][listing.name_of(path)] = (
+            f" with {sum(1 for _ in photos_below(path)):,} photos"
+        )
+    classes = {split: _classes(photos) for split, photos in listing.splits.items()}
+    for split in set(classes) - {"train"}:
+        for name in classes["train"] - classes[split]:
+            problems["untested"][name] = f" not in {listing.folder.splits[split].name}/"
+    _find_case_variants(listing, problems)
+
+
+def _classes(photos: Iterable[ListedPhoto]) -> set[str]:
+    return {photo.class_name for photo in photos}
+
+
+def _find_case_variants(listing: Listing, problems: Problems) -> None:
+    """Find photos whose names are the same on systems that do not tell case or normal forms."""
+    first: dict[str, str] = {}
+    for photo in listing.photos():
+        key = photo.name.lower()
+        if not key.isascii():
+            key = unicodedata.normalize("NFC", photo.name).casefold()
+        other = first.setdefault(key, photo.name)
+        if other != photo.name:
+            problems["case"][photo.name] = ""
+
+
+def _survey_pets(listing: Listing, annotations: Path, problems: Problems) -> None:
     for split, error in listing.errors.items():
         listing_name = f"{split}.txt"
         if (annotations / listing_name).is_file():
@@ -243,12 +338,17 @@ def describe_problems(problems: Problems) -> list[Finding]:
     """Return a finding for each kind of problem that occurs."""
     findings = []
     for kind, (severity, text, advice) in KINDS.items():
-        items = sorted(problems[kind].items())
+        items = sorted(problems.get(kind, {}).items())
         if not items:
             continue
         shown = [printable(name + detail) for name, detail in items if detail is not None]
         words = SINGULAR if len(items) == 1 else PLURAL
-        message = text.format(n=f"{len(items):,}", names=first_few(shown), **words)
+        message = text.format(
+            n=f"{len(items):,}",
+            names=first_few(shown),
+            extensions=count_extensions(problems.get(kind, {})),
+            **words,
+        )
         if advice:
             message += f": {advice.format(**words)}"
         files = [] if text == "{names}" else [name for name, _ in items]

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def describe(args: argparse.Namespace) -> int:
     rows = describe_model(args.model, args.revision)
-    if args.data:
+    if args.data is not None:
         rows += [("", "", ""), *describe_data(args.data)]
     for name, fact, source in rows:
         origin = f"  ({source})" if source else ""
@@ -139,15 +139,18 @@ def _count_parameters(model: ViT) -> list[Row]:
 
 def describe_data(root: str) -> list[Row]:
     """Describe a data set on this machine. Raises UserError if there is none."""
-    from ..data.datasets import list_data, split_data
+    from ..data.datasets import split_data
+    from ..data.listing import list_data
     from ..data.pets import SPLITS, read_listing
+    from ..data.survey import quick_findings
     from ..training.overview import count_photos
 
-    listing = list_data(root, download=False)
+    listing = list_data(root)
     data = split_data(listing, seed=0)
     splits = (data.train, data.val, data.test)
     rows = [("data", root, ""), ("photos", count_photos(data), "seed 0")]
-    if data.is_pets:
+    rows += [("", str(finding), "") for finding in quick_findings(listing)]
+    if listing.folder.pets is not None:
         listed = [photo for split in SPLITS for photo in read_listing(listing.folder.pets, split)]
         species = Counter(photo.species for photo in listed)
         fact = f"{species['cat']:,} cats, {species['dog']:,} dogs"
@@ -168,11 +171,13 @@ def _describe_headers(paths: Sequence[Path]) -> list[Row]:
     """Describe the sizes and formats of photos, of which only the headers are read."""
     from PIL import Image
 
+    from ..data.photos import FORMATS
+
     sizes: list[tuple[int, int]] = []
     formats: Counter[str | None] = Counter()
     for path in paths:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 sizes.append(image.size)
                 formats[image.format] += 1
         except Exception:  # Broken files raise anything; the doctor says what is wrong.

@@ -171,7 +171,7 @@ def load_split(root: str, name: str) -> tuple[tuple[str, ...], Split]:
     from ...data.datasets import Split, load_data
     from .masks import mask_path
 
-    data = load_data(root, seed=0)
+    data = load_data(root, seed=0, only=name)
     if name == "trainval":
         split = Split(data.train.paths + data.val.paths, data.train.labels + data.val.labels)
     else:
