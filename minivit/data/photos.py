@@ -10,15 +10,19 @@ import ctypes
 import io
 import logging
 import os
+import re
 import stat
 import warnings
-
-import numpy as np
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import BinaryIO
 
 # Pillow registers only five formats by itself; importing a plugin registers its format.
-from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, WebPImagePlugin  # noqa: F401
+from PIL import ExifTags, Image, ImageChops, ImageFile, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 
 from ..errors import UserError
+from .image_data import JPEG_END, MAX_METADATA_BYTES, ImageData, next_restart, own_data
+from .modes import check_mode, load_rgb
 
 # The raster formats that Pillow decodes itself. EPS and the like would start other programs.
 FORMATS: tuple[str, ...] = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
@@ -33,8 +37,17 @@ MAX_PIXELS = 65_000_000
 # The longest side that JPEG allows. Pillow's row pointers of a longer strip need more memory
 # than its pixels.
 MAX_SIDE = 65_535
-MAX_EXIF_BYTES = 65_535  # the most that fits in a JPEG segment
 MAX_BYTES = 6 * MAX_PIXELS  # three colours of 16 bits, uncompressed
+# What files of some formats begin with.
+SIGNATURES = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "GIF": rb"GIF8[79]a",
+    "WebP": rb"RIFF....WEBP",
+    "TIFF": rb"II[*+]\0|MM\0[*+]",
+}
+# What is decoded in the place of data that may be missing: different bits, whatever the code.
+FILLINGS = (b"\x55" * 255, bytes(range(255)), bytes(reversed(range(255))))
 # The transposition that turns a photo upright, by EXIF orientation. 1 is upright already.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -64,28 +77,78 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
     is returned. Raises PhotoError for anything but a complete, readable photo within the limits
     above.
     """
+    with _photo_errors(path), _open_regular(path) as file:
+        own = own_data(file, MAX_BYTES)
+        if own is not None and own.breaks_off:
+            return _decode_what_breaks_off(own)
+        with _open_image(file, own) as image:
+            return _decode(image)
+
+
+@contextlib.contextmanager
+def open_undecoded(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Yield a photo as Pillow opens it: its format, mode and size are known, its pixels are not.
+
+    Of the metadata, only what may hold the orientation is there. Raises PhotoError.
+    """
+    with (
+        _photo_errors(path),
+        _open_regular(path) as file,
+        _open_image(file, own_data(file, MAX_BYTES)) as image,
+    ):
+        yield image
+
+
+@contextlib.contextmanager
+def _photo_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn whatever decoders raise into PhotoError: anything from OSError to struct.error."""
     try:
         with warnings.catch_warnings():
             # Pillow warns of odd metadata. Problems that matter are raised as errors.
             warnings.simplefilter("ignore")
-            return _decode(_read(path))
+            yield
     except FileNotFoundError:
         raise PhotoError(f"{path}: no such photo") from None
-    # Decoders raise anything from OSError to struct.error when a file is broken.
     except Exception as error:
         raise PhotoError(f"{path}: cannot be read as a photo ({_reason(error)})") from error
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not a photo in a known format"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error)
+    return str(error) or type(error).__name__
 
 
-def _read(path: str | os.PathLike[str]) -> bytes:
-    """Read a regular file of at most MAX_BYTES.
+class _LimitedReads(io.BufferedReader):
+    """A file that refuses to be read much more than twice, or in millions of parts.
+
+    A broken file can make a decoder read millions of empty parts, or one part a thousand times.
+    """
+
+    remaining = 2 * MAX_BYTES
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size < 0:
+            size = MAX_BYTES + 1
+        part = super().read(size)
+        if len(part) > MAX_BYTES:
+            raise ValueError(f"expected an image of at most {MAX_BYTES:,} bytes")
+        self.remaining -= max(len(part), 5000)
+        if self.remaining < 0:
+            raise ValueError("too many parts")
+        return part
+
+    def fileno(self) -> int:
+        # libtiff would map the file into memory, and the system would end this process if another
+        # one made the file shorter. Without a file number, it is given bytes.
+        raise io.UnsupportedOperation("fileno")
+
+
+@contextlib.contextmanager
+def _open_regular(path: str | os.PathLike[str]) -> Iterator[_LimitedReads]:
+    """Open a regular file.
 
     The file is opened without blocking and its type is checked afterwards, so that even a FIFO
     that has just replaced a photo cannot make the program wait.
@@ -94,44 +157,70 @@ def _read(path: str | os.PathLike[str]) -> bytes:
     def open_without_blocking(name: str, flags: int) -> int:
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no such flag
 
-    with io.FileIO(path, opener=open_without_blocking) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
-            raise ValueError(f"expected a regular file of at most {MAX_BYTES:,} bytes")
-        return file.read(status.st_size)
+    with io.FileIO(path, opener=open_without_blocking) as raw, _LimitedReads(raw) as file:
+        if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
+            raise ValueError("expected a regular file")
+        yield file
 
 
-class _LimitedReads(io.BytesIO):
-    """A file in memory that refuses to be read much more than twice.
+def _open_image(file: BinaryIO, own: ImageData | None) -> ImageFile.ImageFile:
+    """Open an image with Pillow, and check that it can be decoded.
 
-    A broken file can make a decoder read millions of empty parts, or one part a thousand times.
+    `own` is the image's own data, if it has been taken out of the file.
     """
-
-    remaining = 2 * MAX_BYTES
-
-    def read(self, size: int | None = -1) -> bytes:
-        part = super().read(size)
-        self.remaining -= max(len(part), 5000)
-        if self.remaining < 0:
-            raise ValueError("too many parts")
-        return part
+    source = file if own is None else io.BytesIO(own.data)
+    try:
+        image = Image.open(source, formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise ValueError(_unidentified(file)) from None
+    _check_before_decoding(image, 0 if own is None else own.scans)
+    return image
 
 
-def _decode(data: bytes) -> Image.Image:
-    with Image.open(_LimitedReads(data), formats=FORMATS) as image:
-        _check_before_decoding(image, data)
-        image.load()
-        if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
-            raise ValueError("more EXIF than a JPEG can hold")
-        photo = _to_rgb(image)
-        transposition = None
-        # Like photo viewers, leave a photo whose EXIF is broken as it is.
-        with contextlib.suppress(Exception):
-            transposition = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-        return photo if transposition is None else photo.transpose(transposition)
+def _unidentified(file: BinaryIO) -> str:
+    """Say why Pillow takes a file for no image."""
+    file.seek(0)
+    start = file.read(12)
+    for name, signature in SIGNATURES.items():
+        if re.match(signature, start, re.DOTALL):
+            return f"a {name} that is damaged, or of a kind that Pillow cannot decode"
+    return "not a photo in a known format"
 
 
-def _check_before_decoding(image: ImageFile.ImageFile, data: bytes) -> None:
+def _decode_what_breaks_off(own: ImageData) -> Image.Image:
+    """Decode a JPEG without an end marker, if no pixel depends on what may be missing.
+
+    Bytes that are made up are decoded in the place of the missing ones. If others give the same
+    pixels, nothing was missing but the end marker.
+    """
+    photo = _decode_with_filling(own, FILLINGS[0])
+    for filling in FILLINGS[1:]:
+        other = _decode_with_filling(own, filling)
+        if ImageChops.difference(photo, other).getbbox() is not None:
+            raise ValueError("image file is truncated")
+    return photo
+
+
+def _decode_with_filling(own: ImageData, filling: bytes) -> Image.Image:
+    # A decoder that waits for a restart ignores what comes before it.
+    data = own.data + filling + next_restart(own.data) + filling + JPEG_END
+    with _open_image(io.BytesIO(data), replace(own, data=data)) as image:
+        return _decode(image)
+
+
+def _decode(image: ImageFile.ImageFile) -> Image.Image:
+    if "exif" in image.info:
+        # The orientation is among the first entries. More would take long to read.
+        image.info["exif"] = image.info["exif"][:MAX_METADATA_BYTES]
+    photo = load_rgb(image)
+    transposition = None
+    # Like photo viewers, leave a photo whose EXIF is broken as it is.
+    with contextlib.suppress(Exception):
+        transposition = UPRIGHT.get(image.getexif()[ExifTags.Base.Orientation])
+    return photo if transposition is None else photo.transpose(transposition)
+
+
+def _check_before_decoding(image: ImageFile.ImageFile, scans: int) -> None:
     """Refuse an image whose pixels would take too much memory or time to decode."""
     tags = getattr(image, "tag_v2", {})
     # The tiles of a TIFF have a size of their own.
@@ -143,25 +232,6 @@ def _check_before_decoding(image: ImageFile.ImageFile, data: bytes) -> None:
             )
     # Each scan of a progressive JPEG covers the whole image. Encoders write about 10 scans;
     # files made to exhaust a decoder have thousands.
-    if image.format in ("JPEG", "MPO"):
-        scans = data.count(b"\xff\xda")
-        if scans * image.width * image.height > 20 * MAX_PIXELS:
-            raise ValueError(f"{scans} scans of {image.width} x {image.height} pixels")
-    # Pillow decodes these in Python, one pixel at a time.
-    if any(tile[0] in Image.DECODERS for tile in image.tile):
-        raise ValueError("a run-length BMP or a PPM of other than 8 bits; save it as PNG")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of no known range")
-    if image.mode.startswith("I"):
-        # 16 bits a pixel. Pillow's own conversion clips the values instead of scaling them.
-        grey = np.asarray(image).clip(0, 65535) // 257
-        image = Image.fromarray(grey.astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    photo = Image.new("RGB", image.size, "white")
-    photo.paste(image, mask=image)
-    return photo
+    if scans * image.width * image.height > 20 * MAX_PIXELS:
+        raise ValueError(f"{scans} scans of {image.width} x {image.height} pixels")
+    check_mode(image)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .. import cli
 from ..data.datasets import split_data
 from ..data.listing import UNLISTED, ListedPhoto, list_data
-from ..data.photos import FORMATS, PhotoError, open_photo
+from ..data.photos import PhotoError, open_photo, open_undecoded
 from ..data.survey import Finding, Problems, describe_problems, survey
 from ..errors import UserError, first_few
 from ..system.workers import read_ahead
@@ -171,8 +171,8 @@ def _read_photo(photo: ListedPhoto) -> ReadPhoto:
         reason = str(error).removeprefix(str(path))
         problems = [Problem("unreadable", photo.name, reason)] if photo.split else []
         return ReadPhoto(photo, problems)
-    with Image.open(path, formats=FORMATS) as image:
-        file_format = "JPEG" if image.format == "MPO" else str(image.format)
+    with open_undecoded(path) as image:
+        file_format = str(image.format)
         mode = image.mode
         size = f"{image.width} x {image.height}"
         camera, orientation = _read_exif(image)
