@@ -181,6 +181,7 @@ def run_epochs(
         state.stopped = stop_requested()
         if state.stopped:
             return
+        state.skipped = []
 
 
 class Evaluation:
@@ -235,7 +236,7 @@ def has_room_for_features(
 def patience_is_over(state: RunState, patience: int | None) -> bool:
     if patience is None or not state.rows:
         return False
-    return state.epoch > metrics.best_row(state.rows)["epoch"] + patience
+    return metrics.epochs_without_better(state.rows) >= patience
 
 
 def measure_speed(state: RunState, n: int, runs_frozen_blocks: bool) -> dict[str, float]:

@@ -27,6 +27,7 @@ from minivit.cli import parse_blocks
 from minivit.errors import UserError
 from minivit.model import freeze_except, trainable
 from minivit.training import step as steps
+from minivit.training.metrics import best_row
 from minivit.training.optimizer import lr_at, parameter_groups
 from minivit.training.rehearsal import rehearse
 from minivit.training.state import RunState
@@ -182,6 +183,18 @@ def test_a_skipped_step_moves_neither_schedule_nor_weights(pixels, monkeypatch):
     monkeypatch.setattr(steps, "train_step", lambda *_, **__: skipped)
     rows = fit(make_trainable(), pixels, amp=torch.float16)
     assert rows[-1]["lr"] == lr_at(0, peak=1e-3, total=6)
+
+
+def test_the_loss_of_a_skipped_step_is_not_counted(pixels, monkeypatch):
+    results = iter([(5.0, math.inf), (1.0, 1.0), (2.0, 1.0)])
+
+    def step(*_, **__):
+        loss, norm = next(results)
+        return torch.tensor(loss), torch.tensor(norm)
+
+    monkeypatch.setattr(steps, "train_step", step)
+    (row,) = fit(make_trainable(), pixels, amp=torch.float16, epochs=1)
+    assert row["loss"] == pytest.approx((4 * 1 + 1 * 2) / 5)
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_clear_line(pixels):
@@ -419,18 +432,37 @@ def test_layer_decay_reaches_the_steps(pixels):
     assert moved == [{"blocks", "norm", "head"}, {"norm", "head"}]
 
 
-def test_patience_ends_after_epochs_that_were_not_the_best(pixels, monkeypatch):
-    accuracies = iter([0.5, 0.7, 0.7, 0.6, 0.6, 0.9, 0.9])
+@pytest.mark.parametrize(
+    "accuracies, patience, epochs, best",
+    [
+        ([0.5, 0.7, 0.7, 0.6, 0.9], 2, 4, 3),  # Of equal epochs the last is kept.
+        ([1.0] * 7, 3, 4, 4),
+        ([0.5, 0.6, 0.7, 0.8], 1, 4, 4),
+        ([0.5, 0.4, 0.6, 0.6, 0.6], 2, 5, 5),
+    ],
+    ids=str,
+)
+def test_patience_counts_from_the_first_epoch_that_was_the_best(
+    pixels, monkeypatch, accuracies, patience, epochs, best
+):
+    remaining = iter(accuracies)
 
     def score(logits, labels):
         scores = score_predictions(logits, labels)
         if len(labels) == 4:  # the validation photos
-            scores["accuracy"] = next(accuracies)
+            scores["accuracy"] = next(remaining)
         return scores
 
     monkeypatch.setattr(train, "score_predictions", score)
-    rows = fit(make_trainable(), pixels, (pixels[0][:4], pixels[1][:4]), epochs=7, patience=2)
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]  # of equals the later is the best
+    rows = fit(
+        make_trainable(),
+        pixels,
+        (pixels[0][:4], pixels[1][:4]),
+        epochs=len(accuracies),
+        patience=patience,
+    )
+    assert len(rows) == epochs
+    assert best_row(rows)["epoch"] == best
 
 
 def test_the_mean_loss_weighs_a_short_last_batch_by_its_photos(pixels, monkeypatch):

@@ -84,6 +84,15 @@ def best_row(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
     return max(rows, key=lambda row: (row["val_accuracy"], row["epoch"]))
 
 
+def epochs_without_better(rows: Sequence[Mapping[str, float]]) -> int:
+    """Return how many epochs have passed since the highest validation accuracy was first reached.
+
+    An epoch that is only equal is not better, although best_row keeps it.
+    """
+    accuracies = [row["val_accuracy"] for row in rows]
+    return len(rows) - 1 - accuracies.index(max(accuracies))
+
+
 def overfits_from(rows: Sequence[Mapping[str, float]]) -> int | None:
     """Return the first epoch of overfitting, or None if there is no overfitting.
 

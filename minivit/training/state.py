@@ -7,6 +7,7 @@ order of photos and the augmentation of an epoch follow from the seed and the ep
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..settings import list_changes
 from .optimizer import AdamW, parameter_groups
 
 # The fields of a RunState that are saved as JSON.
-JSON_FIELDS = ("epoch", "step", "losses", "lr", "rows", "seconds", "spent")
+JSON_FIELDS = ("epoch", "step", "losses", "skipped", "lr", "rows", "seconds", "spent")
 
 
 @dataclass
@@ -37,8 +38,9 @@ class RunState:
     scaler: torch.amp.GradScaler
     # From here on, what is saved.
     epoch: int = 1  # the epoch under way
-    # The loss of each batch of this epoch so far; not finite where the scaler skipped the step.
+    # The loss of each batch of this epoch so far, and which of these steps the scaler skipped.
     losses: list[float] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
     # Optimizer steps taken. A step that the scaler skips counts neither here nor in the schedule.
     step: int = 0
     lr: float = 0.0  # of the last step
@@ -104,7 +106,11 @@ class RunState:
             self.best = weights
         self.scaler.load_state_dict(about["scaler"])
         for name in JSON_FIELDS:
-            setattr(self, name, about[name])
+            if name in about:
+                setattr(self, name, about[name])
+        if "skipped" not in about:  # Earlier versions of minivit did not save it.
+            losses = enumerate(self.losses)
+            self.skipped = [step for step, loss in losses if not math.isfinite(loss)]
 
 
 def new_state(

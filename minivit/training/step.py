@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -187,12 +187,13 @@ def train_epoch(
     """
     steps_per_epoch = math.ceil(len(photos.labels) / settings.batch_size)
     total_steps = settings.epochs * steps_per_epoch
+    first_step = len(state.losses)
     losses: list[Tensor] = []
     progress = tqdm(
         _batches(state, photos, settings.batch_size),
         f"epoch {state.epoch}",
         steps_per_epoch,
-        initial=len(state.losses),
+        initial=first_step,
         unit="step",
         leave=False,
     )
@@ -201,11 +202,13 @@ def train_epoch(
         for group in state.optimizer.param_groups:
             group["lr"] = state.lr * group["lr_scale"]
         loss, norm = train_step_that_fits(network, state, batch, settings.label_smoothing)
-        losses.append(loss)
         # Looking at the norm makes the host wait for the device, so only fp16 does it.
         was_skipped = state.scaler.is_enabled() and not bool(norm.isfinite())
-        if not was_skipped:
+        if was_skipped:
+            state.skipped.append(first_step + len(losses))
+        else:
             state.step += 1
+        losses.append(loss)
         state.stopped = stop_requested()
         if state.stopped:
             break
@@ -245,18 +248,26 @@ class _Inputs:
 def mean_loss(state: RunState, n: int, settings: TrainSettings) -> float:
     """Return the mean loss over the n photos of the epoch, without steps that fp16 skipped.
 
+    If it skipped all of them, as it may while it looks for its scale, it is the mean over all.
     Raises UserError if the loss is not finite.
     """
     batch_size = settings.batch_size
-    sizes = [min(batch_size, n - i * batch_size) for i in range(len(state.losses))]
-    finite = [(loss, size) for loss, size in zip(state.losses, sizes) if math.isfinite(loss)]
-    all_are_finite = len(finite) == len(sizes)
-    if not finite or not (all_are_finite or state.scaler.is_enabled()):
-        wrong = next(loss for loss in state.losses if not math.isfinite(loss))
-        raise UserError(
-            f"the loss of epoch {state.epoch} is {wrong}; try a lower --lr than {settings.lr:g}"
-        )
-    return sum(loss * size for loss, size in finite) / sum(size for _, size in finite)
+    steps = range(len(state.losses))
+    counted: Sequence[int] = [step for step in steps if step not in state.skipped]
+    if not counted:
+        counted = steps
+    total = 0.0
+    num_photos = 0
+    for step in counted:
+        loss = state.losses[step]
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of epoch {state.epoch} is {loss}; try a lower --lr than {settings.lr:g}"
+            )
+        size = min(batch_size, n - step * batch_size)
+        total += loss * size
+        num_photos += size
+    return total / num_photos
 
 
 @torch.no_grad()
