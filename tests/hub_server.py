@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import re
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,8 +47,10 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(
                 200, {"name": "owner", "type": "user", "auth": {"accessToken": {"role": "write"}}}
             )
-        elif self.path.startswith("/api/"):
-            self.answer(200, {"id": "owner/tiny", "sha": COMMIT, "siblings": []})
+        elif self.path.startswith("/api/models/"):
+            self.describe_repository()
+        elif self.path.startswith("/api/"):  # huggingface-hub asks what does not matter here.
+            self.answer(404, {"error": "not found"})
         else:
             self.resolve()
 
@@ -61,7 +64,7 @@ class Hub(BaseHTTPRequestHandler):
                 403, {"error": "You don't have the rights to create a model under this namespace"}
             )
         elif self.path == "/api/repos/create":
-            self.answer(200, {"url": f"{self.hub.url}/owner/new", "id": "owner/new"})
+            self.create_repository(json.loads(body))
         elif self.path == "/api/validate-yaml":
             self.hub.card = json.loads(body)["content"]
             self.answer(200, {"errors": [], "warnings": []})
@@ -101,6 +104,26 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self.answer(404, {"error": "not found"})
         return None
+
+    def describe_repository(self):
+        repo, _, question = self.path.removeprefix("/api/models/").partition("/auth-check/")
+        repo = repo.partition("?")[0]
+        if repo not in self.hub.repositories:
+            self.answer(404, {"error": "no such"}, {"X-Error-Code": "RepoNotFound"})
+        elif question == "write" and self.hub.fault == "push 403":
+            self.answer(403, {"error": "You have read access only"})
+        else:
+            private = self.hub.repositories[repo]
+            self.answer(200, {"id": repo, "private": private, "sha": COMMIT, "siblings": []})
+
+    def create_repository(self, wanted):
+        repo = f"{wanted['organization']}/{wanted['name']}"
+        if repo in self.hub.repositories:
+            return self.answer(409, {"error": "You already created this model repo"})
+        # Versions of huggingface-hub before 1.0 send "private".
+        private = wanted.get("visibility") == "private" or wanted.get("private", False)
+        self.hub.repositories[repo] = private
+        return self.answer(200, {"url": f"{self.hub.url}/{repo}", "id": repo})
 
     def do_PUT(self):
         data = self.rfile.read(int(self.headers["Content-Length"]))
@@ -198,14 +221,24 @@ class State:
         self.uploaded: dict[str, bytes] = {}
         self.starts: list[int] = []
         self.requests: list[tuple[str, str]] = []
+        self.repositories = {"owner/tiny": False}  # and whether each is private
         self.card = ""
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[State]:
-    """Serve a folder as the repository owner/tiny while the context lasts."""
+def serve(folder: Path, certificate: Path | None = None) -> Iterator[State]:
+    """Serve a folder as the repository owner/tiny while the context lasts.
+
+    With a file that holds a certificate and its key, the connection is encrypted.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.hub = State(folder, f"http://127.0.0.1:{server.server_port}")
+    scheme = "http"
+    if certificate is not None:
+        scheme = "https"
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.hub = State(folder, f"{scheme}://127.0.0.1:{server.server_port}")
     # shutdown() waits for up to one polling interval, so this one is short.
     polling = {"poll_interval": 0.01}
     threading.Thread(target=server.serve_forever, kwargs=polling, daemon=True).start()

@@ -5,17 +5,21 @@ The cache, revisions, tokens, interrupted downloads, and a line for each fault.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
+import ssl
 import struct
 import subprocess
 import sys
 import termios
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +28,7 @@ from hub_server import COMMIT, TOKEN, serve
 from safetensors.torch import load_file, save_file
 
 from minivit import Preprocess, ViT, load_pretrained, save_pretrained
+from minivit.checkpoints.network import explain_failure
 
 FETCH = """
 import hashlib, sys, time
@@ -204,6 +209,12 @@ def test_a_full_disk_is_one_line_that_says_what_to_do(hub, tmp_path):
     assert incomplete_or_whole(tmp_path / "cache") == []
 
 
+def test_a_cache_that_cannot_be_written_to_is_one_line_that_says_what_to_do(hub, tmp_path):
+    (tmp_path / "home").write_text("a file stands for a folder that may not be written to")
+    done = get(hub, tmp_path / "home" / "cache")
+    assert_one_line(done, "set HF_HOME to a folder that you may write to")
+
+
 def test_a_hub_id_that_is_none_is_one_line(hub, tmp_path):
     assert_one_line(
         get(hub, tmp_path / "cache", "a/b/c/d"), "neither a folder or file here nor a Hub id"
@@ -231,4 +242,100 @@ def test_a_hub_that_does_not_answer_is_asked_once_for_a_few_seconds(how, tmp_pat
             "HF_HUB_DOWNLOAD_TIMEOUT": "9999",
         }  # huggingface-hub's own
         done = run_python(["-c", code, "owner/tiny"], url, tmp_path, **timeouts)
-    assert_one_line(done, f"cannot fetch config.json from {url}", "--model FOLDER")
+    assert_one_line(
+        done,
+        f"cannot fetch config.json from {url}",
+        "refuses the connection" if how == "refused" else "does not answer in time",
+        "--model FOLDER",
+    )
+
+
+def test_a_certificate_that_is_not_trusted_is_named(tmp_path, tiny_folder):
+    """Its authority can then be named, and nothing else has to be."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl, which makes the certificate")
+    certificate = tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-keyout", certificate, "-out", tmp_path / "own.pem", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+    subprocess.run(command, check=True, capture_output=True)
+    with certificate.open("ab") as file:
+        file.write((tmp_path / "own.pem").read_bytes())
+    with serve(tiny_folder, certificate) as hub:
+        refused = get(hub, tmp_path / "cache")
+        authority = {"SSL_CERT_FILE": str(tmp_path / "own.pem")}
+        authority["REQUESTS_CA_BUNDLE"] = authority["SSL_CERT_FILE"]
+        trusted = get(hub, tmp_path / "cache", **authority)
+    assert_one_line(refused, f"{hub.url} (its certificate is not trusted (self", "SSL_CERT_FILE")
+    assert trusted.stdout == expected(tiny_folder), trusted.stderr
+
+
+CAUSES = {
+    "offline mode": ({"HF_HUB_OFFLINE": "1"}, "(offline mode is on: unset HF_HUB_OFFLINE"),
+    "SOCKS proxy": ({"ALL_PROXY": "socks5://127.0.0.1:9"}, "(the proxy socks5://127.0.0.1:9 "),
+    "proxy": ({"HTTP_PROXY": "http://me:secret@127.0.0.1:9"}, "(the proxy 127.0.0.1:9 refuses"),
+    "token": ({"HF_TOKEN": "hf_é"}, "(HF_TOKEN holds a character that no HTTP header can"),
+    "name": ({"HF_ENDPOINT": "http://a.invalid"}, "(the name of a.invalid cannot be resolved"),
+    "no address": ({"HF_ENDPOINT": "huggingface.co"}, "(HF_ENDPOINT is no address of a server"),
+}
+
+
+@pytest.mark.parametrize("environment, reason", CAUSES.values(), ids=CAUSES)
+def test_what_keeps_the_hub_away_is_named(environment, reason, hub, tmp_path):
+    done = get(hub, tmp_path / "cache", **{"NO_PROXY": "", "no_proxy": ""} | environment)
+    assert_one_line(done, reason, "it is not in the local cache")
+    assert "secret" not in done.stderr
+    assert hub.requests == []
+
+
+def chain(*errors):
+    """Return the first error, caused by the second, and so on."""
+    for error, cause in zip(errors, errors[1:]):
+        error.__cause__ = cause
+    return errors[0]
+
+
+class ConnectError(Exception):
+    """What an HTTP library raises for most causes."""
+
+
+def answer(status):
+    error = OSError(f"an answer of {status}")
+    error.response = SimpleNamespace(status_code=status)
+    return error
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (answer(429), "it answers 429, too many requests: try later"),
+        (answer(502), "it answers 502, an error on its side: try later"),
+        (answer(407), "the proxy answers 407"),
+        (answer(404), "an answer of 404"),
+        (chain(ConnectError("x"), ssl.SSLError(1, "wrong version")), "no encrypted connection"),
+        (chain(ConnectError("x"), OSError(errno.ENETUNREACH, "x")), "it cannot be reached from"),
+        (chain(ConnectError("x"), ConnectionResetError(errno.ECONNRESET, "x")), "it cut the"),
+        (chain(ConnectError("x"), TimeoutError("timed out")), "it does not answer in time"),
+        (chain(ConnectError("x"), socket.gaierror(-2, "x")), "the name of hub.test cannot be"),
+        (ValueError("Unknown scheme for proxy URL"), "does not let it through"),
+        (ConnectError("a line\nand another"), "a line"),
+        (ConnectError(), "ConnectError"),
+    ],
+    ids=str,
+)
+def test_each_cause_of_a_failure_has_its_reason(error, reason, monkeypatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    assert reason in explain_failure(error, "http://hub.test")
+
+
+def test_a_reason_is_that_of_the_proxy_where_there_is_one(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://me:secret@proxy.test:3128")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    error = chain(ConnectError("x"), ConnectionRefusedError(errno.ECONNREFUSED, "x"))
+    reason = explain_failure(error, "http://hub.test")
+    assert reason == "the proxy proxy.test:3128 refuses the connection: nothing listens there"
+    monkeypatch.setenv("no_proxy", "hub.test")
+    assert explain_failure(error, "http://hub.test").startswith("it refuses the connection")

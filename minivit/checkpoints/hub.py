@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError, first_few
 from ..system.files import read_json
+from .network import explain_failure, status_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,19 +142,17 @@ class _Hub:
             url = hf_hub_url(self.source, "config.json", revision=self.revision)
             get_hf_file_metadata(url, timeout=TIMEOUT_S)
         except errors.HfHubHTTPError as error:
-            status = _status(error)
-            if status == 429:
-                return "it answers 429, too many requests: try later"
-            if status >= 500:
-                return f"it answers {status}, an error on its side: try later"
+            status = status_of(error)
+            if status == 429 or status >= 500:
+                return explain_failure(error, self.endpoint)
         except errors.HFValidationError as error:
             raise UserError(
                 f"{self.source}: neither a folder or file here nor a Hub id (owner/name)"
             ) from error
         except errors.EntryNotFoundError:
             pass
-        except Exception:  # The HTTP library has many exceptions for a server that is silent.
-            return "it does not answer: check the connection"
+        except Exception as error:  # The HTTP library's exceptions have no common base.
+            return explain_failure(error, self.endpoint)
         return ""
 
     def get(self, name: str) -> Path | None:
@@ -191,7 +190,8 @@ class _Hub:
         """Say why a file could not be fetched, and what the user can do."""
         from huggingface_hub import errors
 
-        failure = f"cannot fetch {name} from {self.endpoint} ({self.outage or _reason(error)})"
+        reason = self.outage or explain_failure(error, self.endpoint)
+        failure = f"cannot fetch {name} from {self.endpoint} ({reason})"
         if isinstance(error, errors.LocalEntryNotFoundError):
             return (
                 f"{failure}, and it is not in the local cache; "
@@ -211,6 +211,8 @@ class _Hub:
             return f"no revision {self.asked!r} {self.where}"
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return f"{failure}; make room, or set HF_HOME to another disk"
+        if status_of(error) in (401, 403):
+            return f"{failure}; log in with `hf auth login` or HF_TOKEN as a user who may read it"
         return f"{failure}; try again, or use --model FOLDER"
 
 
@@ -250,7 +252,7 @@ def _push_errors(repo: str) -> Iterator[None]:
     except Exception as error:  # The HTTP library's exceptions have no common base.
         if isinstance(error, errors.HFValidationError):
             advice = "expected --push-to-hub owner/name"
-        elif _status(error) in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError):
+        elif status_of(error) in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError):
             advice = (
                 "log in with `hf auth login` or HF_TOKEN as a user who may write there, "
                 f"or upload later with `hf upload {repo} DIR`"
@@ -258,7 +260,8 @@ def _push_errors(repo: str) -> Iterator[None]:
         else:
             advice = f"try again, or later with `hf upload {repo} DIR`"
         raise UserError(
-            f"{repo}: cannot push to {constants.ENDPOINT} ({_reason(error)}); {advice}"
+            f"{repo}: cannot push to {constants.ENDPOINT} "
+            f"({explain_failure(error, constants.ENDPOINT)}); {advice}"
         ) from error
 
 
@@ -281,13 +284,3 @@ def _verify(path: Path, name: str) -> None:
             f"{name} is damaged: its SHA-256 is {digest.hexdigest()}, not {blob.name}; "
             "it was deleted, so try again"
         )
-
-
-def _status(error: Exception) -> int:
-    """Return the HTTP status of an error, or 0 if the server did not answer."""
-    return getattr(getattr(error, "response", None), "status_code", 0)
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
-    return str(error).partition("\n")[0] or type(error).__name__
