@@ -52,12 +52,13 @@ class TrainSettings:
     resume: bool = False
     dry_run: bool = False
     push_to_hub: str | None = None
+    public: bool = False  # whether a new repository on the Hub is public
 
     def mathematics(self) -> dict[str, object]:
         """Return the settings that change the result, by flag; `--resume` keeps to them."""
         names = ("epochs", "batch_size", "lr", "weight_decay", "layer_decay", "label_smoothing")
         values = asdict(self)
-        return {flag(name): values[name] for name in (*names, "cache_views", "seed")}
+        return {flag(name): values[name] for name in (*names, "cache_views", "patience", "seed")}
 
     def views_to_keep(self) -> int:
         """Return how many views to keep features of: none if no view would come again."""

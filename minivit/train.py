@@ -45,6 +45,7 @@ from .training.features import (
     features_gib,
     host_memory_gib,
 )
+from .training.fingerprint import describe_run
 from .training.overview import describe_training
 from .training.rehearsal import rehearse
 from .training.state import RunState, new_state, save_state, set_trainable
@@ -69,7 +70,7 @@ def train(settings: TrainSettings) -> int:
         with distributed.process_group(device):
             is_rank_0 = distributed.rank() == 0  # the only rank that writes
             if not settings.dry_run and distributed.on_rank_0(
-                lambda: holds_finished_run(out, settings.resume, lock)
+                lambda: conclude_finished_run(settings, amp)
             ):
                 return 0
 
@@ -101,7 +102,7 @@ def train(settings: TrainSettings) -> int:
             )
             with write_behind() as write_later:
                 recorder = Recorder(settings, model, data, write_later)
-                recorder.begin(state, started)
+                recorder.begin(state, started, lock)
                 with stop_requests() as stop_requested:
                     run_epochs(state, train_split, val_split, settings, stop_requested, recorder)
             recorder.end(state)
@@ -116,6 +117,10 @@ def train(settings: TrainSettings) -> int:
             num_workers = 3 if len(data.test) >= DRAW_IN_WORKERS_FROM else 0  # one a figure
             with worker_pool(num_workers, "minivit.figures.plots") as pool:
                 finish(settings, state, model, data, val_split, test_split, pool)
+            run_folder.report_result(out)
+            if settings.push_to_hub:
+                address = hub.push(out, settings.push_to_hub, run_folder.RUN_FILES)
+                print(f"pushed: {address}", file=sys.stderr)
     return 0
 
 
@@ -175,13 +180,13 @@ def run_epochs(
         state.rows.append(row)
         state.epoch += 1
         state.losses = []
+        state.skipped = []
         state.seconds = 0.0
         if recorder is not None:
             recorder.save_and_report(state)
         state.stopped = stop_requested()
         if state.stopped:
             return
-        state.skipped = []
 
 
 class Evaluation:
@@ -266,38 +271,34 @@ class Recorder:
         self.write_later = write_later
         self.out = Path(settings.out)
         self.started = 0.0  # when the run would have started if it had never been interrupted
-        self.base_hash: Future[str] | None = None
-        self.photos_checksum = ""
+        self.described: dict[str, object] = {}
+        self.frozen_hash: Future[str] | None = None
 
-    def begin(self, state: RunState, started: float) -> None:
-        """Begin a new run in the folder, or restore the run that is there."""
+    def begin(self, state: RunState, started: float, lock: contextlib.ExitStack) -> None:
+        """Begin a new run in the folder, or restore the run that is there.
+
+        The folder stays locked until the stack `lock` is closed.
+        """
         if distributed.rank() == 0:
-            # Hashing the base model takes a second, so it goes on beside the first epoch.
-            self.base_hash = self.write_later(weights.hash_frozen, self.model)
-            # This looks at every file, so it is done once and not after each epoch.
-            splits = (self.data.train, self.data.val)
-            self.photos_checksum = store.checksum(*((s.paths, s.labels) for s in splits))
-        saved = distributed.on_rank_0(lambda: self._open_folder(state))
+            # Hashing the frozen weights takes a second, so it goes on beside the first epoch.
+            self.frozen_hash = self.write_later(weights.hash_frozen, self.model)
+            self.described = describe_run(self.settings, self.model, self.data, state.amp)
+        saved = distributed.on_rank_0(lambda: self._open_folder(lock))
         if saved is not None:
             state.restore(*saved)
         self.started = started - state.spent
 
-    def _open_folder(self, state: RunState) -> tuple[dict[str, Tensor], dict] | None:
+    def _open_folder(self, lock: contextlib.ExitStack) -> tuple[dict[str, Tensor], dict] | None:
+        run_folder.lock_folder(self.out, lock)
         if run_folder.has_state(self.out, self.settings.resume):
-            return run_folder.resume_run(self.out, self.fingerprint(state))
+            return run_folder.resume_run(self.out, self.fingerprint())
         run_folder.begin_run(self.out, self.settings.resume)
         return None
 
-    def fingerprint(self, state: RunState) -> dict[str, object]:
-        """Return all that changes the result: a run is resumed only if all of it is the same."""
-        assert self.base_hash is not None  # Only rank 0 asks.
-        blocks = parse_blocks(self.settings.blocks, self.model.config.depth)
-        return self.settings.mathematics() | {
-            "precision": str(state.amp),
-            "--blocks": blocks,
-            "the checksum of the photos": self.photos_checksum,
-            "the checksum of the base model": self.base_hash.result()[:16],
-        }
+    def fingerprint(self) -> dict[str, object]:
+        """Return all that the result depends on: a run is resumed only if all of it is the same."""
+        assert self.frozen_hash is not None  # Only rank 0 asks.
+        return self.described | {"the checksum of the base model": self.frozen_hash.result()[:16]}
 
     def save_and_report(self, state: RunState) -> None:
         """Save the state after an epoch, in the background, and print the epoch's row."""
@@ -306,7 +307,7 @@ class Recorder:
             state.best = current_weights
         state.spent = time.perf_counter() - self.started
         if distributed.rank() == 0:
-            snapshot = state.snapshot(self.fingerprint(state), current_weights)
+            snapshot = state.snapshot(self.fingerprint(), current_weights)
             self.write_later(tensors.save_tensors, self.out / run_folder.STATE, *snapshot)
             run_folder.report_epoch(state.rows, self.settings.epochs, self.out)
 
@@ -315,7 +316,7 @@ class Recorder:
         state.spent = time.perf_counter() - self.started
         if state.stopped and distributed.rank() == 0:
             with stop_requests():  # torchrun repeats its signal.
-                save_state(self.out / run_folder.STATE, state, self.fingerprint(state))
+                save_state(self.out / run_folder.STATE, state, self.fingerprint())
 
 
 def prepare(settings: TrainSettings, device: torch.device) -> None:
@@ -324,8 +325,11 @@ def prepare(settings: TrainSettings, device: torch.device) -> None:
         raise UserError(
             f"{settings.out}: expected a name in UTF-8, without which safetensors reads no file"
         )
-    if settings.push_to_hub and distributed.launched_rank() == 0:
-        hub.prepare_push(settings.push_to_hub)
+    if distributed.launched_rank() == 0:
+        run_folder.check_inputs(settings)
+        run_folder.check_folder(Path(settings.out))
+        if settings.push_to_hub:
+            hub.prepare_push(settings.push_to_hub)
     torch.manual_seed(settings.seed)
     if settings.deterministic:
         devices.be_deterministic()
@@ -333,13 +337,23 @@ def prepare(settings: TrainSettings, device: torch.device) -> None:
         devices.limit_memory(device, settings.memory_gib)
 
 
-def holds_finished_run(out: Path, resume: bool, lock: contextlib.ExitStack) -> bool:
-    """Lock the folder of the run; say whether there is a finished run to resume, and its result."""
-    run_folder.lock_folder(out, lock)
-    if not resume or not run_folder.is_finished(out):
+def conclude_finished_run(settings: TrainSettings, amp: torch.dtype | None) -> bool:
+    """Upload a finished run that is to be resumed, if asked to, and print its result again.
+
+    Returns whether the folder holds such a run.
+    """
+    out = Path(settings.out)
+    run_folder.settle(out)
+    if not settings.resume or not run_folder.is_finished(out):
         return False
-    run_folder.report_finished(out)
+    run_folder.check_finished(out, settings, precision_name(amp))
+    print(f"{out} holds a finished run", file=sys.stderr)
+    run_folder.report_result(out)
     return True
+
+
+def precision_name(amp: torch.dtype | None) -> str:
+    return str(amp or torch.float32).removeprefix("torch.")
 
 
 def load_data(settings: TrainSettings) -> Data:
@@ -429,6 +443,8 @@ def finish(
     device = state.device
     peak_gib = devices.peak_gib(device)
 
+    # Files are written from here on that may have appeared here while the run trained.
+    run_folder.check_folder(out)
     # The best epoch's weights become those of the model that is tested and of the one that is
     # written.
     set_trainable(state.model, state.best)
@@ -437,29 +453,29 @@ def finish(
     state.free_device_memory()
     batch = devices.eval_batch(device, settings.batch_size, state.micro_batch, state.amp)
     check_validation_loss(state, eval_model, val_split, batch)
-    test_logits = predict_photos(eval_model, test_split[0], batch=batch)
-    scores = score_predictions(test_logits, test_split[1])
+    with write_behind() as write_later:  # Weights are written while the photos are tested.
+        write_later(write_weights, model, out)
+        test_logits = predict_photos(eval_model, test_split[0], batch=batch)
 
+    scores = score_predictions(test_logits, test_split[1])
     num_classes = len(data.classes)
     confusion = metrics.confusion_matrix(test_logits.argmax(1), test_split[1], num_classes)
-    figures = report.draw_figures(pool, out, state.rows, data, test_logits, confusion)
-    write_weights(model, out)
     summary: dict[str, object] = {f"test_{name}": value for name, value in scores.items()}
     summary |= summarize_run(settings, state, model, data)
+    summary["confused"] = report.name_pairs(confusion, data.classes)
     summary["seconds"] = state.spent + time.perf_counter() - started
     summary["peak_gib"] = peak_gib
     summary["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    name = settings.push_to_hub or out.resolve().name
-    report.write_tables(out, summary, confusion, name=name, pets=data.is_pets)
-    for figure in figures:
-        figure.result()
-    files.write_json(out / "summary.json", summary)
-    (out / run_folder.STATE).unlink()
-    if settings.push_to_hub:
-        address = hub.push(out, settings.push_to_hub, run_folder.RUN_FILES)
-        print(f"pushed: {address}", file=sys.stderr)
+    run_folder.write_rows(state.rows, out)
+    report.write_classes(out / "classes.csv", confusion, data.classes)
+    report.write_card(out, summary, name=settings.push_to_hub)
+    files.write_json(out / run_folder.SUMMARY, summary)
+
+    # All results are on the disk now, so a figure that cannot be drawn costs nothing else.
+    figures = report.draw_figures(pool, out, state.rows, data, test_logits, confusion)
+    if report.wait_for_figures(figures, out):
+        (out / run_folder.STATE).unlink()
     print(summary["verdict"])
-    print(run_folder.result_line(summary, out))
 
 
 def check_validation_loss(
@@ -481,8 +497,11 @@ def check_validation_loss(
 
 
 def write_weights(model: ViT, out: Path) -> None:
-    """Write the tail and the whole model, and make sure that they read back as they were."""
-    weights.save_tail(model, out / "tail.safetensors")
+    """Write the tail and the whole model, and make sure that they read back as they were.
+
+    The tail comes first, because by it the other files are known to be this run's.
+    """
+    weights.save_tail(model, out / run_folder.TAIL)
     weights.save_pretrained(model, out)
     reread = weights.load_pretrained(out)
     written = dict(model.named_parameters()) | {"pos_embed": model.positions()}
@@ -506,8 +525,9 @@ def summarize_run(
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "base": model.origin.source,
         "base_commit": model.origin.commit,
+        "is_pets": data.is_pets,
         "processes": distributed.launched_world_size(),
-        "precision": str(state.amp or torch.float32).removeprefix("torch."),
+        "precision": precision_name(state.amp),
         "settings": asdict(settings),
         "classes": list(data.classes),
         "versions": {

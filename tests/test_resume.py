@@ -5,6 +5,8 @@ A resumed run must end as if nothing had stopped it.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -12,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +30,15 @@ from conftest import (
 )
 from safetensors import SafetensorError, safe_open
 
-from minivit import save_pretrained, train
+from minivit import load_pretrained, save_pretrained, train
 from minivit.checkpoints import tensors
+from minivit.checkpoints.weights import save_tail
 from minivit.errors import UserError
+from minivit.figures import plots
+from minivit.model import freeze_except
+from minivit.settings import TrainSettings
+from minivit.system.workers import worker_pool
+from minivit.training import report
 from minivit.training import run_folder as runs
 from minivit.training import step as steps
 from minivit.training.state import read_state, save_state
@@ -177,11 +186,46 @@ CHANGED = {
         ["--weight-decay", "0.1", "--layer-decay", "0.5"],
         "--weight-decay was 0.05, now 0.1; --layer-decay was 1.0",
     ),
+    "--patience": (["--patience", "2"], "--patience was None, now 2"),
+    "--img-size": (["--img-size", "48x32"], "--img-size was [32, 32], now [48, 32]"),
 }
 
 
-def test_other_settings_that_change_the_mathematics_are_refused_by_name(
-    tiny, tiny_saved, shapes_data, tmp_path, monkeypatch, capsys
+def change_config(folder, name, **changes):
+    config = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(config | changes))
+
+
+def change_model(folder):
+    """Yield after each change of a base in this folder what the refusal to resume must name."""
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def restore():
+        for name, data in whole.items():
+            (folder / name).write_bytes(data)
+
+    change_config(folder, "config.json", num_attention_heads=4)
+    yield "the model's num_heads was 3, now 4"
+    restore()
+    change_config(folder, "config.json", layer_norm_eps=1e-5)
+    yield "the model's eps was 1e-12, now 1e-05"
+    restore()
+    change_config(folder, "preprocessor_config.json", image_mean=[0.4, 0.5, 0.5])
+    yield "the preprocessing's mean was [0.5, 0.5, 0.5], now [0.4, 0.5, 0.5]"
+    restore()
+    for name, what in {
+        "blocks.0.mlp.fc1.bias": "the checksum of the base model was",
+        "blocks.11.mlp.fc1.bias": "the checksum of the weights before training was",
+    }.items():
+        model = load_pretrained(folder)
+        model.get_parameter(name).data[0] += 1
+        save_pretrained(model, folder)
+        yield what
+        restore()
+
+
+def test_whatever_else_the_result_depends_on_is_refused_by_name(
+    tiny_folder, tiny_saved, shapes_data, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -191,16 +235,36 @@ def test_other_settings_that_change_the_mathematics_are_refused_by_name(
     for flags, message in CHANGED.values():
         assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume", *flags) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
-    tiny.blocks[0].mlp.fc1.bias.data[0] += 1
-    save_pretrained(tiny, tmp_path)
-    assert run_train(tmp_path, shapes_data, out, *EPOCHS, "--resume") == 2
-    assert "the checksum of the base model was" in capsys.readouterr().err.splitlines()[-1]
-    fewer = tmp_path / "fewer"
-    shutil.copytree(shapes_data, fewer)
-    (fewer / "train" / "red" / "3.png").unlink()
-    assert run_train(tiny_saved, fewer, out, *EPOCHS, "--resume") == 2
-    assert "the checksum of the photos was" in capsys.readouterr().err.splitlines()[-1]
+    for message in change_model(tiny_folder):
+        assert run_train(tiny_folder, shapes_data, out, *EPOCHS, "--resume") == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    for i, (photo, name) in enumerate({"train": "photos", "test": "test photos"}.items()):
+        fewer = tmp_path / str(i)
+        shutil.copytree(shapes_data, fewer)
+        (fewer / photo / "red" / "3.png").unlink()
+        assert run_train(tiny_saved, fewer, out, *EPOCHS, "--resume") == 2
+        assert f"the checksum of the {name} was" in capsys.readouterr().err.splitlines()[-1]
     assert (out / runs.STATE).read_bytes() == before
+
+
+def test_a_state_of_an_earlier_version_goes_on_and_says_what_it_lacks(
+    tiny_saved, shapes_data, straight, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 7)
+        assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 130
+    with safe_open(out / runs.STATE, "pt") as file:
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(file.metadata()["state"])
+    del about["skipped"]
+    names = ("--img-size", "the checksum of the test photos")
+    for name in names:
+        del about["settings"][name]
+    tensors.save_tensors(out / runs.STATE, saved, {"state": json.dumps(about)})
+    assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume") == 0
+    assert f"these cannot be compared: {', '.join(names)}\n" in capsys.readouterr().err
+    assert_same_end(out, straight)
 
 
 def test_what_changes_only_speed_may_change(
@@ -239,7 +303,265 @@ def test_a_finished_run_is_not_run_again_and_an_absent_one_begins(
     assert run_train(tiny_saved, shapes_data, out, "--epochs", "1", "--resume") == 0
     again = capsys.readouterr()
     assert again.out == printed.out.splitlines()[-1] + "\n"
+    for flags, message in {
+        ("--lr", "0.01"): "--lr was 0.003, now 0.01",
+        ("--img-size", "48"): "--img-size was None, now [48, 48]",
+        ("--amp", "bf16"): "precision was float32, now bfloat16",
+    }.items():
+        assert run_train(tiny_saved, shapes_data, out, "--epochs", "1", "--resume", *flags) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"holds a finished run with other settings: {message};" in line
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def settle_nowhere(*flags):
+    """Return the settings of a run whose model and data are not there."""
+    return ["--model", "no/such", "--data", "/no/such", "--device", "cpu", *map(str, flags)]
+
+
+OTHERS = {
+    "README.md": "# My photos",
+    "config.json": '{"mine": true}',
+    "model.safetensors": "weights",
+    "metrics.jsonl": '{"step": 1}',
+    "summary.json": '{"best_epoch": 3}',
+    runs.STATE: "mine",
+    "earlier-2/cat.jpg": "a photo",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("resume", [(), ("--resume",)], ids=["new", "resume"])
+def test_files_of_others_are_refused_before_anything_is_read(tmp_path, capsys, name, resume):
+    import train as command
+
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(OTHERS[name])
+    (tmp_path / "notes.txt").write_text("mine")  # A run writes no such file.
+    before = sorted(tmp_path.rglob("*"))
+    assert command.main(settle_nowhere("--out", tmp_path, *resume)) == 2
+    assert capsys.readouterr().err == (
+        f"python -m minivit train: {tmp_path}: holds {name.partition('/')[0]}, which minivit did "
+        "not write there and would overwrite; move that away, or give another --out\n"
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+    assert path.read_text() == OTHERS[name]
+
+
+def test_a_folder_that_is_needed_otherwise_is_refused(
+    tiny_folder, shapes_data, tmp_path, capsys, monkeypatch
+):
+    model = load_pretrained(tiny_folder)
+    for folder in ("run", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        freeze_except(model, [11])
+        save_tail(model, tmp_path / folder / "tail.safetensors")
+        (tmp_path / folder / "metrics.jsonl").write_text("")
+    link = tmp_path / "link"
+    link.symlink_to(tiny_folder)
+    (tmp_path / "file").write_text("mine")
+    tail = tmp_path / "run" / "tail.safetensors"
+    whole = [(path, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()]
+    for base, data, out, message in (
+        (tiny_folder, shapes_data, tiny_folder, "--model reads files of this folder"),
+        (link, shapes_data, tiny_folder, "--model reads files of this folder"),
+        (tail, shapes_data, tmp_path / "run", "--model reads files of this folder"),
+        (tmp_path / "elsewhere" / "tail.safetensors", shapes_data, tiny_folder, "--model reads"),
+        (tiny_folder, shapes_data, shapes_data, "is the folder of the photos too"),
+        (tiny_folder, shapes_data, tmp_path / "file", "expected a folder, found a file"),
+        (tiny_folder, shapes_data, tmp_path / "file" / "run", "expected a folder, found a file"),
+    ):
+        for flags in ((), ("--resume",), ("--dry-run",)):
+            assert run_train(base, data, out, *flags) == 2
+            assert message in capsys.readouterr().err.splitlines()[-1]
+    assert [(path, path.read_bytes()) for path, _ in whole] == whole
+    # Neither a folder inside of the base's nor the earlier run of a folder is in the way.
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for base, out in (
+        (tiny_folder, tiny_folder / "tuned"),
+        (tiny_folder, "."),
+        (tail, "earlier-1"),
+    ):
+        runs.check_inputs(TrainSettings(model=str(base), data=str(shapes_data), out=str(out)))
+
+
+def test_a_failed_start_and_a_dry_run_leave_nothing(tiny_folder, shapes_data, tmp_path, capsys):
+    out = tmp_path / "a" / "run"
+    before = sorted(tmp_path.rglob("*"))
+    assert run_train(tiny_folder, tmp_path / "nothing", out) == 2
+    assert run_train(tmp_path / "nothing", shapes_data, out) == 2
+    assert run_train(tiny_folder, shapes_data, out, "--blocks", "12") == 2
+    assert run_train(tiny_folder, shapes_data, out, "--dry-run") == 0
+    assert run_train(tiny_folder, shapes_data, out, "--dry-run", "--resume") == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(patch, number):
+    """Raise Killed in place of a change on the disk, after as many as `number`."""
+    calls = []
+
+    def counted(real):
+        def call(*args, **kwargs):
+            calls.append(0)
+            if len(calls) > number:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    for owner, name in (
+        (os, "link"),
+        (Path, "mkdir"),
+        (Path, "touch"),
+        (Path, "rename"),
+        (Path, "unlink"),
+        (Path, "rmdir"),
+    ):
+        patch.setattr(owner, name, counted(getattr(owner, name)))
+    return calls
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "copies"])
+def test_a_run_that_is_moved_away_is_always_whole(tmp_path, monkeypatch, links):
+    """Kill the move before each of its changes on the disk, and the move after it, too."""
+
+    def no_links(*_, **__):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    state = {"state": "{}"}
+    tensors.save_tensors(tmp_path / runs.STATE, {"a": torch.ones(1)}, state)
+    saved = (tmp_path / runs.STATE).read_bytes()
+    run = {name: f"the run's {name}" for name in runs.RUN_FILES}
+    run["metrics.jsonl"] = '{"epoch": 1}\n'
+    run["summary.json"] = '{"best_epoch": 1, "settings": {}}'
+    places = set()
+    for number in range(60):
+        out = tmp_path / f"out{number}"
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+        for name, text in run.items():
+            (out / name).write_text(text)
+        (out / runs.STATE).write_bytes(saved)
+        try:
+            with monkeypatch.context() as patch:
+                calls = kill_at(patch, number)
+                runs.keep_earlier_run(out)
+        except Killed:
+            pass
+        whole_run = run.keys() | {runs.STATE}
+        in_place = whole_run <= {path.name for path in out.iterdir()}
+        moved = (out / "earlier-1").exists()
+        places.add((in_place, moved))
+        assert in_place or moved
+        runs.check_folder(out)  # What is left of the run is still known to be a run's.
+        with contextlib.suppress(Killed), monkeypatch.context() as patch:
+            kill_at(patch, number // 2)
+            runs.finish_moving(out)
+        runs.check_folder(out)
+        runs.finish_moving(out)
+        if not moved:
+            assert {path.name for path in out.iterdir()} == whole_run | {"notes.txt"}
+            runs.keep_earlier_run(out)
+        assert sorted(path.name for path in out.iterdir()) == ["earlier-1", "notes.txt"]
+        earlier = {path.name for path in (out / "earlier-1").iterdir()}
+        assert earlier == whole_run
+        assert all((out / "earlier-1" / name).read_text() == text for name, text in run.items())
+        if len(calls) <= number:
+            break
+    assert places == {(True, False), (True, True), (False, True)}
+    assert len(calls) <= number  # The last one was not killed.
+
+
+def test_what_appears_while_a_run_trains_is_not_overwritten(
+    tiny_saved, shapes_data, straight, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 20, lambda: (out / "README.md").write_text("mine"))
+        assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 2
+    assert "holds README.md, which minivit did not write" in capsys.readouterr().err
+    assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume") == 2
+    assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 2
+    assert (out / "README.md").read_text() == "mine"
+    (out / "README.md").rename(out / "notes.md")
+    assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume") == 0
+    assert_same_end(out, straight)
+    assert (out / "notes.md").read_text() == "mine"
+
+
+def test_a_disk_that_fills_up_at_the_end_costs_nothing(
+    tiny_saved, shapes_data, straight, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    real = os.replace
+    names = ("tail.safetensors", "model.safetensors", "config.json", "classes.csv", "README.md")
+    for name in (*names, "summary.json"):
+
+        def replace(source, target, name=name):
+            if Path(target).name == name:
+                raise OSError(errno.ENOSPC, "No space left on device", str(target))
+            real(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume") == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last == f"python -m minivit train: {out / name}: No space left on device"
+        assert (out / runs.STATE).exists()
+        assert not list(out.glob(".*.partial"))
+    assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume") == 0
+    assert_same_end(out, straight)
+
+
+def test_a_figure_that_fails_costs_a_figure(
+    tiny_saved, shapes_data, straight, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    real = plots.draw_confusion
+
+    def fail(path, *_):
+        assert json.loads((path.parent / "summary.json").read_text())["best_epoch"]
+        assert load_pretrained(path.parent).labels
+        assert (path.parent / "README.md").exists()
+        raise failure
+
+    outside = (OSError(errno.ENOSPC, "No space left on device"), MemoryError())
+    for failure in (*outside, RuntimeError("In FT2Font: Can not load face")):  # noqa: B007
+        with monkeypatch.context() as patch:
+            patch.setattr(plots, "draw_confusion", fail)
+            assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume") == 0
+        printed = capsys.readouterr()
+        line = next(line for line in printed.err.splitlines() if "cannot be drawn" in line)
+        assert line.startswith(f"{out / 'confusion.png'}: cannot be drawn (")
+        assert printed.out.splitlines()[-1].startswith("test accuracy")
+        assert (out / "predictions.png").exists()
+        assert (out / "curves.png").exists()
+        assert not (out / "confusion.png").exists()
+    failure = ZeroDivisionError("a defect of ours")
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "draw_confusion", fail)
+        with pytest.raises(ZeroDivisionError):
+            run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume")
+    assert plots.draw_confusion is real
+    assert run_train(tiny_saved, shapes_data, out, *EPOCHS, "--resume") == 0
+    assert_same_end(out, straight)
+
+
+def test_figures_of_workers_that_were_killed_are_named(shapes_data, tmp_path, capsys):
+    with worker_pool(1, "minivit.no_such_module") as pool:  # They cannot start.
+        figures = {}
+        for name in ("curves.png", "confusion.png"):
+            figures[name] = report.submit(pool, print, name)
+        assert not report.wait_for_figures(figures, tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("cannot be drawn" in line for line in lines) == 2
 
 
 def test_without_resume_an_interrupted_run_is_moved_and_can_go_on_there(
@@ -271,6 +593,7 @@ def test_a_second_run_into_the_same_folder_is_refused_until_the_first_ends(
         code = run_train(tiny_saved, shapes_data, out, "--epochs", "1")
         left = sorted(path.name for path in out.iterdir())
         (out / ".1.partial").write_text("left by a killed run")
+        os.utime(out / ".1.partial", (0, 0))
         other.kill()
     assert code == 2
     assert capsys.readouterr().err == (
@@ -310,7 +633,9 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_stays(
 
 def test_a_folder_that_cannot_be_written_is_one_line(tiny_saved, shapes_data, capsys):
     assert run_train(tiny_saved, shapes_data, "/sys/run", "--epochs", "1") == 2
-    assert capsys.readouterr().err.startswith("python -m minivit train: /sys/run: ")
+    assert capsys.readouterr().err.startswith(
+        "python -m minivit train: /sys/run: cannot be written to"
+    )
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_state(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, first_few
 
 # Files that are being written.
 _unfinished: set[Path] = set()
@@ -26,8 +29,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     The temporary file replaces `path` when the block ends, and is removed if the block fails.
     """
-    # The name is short because `path` may have the longest name that the file system allows.
-    partial = path.with_name(f".{os.getpid()}.partial")
+    # Threads and other machines may write into the same folder. The name is short because `path`
+    # may have the longest name that the file system allows.
+    partial = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.partial")
     _unfinished.add(partial)
     try:
         yield partial
@@ -62,6 +66,39 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def refuse_to_overwrite(folder: Path, names: Iterable[str]) -> None:
+    """Raise UserError if files of these names are in a folder that is going to be written into.
+
+    A command calls this before it begins, with the names that it writes and has not written there
+    before. Raises UserError too if no files can be written there. The folder need not exist, and
+    nothing is left in it.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{existing}: expected a folder, found a file; give another --out")
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # os.access() promises root too much.
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written to ({error.strerror}); give another --out"
+        ) from error
+    taken = [name for name in names if os.path.lexists(folder / name)]
+    if taken:
+        raise UserError(
+            f"{folder}: holds {first_few(taken)}, which minivit did not write there and would "
+            "overwrite; move that away, or give another --out"
+        )
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name in another folder; where the disk cannot do that, copy it."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # FAT and some network file systems have no hard links.
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -8,11 +8,14 @@ Shapes: n test photos, C classes.
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import UserError, printable
 from ..system.files import whole_file
 from . import metrics
 from .model_card import model_card
@@ -33,8 +36,8 @@ def draw_figures(
     data: Data,
     logits: Tensor,
     confusion: Tensor,
-) -> list[Future[None]]:
-    """Start drawing predictions.png, confusion.png and curves.png, and return their futures.
+) -> dict[str, Future[None]]:
+    """Start drawing predictions.png, confusion.png and curves.png, and return a future for each.
 
     `rows` are those of metrics.jsonl; `logits` (n, C) and `confusion` (C, C) are the test photos'.
     """
@@ -45,7 +48,7 @@ def draw_figures(
         f"and some of {num_right} right ones"
     )
     confusion_title = f"{num_right} of {num_photos} test photos right"
-    pairs = _name_pairs(confusion, data.classes)
+    pairs = name_pairs(confusion, data.classes)
     best_epoch = metrics.best_row(rows)["epoch"]
     overfits_from = metrics.overfits_from(rows)
     arguments = {
@@ -53,10 +56,55 @@ def draw_figures(
         "confusion": (confusion.numpy(), data.classes, confusion_title, pairs),
         "curves": (rows, best_epoch, overfits_from, metrics.verdict(rows)),
     }
-    futures = []
+    figures = {}
     for name, args in arguments.items():
-        futures.append(executor.submit(_draw, name, out / f"{name}.png", *args))
-    return futures
+        figures[f"{name}.png"] = submit(executor, _draw, name, out / f"{name}.png", *args)
+    return figures
+
+
+def submit(executor: Executor, draw: Callable[..., None], *args: object) -> Future[None]:
+    """Start drawing, and return a future that holds the error, too, if drawing cannot start."""
+    try:
+        return executor.submit(draw, *args)
+    except BrokenProcessPool as error:  # A worker was killed, or could not start.
+        failed: Future[None] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def wait_for_figures(figures: Mapping[str, Future[None]], out: Path) -> bool:
+    """Wait until all figures are drawn or have failed, and return whether all are drawn.
+
+    If the cause of a failure lies outside of minivit, a line on stderr names the figure. Any other
+    error is raised, after all figures.
+    """
+    all_are_drawn = True
+    defect: BaseException | None = None
+    for name, figure in figures.items():
+        error = figure.exception()
+        if error is None:
+            continue
+        all_are_drawn = False
+        if not _lies_outside(error):
+            defect = error
+            continue
+        reason = str(error) or type(error).__name__
+        print(
+            f"{out / name}: cannot be drawn ({printable(reason)}); all else is written, and the "
+            "same command with --resume draws it",
+            file=sys.stderr,
+        )
+    if defect is not None:
+        raise defect
+    return all_are_drawn
+
+
+def _lies_outside(error: BaseException) -> bool:
+    """Return whether an error has its cause in the machine: its disk, memory, photos or fonts."""
+    if isinstance(error, (OSError, MemoryError, ImportError, UserError, BrokenProcessPool)):
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and ("font" in words or "latex" in words)
 
 
 def _draw(name: str, path: Path, *args) -> None:
@@ -91,7 +139,7 @@ def _choose_predictions(
     return [data.test.paths[i] for i in indices], captions
 
 
-def _name_pairs(confusion: Tensor, classes: Sequence[str]) -> list[tuple[str, str, int]]:
+def name_pairs(confusion: Tensor, classes: Sequence[str]) -> list[tuple[str, str, int]]:
     """Return the pairs confused most often: (true class, predicted class, number of photos)."""
     pairs = []
     for true, predicted, count in metrics.confused_pairs(confusion, NUM_PAIRS):
@@ -99,14 +147,19 @@ def _name_pairs(confusion: Tensor, classes: Sequence[str]) -> list[tuple[str, st
     return pairs
 
 
-def write_tables(out: Path, summary: Mapping, confusion: Tensor, *, name: str, pets: bool) -> None:
-    """Write classes.csv, and the model card README.md, in which the model is called `name`.
+def make_card(out: Path, summary: Mapping, *, name: str | None) -> str:
+    """Return the model card of a run, whose summary.json holds `summary`.
 
-    `summary` is what summary.json holds; `pets` says whether the photos are Oxford-IIIT Pet's.
+    It calls the model `name`, which is the id of its Hub repository, or else by its folder's name.
     """
-    classes = summary["classes"]
-    write_classes(out / "classes.csv", confusion, classes)
-    card = model_card(summary, _name_pairs(confusion, classes), name=name, pets=pets)
+    if name is None:
+        name = out.resolve().name
+    return model_card(summary, summary["confused"], name=name, pets=summary["is_pets"])
+
+
+def write_card(out: Path, summary: Mapping, *, name: str | None) -> None:
+    """Write the model card README.md of a run, as make_card() makes it."""
+    card = make_card(out, summary, name=name)
     with whole_file(out / "README.md") as partial:
         partial.write_text(card, encoding="utf-8", errors="backslashreplace")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +145,8 @@ def save_state(path: Path, state: RunState, settings: Mapping[str, object]) -> N
 def read_state(path: Path, settings: Mapping[str, object]) -> tuple[dict[str, Tensor], dict]:
     """Read the tensors of a saved state, and what it holds as JSON.
 
-    Raises UserError if the run began with other settings, naming each of them.
+    Raises UserError if the run began with other settings, naming each of them. Settings that an
+    earlier version of minivit did not save cannot be compared, which is said on stderr.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -152,10 +154,18 @@ def read_state(path: Path, settings: Mapping[str, object]) -> tuple[dict[str, Te
             about = json.loads(file.metadata()["state"])
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise UserError(
-            f"{path}: is not the state of a run ({error}); without --resume, training begins anew"
+            f"{path}: is not the state of a run ({error}); remove it, and training begins anew"
         ) from error
     as_json = json.loads(json.dumps(settings))  # A tuple, for example, becomes a list.
-    changes = list_changes(about["settings"], as_json)
+    saved = about["settings"]
+    changes = list_changes(as_json | saved, as_json)
     if changes:
         raise UserError(f"{path}: cannot go on with other settings: {'; '.join(changes)}")
+    unknown = [name for name in as_json if name not in saved]
+    if unknown:
+        print(
+            f"{path}: was saved by an earlier version of minivit, so these cannot be compared: "
+            f"{', '.join(unknown)}",
+            file=sys.stderr,
+        )
     return tensors, about
