@@ -147,7 +147,13 @@ def train_parser() -> cli.Parser:
     add(
         "--push-to-hub",
         metavar="REPO",
-        help="upload the finished folder with its model card, as owner/name",
+        help="upload the finished run with its model card, as owner/name; a new repository is "
+        "private, and predictions.png stays here",
+    )
+    add(
+        "--public",
+        action="store_true",
+        help="with --push-to-hub: make a new repository public",
     )
     defaults = asdict(TrainSettings())
     parser.set_defaults(**defaults | {"workers": cli.cores()})

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .checkpoints import hub, tensors, weights
+from .checkpoints import tensors, weights
 from .cli import parse_blocks
 from .data import store
 from .data.datasets import Data, split_data
@@ -38,7 +38,7 @@ from .system import device as devices
 from .system import distributed, files
 from .system.signals import stop_requests
 from .system.workers import worker_pool, write_behind
-from .training import metrics, report, run_folder
+from .training import metrics, publishing, report, run_folder
 from .training.features import (
     FeatureExtractor,
     TrainableLayers,
@@ -119,8 +119,7 @@ def train(settings: TrainSettings) -> int:
                 finish(settings, state, model, data, val_split, test_split, pool)
             run_folder.report_result(out)
             if settings.push_to_hub:
-                address = hub.push(out, settings.push_to_hub, run_folder.RUN_FILES)
-                print(f"pushed: {address}", file=sys.stderr)
+                publishing.publish(out, settings.push_to_hub)
     return 0
 
 
@@ -328,8 +327,7 @@ def prepare(settings: TrainSettings, device: torch.device) -> None:
     if distributed.launched_rank() == 0:
         run_folder.check_inputs(settings)
         run_folder.check_folder(Path(settings.out))
-        if settings.push_to_hub:
-            hub.prepare_push(settings.push_to_hub)
+        publishing.prepare(settings)
     torch.manual_seed(settings.seed)
     if settings.deterministic:
         devices.be_deterministic()
@@ -349,6 +347,8 @@ def conclude_finished_run(settings: TrainSettings, amp: torch.dtype | None) -> b
     run_folder.check_finished(out, settings, precision_name(amp))
     print(f"{out} holds a finished run", file=sys.stderr)
     run_folder.report_result(out)
+    if settings.push_to_hub:
+        publishing.publish(out, settings.push_to_hub)
     return True
 
 

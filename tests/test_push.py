@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,9 +12,11 @@ from conftest import assert_one_line, run_python, run_train
 from hub_server import COMMIT, TOKEN
 
 from minivit import load_pretrained
-from minivit.errors import UserError
+from minivit.checkpoints import upload
+from minivit.errors import UserError, printable
 from minivit.tools import describe, export
 from minivit.training import model_card as card
+from minivit.training import publishing
 from minivit.training import run_folder as runs
 
 SUMMARY = {
@@ -38,7 +41,7 @@ SUMMARY = {
 
 def front_matter(text: str) -> dict:
     assert text.startswith("---\n")
-    return yaml.safe_load(text.split("---\n")[1])
+    return yaml.safe_load(text.removeprefix("---\n").partition("\n---\n")[0])
 
 
 @pytest.mark.parametrize("pets", [True, False], ids=["pets", "class-folders"])
@@ -69,9 +72,36 @@ def test_the_card_says_what_is_in_the_summary(pets):
     assert (card.PETS in text) == ("CC BY-SA 4.0" in text) == pets
 
 
+HOSTILE = (
+    "\N{CAT FACE}",
+    "- no",
+    "a: b",
+    "\"x'y",
+    "two\nlines\n---",
+    "on",
+    "{a}",
+    "\x7f#",
+    "%",
+    "",
+)
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_the_front_matter_is_yaml_whatever_the_names_are(name):
+    from huggingface_hub import ModelCard
+
+    summary = SUMMARY | {"classes": list(HOSTILE), "base": f"google/vit-{name}"}
+    text = card.model_card(summary, [(name, "no", 3)], name=name, pets=False)
+    front = front_matter(text)
+    assert front["base_model"] == f"google/vit-{name}"
+    assert front["model-index"][0]["name"] == printable(name)
+    assert front["tags"] == ["vit", "minivit", "image-classification"]
+    assert ModelCard(text).data.base_model == f"google/vit-{name}"
+
+
 def test_the_card_of_a_local_base_claims_no_licence_and_tells_no_folders():
     text = card.model_card(
-        SUMMARY | {"base": "/home/me/secret/vit", "base_commit": None}, name="run", pets=False
+        SUMMARY | {"base": "google/vit-secret/vit", "base_commit": None}, name="run", pets=False
     )
     assert front_matter(text)["license"] == "other"
     assert "base_model" not in front_matter(text)
@@ -100,7 +130,7 @@ assert torch.equal(tail(images), whole(images))
 """
 
 
-def test_a_run_is_pushed_with_its_card_and_what_was_recorded(hub, shapes_data, tmp_path):
+def test_a_run_is_pushed_with_its_card_and_without_photos_and_paths(hub, shapes_data, tmp_path):
     args = [
         "-c",
         TRAIN,
@@ -117,71 +147,193 @@ def test_a_run_is_pushed_with_its_card_and_what_was_recorded(hub, shapes_data, t
     assert done.returncode == 0, done.stderr
     assert f"pushed: {hub.url}/owner/new/commit/{COMMIT}" in done.stderr
     assert done.stdout.splitlines()[-1].startswith("test accuracy")
-    assert sorted(hub.uploaded) == sorted(runs.RUN_FILES)
+    assert hub.repositories["owner/new"]  # It is private.
+    said = next(line for line in done.stderr.splitlines() if line.startswith("owner/new: "))
+    assert said.startswith("owner/new: a private repository, created just now. When the run is")
+    listed, _, left_out = said.partition("Not uploaded:")
+    assert all(name in listed for name in hub.uploaded)
+    assert "predictions.png" in left_out
+    assert sorted(hub.uploaded) == sorted(set(runs.RUN_FILES) - {"predictions.png"})
     for name, data in hub.uploaded.items():
-        assert data == (tmp_path / "run" / name).read_bytes(), name
+        if name != "summary.json":
+            assert data == (tmp_path / "run" / name).read_bytes(), name
+        assert str(tmp_path.parent).encode() not in data
     summary = json.loads(hub.uploaded["summary.json"])
     assert (summary["base"], summary["base_commit"]) == ("owner/tiny", COMMIT)
+    local = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert local["settings"]["data"] == str(shapes_data)
+    assert summary["settings"] == local["settings"] | {"data": shapes_data.name, "out": "run"}
     assert front_matter(hub.card)["base_model"] == "owner/tiny"
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """Keep uploads from the Hub: return what prepare() and push() were called with."""
+    calls = SimpleNamespace(prepared=[], pushed=[], failure=None)
+
+    def prepare(repo, *, public):
+        calls.prepared.append((repo, public))
+        return "a private repository, created just now"
+
+    def push(repo, contents, *, folder):
+        calls.pushed.append((repo, contents))
+        if calls.failure is not None:
+            raise calls.failure
+        return f"https://hub/{repo}/commit/1"
+
+    monkeypatch.setattr(upload, "prepare", prepare)
+    monkeypatch.setattr(upload, "push", push)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "base, tail_base, commit, tail_leaves",
+    [
+        ("owner/tiny", None, COMMIT, True),
+        ("demo", None, None, True),
+        ("/home/me/base", None, None, False),
+        ("/home/me/run/tail.safetensors", "owner/tiny", COMMIT, True),
+        ("/home/me/run/tail.safetensors", "/home/me/base", None, False),
+        ("/home/me/run/tail.safetensors", None, COMMIT, False),  # of an earlier version
+    ],
+)
+def test_a_tail_is_uploaded_if_others_find_its_base(tmp_path, base, tail_base, commit, tail_leaves):
+    (tmp_path / "tail.safetensors").write_bytes(b"")
+    summary = {"base": base, "tail_base": tail_base, "base_commit": commit}
+    summary["settings"] = {"model": base, "data": "/home/me/photos", "out": str(tmp_path)}
+    contents = publishing.files_to_upload(tmp_path, summary)
+    assert ("tail.safetensors" in contents) == tail_leaves
+    assert b"/home/me" not in contents["summary.json"]
+    assert str(tmp_path).encode() not in contents["summary.json"]
+
+
+def as_bytes(content) -> bytes:
+    return content if isinstance(content, bytes) else content.read_bytes()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_push_that_failed_is_made_up_for_by_resume(
+    tiny_folder, shapes_data, tmp_path, no_hub, capsys
+):
+    """A local base stays here with the tail that needs it, and no local path leaves."""
+    out = tmp_path / "run"
+    flags = ("--epochs", "1", "--push-to-hub", "owner/new")
+    no_hub.failure = UserError("refused")
+    for resume in ((), ("--resume",)):
+        assert run_train(tiny_folder, shapes_data, out, *flags, *resume) == 2
+        printed = capsys.readouterr()
+        assert printed.err.splitlines()[-1] == "python -m minivit train: refused"
+        assert printed.out.splitlines()[-1].startswith("test accuracy")
+    assert load_pretrained(out).labels == ("blue", "green", "red")
+    no_hub.failure = None
+    assert run_train(tiny_folder, shapes_data, out, *flags, "--resume") == 0
+    printed = capsys.readouterr()
+    assert "pushed: https://hub/owner/new/commit/1" in printed.err
+    assert "Not uploaded: predictions.png, which shows photos; tail.safetensors" in printed.err
+    assert printed.out.splitlines()[-1].startswith("test accuracy")
+    _, contents = no_hub.pushed[-1]
+    left_out = {"predictions.png", "tail.safetensors"}
+    assert contents.keys() == set(runs.RUN_FILES) - left_out
+    for content in contents.values():
+        assert str(tmp_path.parent).encode() not in as_bytes(content)
+    summary = json.loads(contents["summary.json"])
+    assert summary["base"] == summary["settings"]["model"] == "tiny"
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_finished_run_is_pushed_by_resume_under_its_new_name(
+    tiny_folder, shapes_data, tmp_path, no_hub
+):
+    out = tmp_path / "run"
+    assert run_train(tiny_folder, shapes_data, out, "--epochs", "1") == 0
+    assert "# run\n" in (out / "README.md").read_text()
+    push = ("--epochs", "1", "--resume", "--public", "--push-to-hub")
+    assert run_train(tiny_folder, shapes_data, out, *push, "owner/new") == 0
+    assert no_hub.prepared == [("owner/new", True)]
+    written = (out / "README.md").read_text()
+    assert "# owner/new\n" in written
+    assert as_bytes(no_hub.pushed[-1][1]["README.md"]).decode() == written
+    (out / "README.md").write_text("mine")  # An edited card stays as it is.
+    assert run_train(tiny_folder, shapes_data, out, *push, "owner/other") == 0
+    assert as_bytes(no_hub.pushed[-1][1]["README.md"]) == b"mine"
+
+
+def test_a_dry_run_creates_no_repository(tiny_folder, shapes_data, tmp_path, no_hub, capsys):
+    out = tmp_path / "run"
+    push = ("--push-to-hub", "owner/new", "--public")
+    assert run_train(tiny_folder, shapes_data, out, "--dry-run", *push) == 0
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said.startswith("owner/new: would be created as public if it does not exist. When")
+    assert no_hub.prepared == no_hub.pushed == []
+    assert not out.exists()
+    assert run_train(tiny_folder, shapes_data, out, "--public") == 2
+    assert "--public is for --push-to-hub REPO" in capsys.readouterr().err
 
 
 PUSH = """
 import sys
 from pathlib import Path
 from minivit.errors import UserError
-from minivit.checkpoints.hub import prepare_push, push
+from minivit.checkpoints import upload
 repo, folder = sys.argv[1:]
 try:
-    prepare_push(repo)
-    print("may", flush=True)
-    push(Path(folder), repo, ["config.json"])
+    print(upload.prepare(repo, public=False), flush=True)
+    upload.push(repo, {"config.json": Path(folder, "config.json")}, folder="runs/mine")
 except UserError as error:
     sys.exit(str(error))
 """
 
 
 def test_who_may_not_push_learns_why_and_how_to_go_on(hub, tiny_folder, tmp_path):
-    refused = {
-        "owner/new": ({}, "hf auth login", ""),
-        "a/b/c": ({"HF_TOKEN": TOKEN}, "owner/name", ""),
-        "owner/full": (
-            {"HF_TOKEN": TOKEN},
-            "try again, or later with `hf upload owner/full",
-            "may\n",
-        ),
-    }
-    hub.fault = "commit 500"
-    for repo, (environment, advice, may) in refused.items():
+    token = {"HF_TOKEN": TOKEN}
+    created = "a private repository, created just now\n"
+    hub.repositories["owner/read"] = True
+    for fault, repo, environment, parts, said in (
+        ("", "owner/new", {}, ["`hf auth login` or HF_TOKEN", "nothing was trained"], ""),
+        ("", "a/b/c", token, ["expected --push-to-hub owner/name"], ""),
+        ("push 403", "owner/new", token, ["403", "a user who may write there"], ""),
+        ("push 403", "owner/read", token, ["403", "a user who may write there"], ""),
+        ("commit 500", "owner/full", token, ["it answers 500", "with --resume uploads"], created),
+    ):
+        hub.fault = fault
         done = run_python(["-c", PUSH, repo, tiny_folder], hub, tmp_path / "cache", **environment)
-        assert_one_line(done, f"{repo}: cannot push to {hub.url}", advice)
-        assert done.stdout == may
+        assert_one_line(done, f"{repo}: ", *parts)
+        assert done.stdout == said
+
+
+VISIBILITY = """
+import sys
+from minivit.checkpoints import upload
+for repo, public in (("new", False), ("shown", True), ("old", False), ("hidden", True)):
+    print(upload.prepare(f"owner/{repo}", public=public))
+"""
+
+
+def test_a_repository_is_private_unless_asked_and_never_changed(hub, tmp_path):
+    hub.repositories |= {"owner/old": False, "owner/hidden": True}
+    done = run_python(["-c", VISIBILITY], hub, tmp_path / "cache", HF_TOKEN=TOKEN)
+    kept = "which exists and is left as it is"
+    warning = ": everybody can read what is uploaded"
+    assert done.stdout.splitlines() == [
+        "a private repository, created just now",
+        f"a public repository, created just now{warning}",
+        f"a public repository, {kept}{warning}",
+        f"a private repository, {kept}",
+    ], done.stderr
+    private = {"owner/new": True, "owner/shown": False, "owner/old": False, "owner/hidden": True}
+    assert hub.repositories == {"owner/tiny": False} | private
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_refused_push_trains_nothing_and_a_failed_one_leaves_the_run(
-    tiny_folder, shapes_data, tmp_path, monkeypatch, capsys
-):
-    def refuse(*_):
+def test_a_refused_push_trains_nothing(tiny_folder, shapes_data, tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
         raise UserError("refused")
 
-    for done, (first, last) in enumerate([(refuse, None), (lambda repo: None, refuse)]):
-        monkeypatch.setattr("minivit.checkpoints.hub.prepare_push", first)
-        monkeypatch.setattr("minivit.checkpoints.hub.push", last)
-        assert (
-            run_train(
-                tiny_folder,
-                shapes_data,
-                tmp_path / "run",
-                "--epochs",
-                "1",
-                "--push-to-hub",
-                "owner/new",
-            )
-            == 2
-        )
-        assert capsys.readouterr().err.splitlines()[-1] == "python -m minivit train: refused"
-        assert (tmp_path / "run" / "summary.json").exists() == done
-    assert load_pretrained(tmp_path / "run").labels == ("blue", "green", "red")
+    monkeypatch.setattr(upload, "prepare", refuse)
+    push = ("--push-to-hub", "owner/new")
+    assert run_train(tiny_folder, shapes_data, tmp_path / "run", *push) == 2
+    assert capsys.readouterr().err == "python -m minivit train: refused\n"
+    assert not (tmp_path / "run").exists()
 
 
 def described(capsys, *args) -> str:

@@ -1,12 +1,10 @@
-"""Find a checkpoint's files in a folder or on the Hugging Face Hub, and upload a finished run."""
+"""Find a checkpoint's files in a folder or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -214,55 +212,6 @@ class _Hub:
         if status_of(error) in (401, 403):
             return f"{failure}; log in with `hf auth login` or HF_TOKEN as a user who may read it"
         return f"{failure}; try again, or use --model FOLDER"
-
-
-def prepare_push(repo: str) -> None:
-    """Create a Hub repository if needed, and check that we may write to it.
-
-    Called before training, so that hours of work do not end with a refusal. Raises UserError.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import validate_repo_id
-
-    with _push_errors(repo):
-        validate_repo_id(repo)
-        HfApi().whoami()  # create_repo does not check the login for a repository that exists
-        HfApi().create_repo(repo, exist_ok=True)
-
-
-def push(folder: Path, repo: str, names: Iterable[str]) -> str:
-    """Upload some files of a folder in one commit, and return the commit's address.
-
-    Raises UserError if the upload fails; the files stay in the folder.
-    """
-    from huggingface_hub import HfApi
-
-    with _push_errors(repo):
-        commit = HfApi().upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(names))
-        return str(commit.commit_url)
-
-
-@contextlib.contextmanager
-def _push_errors(repo: str) -> Iterator[None]:
-    """Turn any failure to push into a UserError that says what to do."""
-    from huggingface_hub import constants, errors
-
-    try:
-        yield
-    except Exception as error:  # The HTTP library's exceptions have no common base.
-        if isinstance(error, errors.HFValidationError):
-            advice = "expected --push-to-hub owner/name"
-        elif status_of(error) in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError):
-            advice = (
-                "log in with `hf auth login` or HF_TOKEN as a user who may write there, "
-                f"or upload later with `hf upload {repo} DIR`"
-            )
-        else:
-            advice = f"try again, or later with `hf upload {repo} DIR`"
-        raise UserError(
-            f"{repo}: cannot push to {constants.ENDPOINT} "
-            f"({explain_failure(error, constants.ENDPOINT)}); {advice}"
-        ) from error
 
 
 def _verify(path: Path, name: str) -> None:

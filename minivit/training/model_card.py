@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml  # type: ignore[import-untyped]  # huggingface-hub brings it.
 
 from ..errors import printable
 
@@ -38,10 +42,11 @@ def model_card(
     the photos are those of Oxford-IIIT Pet.
     """
     settings, classes = summary["settings"], summary["classes"]
-    base = _code(summary["base"].split("/")[-1])
-    if summary["base_commit"] is not None:
-        link = f"https://huggingface.co/{summary['base']}"
-        base = f"[{summary['base']}]({link}) at commit `{summary['base_commit']}`"
+    base = _code(Path(summary["base"]).name)
+    hub_id = hub_base(summary)
+    if hub_id is not None:
+        link = f"https://huggingface.co/{hub_id}"
+        base = f"[{hub_id}]({link}) at commit `{summary['base_commit']}`"
     data = "photos in class folders"
     licence = "The base model's licence applies."
     if pets:
@@ -55,11 +60,13 @@ def model_card(
         confused += f"- {_code(true)} taken for {_code(predicted)}: {count}\n"
     if pairs:
         confused = f"\nConfused most often, with the number of photos:\n\n{confused}"
+    shown_name = printable(name)
+    pipeline = f'pipeline("image-classification", {json.dumps(shown_name, ensure_ascii=False)})'
     class_list = ", ".join(_code(label) for label in classes[:MAX_CLASSES])
     if len(classes) > MAX_CLASSES:
         class_list += ", ..."
     return f"""{_front_matter(summary, name, pets)}
-# {printable(name)}
+# {shown_name}
 
 A Vision Transformer that distinguishes {len(classes)} classes. It was fine-tuned with minivit from
 {base} on {data}.
@@ -85,13 +92,13 @@ took {summary["seconds"]:.0f} seconds in {summary["precision"]} on {summary["dev
 
 ## How to use it
 
-    python infer.py photo.jpg --model {name}
+    python infer.py photo.jpg --model {shlex.quote(shown_name)}
 
-The pipeline of transformers reads it as well: `pipeline("image-classification", "{name}")`.
+The pipeline of transformers reads it as well:
+{_code(pipeline)}.
 
 ![Loss and accuracy by epoch](curves.png)
 ![Confusion matrix](confusion.png)
-![Right and wrong predictions](predictions.png)
 
 ## Limits
 
@@ -106,37 +113,53 @@ may be harder. Classes: {class_list}.
 
 
 def _is_apache(summary: Mapping) -> bool:
-    return summary["base"].startswith(APACHE)
+    hub_id = hub_base(summary)
+    return hub_id is not None and hub_id.startswith(APACHE)
+
+
+def hub_base(summary: Mapping) -> str | None:
+    """Return the Hub id of the checkpoint that a run began with; None if it is local."""
+    is_local = summary["base_commit"] is None
+    # Earlier versions of minivit did not save which base a tail has that was trained on.
+    is_unknown_tail = Path(base_checkpoint(summary)).suffix == ".safetensors"
+    return None if is_local or is_unknown_tail else base_checkpoint(summary)
+
+
+def base_checkpoint(summary: Mapping) -> str:
+    """Return the base of a run or, if this is a tail, what it is a tail of."""
+    if summary.get("tail_base") is not None:
+        return summary["tail_base"]
+    return summary["base"]
 
 
 def _front_matter(summary: Mapping, name: str, pets: bool) -> str:
-    """Return the YAML block at the top of the card. A JSON string is a YAML string too."""
-    licence = "license: other\nlicense_name: that-of-the-base-model"
-    if _is_apache(summary):
-        licence = "license: apache-2.0"
-    base = ""
-    if summary["base_commit"] is not None:
-        base = f"base_model: {json.dumps(summary['base'])}\n"
-    dataset = '{name: "photos in class folders", type: "imagefolder", split: test}'
+    """Return the YAML block at the top of the card, from which the Hub takes the results."""
+    dataset = {"name": "photos in class folders", "type": "imagefolder", "split": "test"}
     if pets:
-        dataset = '{name: "Oxford-IIIT Pet", type: "oxford-iiit-pet", split: test}'
-    results = ""
+        dataset = {"name": "Oxford-IIIT Pet", "type": "oxford-iiit-pet", "split": "test"}
+    results = []
     for key, kind in METRICS.items():
-        value = summary[f"test_{key}"]
-        results += f'\n    - {{type: {kind}, name: "{key}", value: {value:.6f}}}'
-    return f"""---
-library_name: transformers
-pipeline_tag: image-classification
-{licence}
-{base}tags: [vit, minivit, image-classification]
-model-index:
-- name: {json.dumps(name)}
-  results:
-  - task: {{type: image-classification}}
-    dataset: {dataset}
-    metrics:{results}
----
-"""
+        results.append({"type": kind, "name": key, "value": round(summary[f"test_{key}"], 6)})
+    result = {
+        "task": {"type": "image-classification"},
+        "dataset": dataset,
+        "metrics": results,
+    }
+    front: dict[str, object] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-classification",
+    }
+    if _is_apache(summary):
+        front["license"] = "apache-2.0"
+    else:
+        front["license"] = "other"
+        front["license_name"] = "that-of-the-base-model"
+    if hub_base(summary) is not None:
+        front["base_model"] = hub_base(summary)
+    front["tags"] = ["vit", "minivit", "image-classification"]
+    front["model-index"] = [{"name": printable(name), "results": [result]}]
+    block = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return f"---\n{block}---\n"
 
 
 def _code(text: str) -> str:
