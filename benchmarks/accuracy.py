@@ -41,8 +41,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch", type=int, default=32)
     args = parse_with_model(parser)
+    names = args.only.split(",")
+    unknown = set(names) - set(ACCURACY_SETTINGS)
+    if unknown:
+        parser.error(f"--only {','.join(unknown)}: expected some of {','.join(ACCURACY_SETTINGS)}")
     figures: dict[str, Figure] = {}
-    for name in args.only.split(","):
+    for name in names:
         for seed in args.seeds.split(","):
             with tempfile.TemporaryDirectory() as folder:
                 share = train(args, ACCURACY_SETTINGS[name], seed, Path(folder) / "run")

@@ -1,11 +1,11 @@
 """Compare train.py with what a user of transformers writes, as whole processes in turn.
 
-    python benchmarks/finetune.py --data DIR [--only transformers,minivit] [--epochs 5] [--runs 3]
+    python benchmarks/finetune.py [--data DIR] [--only transformers,minivit] [--epochs 5] [--runs 3]
                                   [--train 3680 --test 3669] [--commit NAME]
 
-Both train blocks 10-11, the final norm and the head of ViT-B/16. The photos of an Oxford-IIIT Pet
-folder (drawn ones, if there is none) are linked under new names into class folders that both read,
-each as often as needed. Both train on all of train/. After each epoch transformers evaluates test/,
+Both train blocks 10-11, the final norm and the head of ViT-B/16. The photos of DIR (drawn ones, if
+it is not given) are linked under new names into class folders that both read, each as often as
+needed. Both train on all of train/. After each epoch transformers evaluates test/,
 and train.py evaluates what it trained on and val/, which holds a tenth as many photos as train/.
 Both evaluate test/ at the end. Weights are random. Host memory is that of the largest process, the
 main program or a worker.
@@ -50,6 +50,7 @@ COLUMNS = {
     "device memory": ("GiB", ".2f"),
     "host memory": ("MiB", ",.0f"),
 }
+PRINTED = ("time", "device memory", "host memory")
 OTHER_PROGRAM = ROOT / "benchmarks" / "finetune_transformers.py"
 
 
@@ -82,15 +83,6 @@ def make_folders(source: Path, out: Path, counts: Mapping[str, int]) -> None:
 
     Those for train/ are from its training and validation photos, the others from its test photos.
     """
-    folders = ("oxford-iiit-pet", "annotations", "train")
-    if not any((source / folder).exists() for folder in folders):
-        source = out.with_name("drawn")
-        per_breed = (
-            math.ceil(counts["train"] / len(BREEDS)),
-            math.ceil(counts["test"] / len(BREEDS)),
-        )
-        print(f"no photos there: drawing {len(BREEDS) * sum(per_breed)}", flush=True)
-        draw_pets(source, per_breed=per_breed, seed=0, workers=cores())
     data = load_data(source, seed=0)
     for split, count in counts.items():
         photos = photos_by_class(data, split)
@@ -104,6 +96,15 @@ def make_folders(source: Path, out: Path, counts: Mapping[str, int]) -> None:
             photos_of_class = photos[label]
             photo = photos_of_class[i // len(photos) % len(photos_of_class)]
             link(photo, out / split / data.classes[label] / f"{i}{photo.suffix}")
+
+
+def draw_photos(folder: Path, counts: Mapping[str, int]) -> None:
+    """Draw as many photos as are needed, in the layout of Oxford-IIIT Pet."""
+    # Three of a breed are the fewest that can be split.
+    train = max(3, math.ceil(counts["train"] / len(BREEDS)))
+    test = math.ceil(counts["test"] / len(BREEDS))
+    print(f"drawing {len(BREEDS) * (train + test)} photos", flush=True)
+    draw_pets(folder, per_breed=(train, test), seed=0, workers=cores())
 
 
 def photos_by_class(data: Data, split: str) -> dict[int, list[Path]]:
@@ -164,31 +165,21 @@ def figures_of(results: Mapping[str, list[dict[str, float | None]]]) -> dict[str
 
 
 def print_table(names: Sequence[str], figures: Mapping[str, Figure]) -> None:
-    """Print a line for each variant: the medians, and what the variant is."""
-    columns = [column for column in COLUMNS if any(key.endswith(column) for key in figures)]
+    """Print a line for each variant: medians, the time against train.py's, and what it is."""
+    columns = [column for column in PRINTED if f"{names[0]}, {column}" in figures]
     heads = [f"{column} ({COLUMNS[column][0]})" for column in columns]
-    print("\n" + "  ".join(heads))
+    print("\n" + "  ".join([*heads, "against train.py"]))
+    ours = figures.get("minivit-cold, time")
     for name in names:
         cells = []
         for column, head in zip(columns, heads):
-            cell = "-"
-            if f"{name}, {column}" in figures:
-                cell = format(figures[f"{name}, {column}"].median, COLUMNS[column][1])
+            cell = format(figures[f"{name}, {column}"].median, COLUMNS[column][1])
             cells.append(cell.rjust(len(head)))
+        ratio = "-"
+        if ours is not None:
+            ratio = f"{figures[f'{name}, time'].median / ours.median:.1f} times"
+        cells.append(ratio.rjust(len("against train.py")))
         print("  ".join(cells), VARIANTS[name].replace("`", ""), sep="  ")
-
-
-def print_comparison(figures: Mapping[str, Figure]) -> None:
-    """Say how much longer each of transformers' programs took than train.py, if it was measured."""
-    ours = figures.get("minivit-cold, time")
-    if ours is None:
-        return
-    print()
-    for name, description in VARIANTS.items():
-        theirs = figures.get(f"{name}, time")
-        if theirs is not None and name.startswith("transformers"):
-            ratio = theirs.median / ours.median
-            print(f"{ratio:.1f} times as long as train.py: {description.replace('`', '')}")
 
 
 def main() -> None:
@@ -198,9 +189,8 @@ def main() -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        default=ROOT / "data",
         metavar="DIR",
-        help="a folder of photos; if there are none, they are drawn",
+        help="Oxford-IIIT Pet or class folders; default: photos are drawn",
     )
     parser.add_argument("--train", type=int, default=3680, help="number of training photos")
     parser.add_argument("--test", type=int, default=3669, help="number of test photos")
@@ -219,14 +209,19 @@ def main() -> None:
     common = ["--model", str(args.model), "--device", args.device.type]
     common += ["--epochs", str(args.epochs)]
     print(
-        f"{args.epochs} epochs of {args.train} photos and a test of {args.test}, with random "
-        f"weights of {model_name(args.model)}, on {machine_name(args.device)}.\n"
-        "Each program is measured as a whole, from its start to its end.",
+        f"Fine-tuning {model_name(args.model)} on {machine_name(args.device)}.\n"
+        f"Epochs: {args.epochs}, training photos: {args.train}, test photos: {args.test}.\n"
+        "Each program is timed as a whole, from its start to its end. "
+        f"Runs to wait for: {len(names) * args.runs}.",
         flush=True,
     )
     with tempfile.TemporaryDirectory(dir=MODEL.parent) as folder:
         photos = Path(folder) / "photos"
-        make_folders(args.data, photos, counts)
+        source = args.data
+        if source is None:
+            source = Path(folder) / "drawn"
+            draw_photos(source, counts)
+        make_folders(source, photos, counts)
         decode_photos(photos, args.model)
         # This fills the disk's cache with the libraries.
         run([sys.executable, str(OTHER_PROGRAM), "--help"])
@@ -237,9 +232,9 @@ def main() -> None:
                 print(f"run {i + 1} of {args.runs}, {name}: {row['time']:.1f} s", flush=True)
     figures = figures_of(results)
     print_table(names, figures)
-    print_comparison(figures)
     model = model_name(args.model)
-    workload = whole_job(model, args.epochs, args.train, args.test, args.device.type)
+    kind = "drawn photos" if args.data is None else "photos"
+    workload = whole_job(model, args.epochs, args.train, args.test, kind, args.device.type)
     record(args, args.device, workload, figures)
 
 

@@ -35,7 +35,7 @@ SHOWN_VERSIONS = ("torch", "transformers", "timm")  # of those that a row holds
 GPU = "NVIDIA H100"
 AMX_CORES = "Intel(R) Xeon(R) Processor, AMX, 2 cores"
 PLAIN_CORES = "AMD EPYC (Zen 2), 2 cores"
-H100_JOB = workloads.whole_job("ViT-B/16", 5, 3680, 3669, "cuda")
+H100_JOB = workloads.whole_job("ViT-B/16", 5, 3680, 3669, "photos", "cuda")
 
 
 @dataclass(frozen=True)
@@ -224,21 +224,21 @@ def job_on_a_gpu(rows: Sequence[Row]) -> str:
     return table_of_variants(runs, labels, columns, ratio=True)
 
 
-def job_on_cores(rows: Sequence[Row], photos: int, hardware: str, names: Sequence[str]) -> str:
+def job_on_cores_with_amx(rows: Sequence[Row]) -> str:
+    names = ["transformers", "transformers-bf16", "transformers-even", "minivit-cold"]
+    names += ["minivit-views1"]
     labels = {name: workloads.VARIANTS[name] for name in names}
-    workload = workloads.whole_job("ViT-B/16", 5, photos, photos, "cpu")
-    runs = Measurement(rows, "finetune", workload, hardware)
+    workload = workloads.whole_job("ViT-B/16", 5, 40, 40, "photos", "cpu")
+    runs = Measurement(rows, "finetune", workload, AMX_CORES)
     return table_of_variants(runs, labels, {}, ratio=True)
 
 
-def job_on_cores_with_amx(rows: Sequence[Row]) -> str:
-    names = ("transformers", "transformers-bf16", "transformers-even")
-    return job_on_cores(rows, 40, AMX_CORES, (*names, "minivit-cold", "minivit-views1"))
-
-
 def job_on_cores_without_amx(rows: Sequence[Row]) -> str:
-    names = ("transformers", "transformers-even", "minivit-cold", "minivit-views1")
-    return job_on_cores(rows, 20, PLAIN_CORES, names)
+    names = ["transformers", "transformers-even", "minivit-cold", "minivit-views1"]
+    labels = {name: workloads.VARIANTS[name] for name in names}
+    workload = workloads.whole_job("ViT-B/16", 5, 20, 20, "drawn photos", "cpu")
+    runs = Measurement(rows, "finetune", workload, PLAIN_CORES)
+    return table_of_variants(runs, labels, {}, ratio=True)
 
 
 def images_a_second(rows: Sequence[Row]) -> str:

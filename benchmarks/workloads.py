@@ -34,10 +34,10 @@ ACCURACY_SETTINGS = {
 }
 
 
-def whole_job(model: str, epochs: int, train: int, test: int, device: str) -> str:
+def whole_job(model: str, epochs: int, train: int, test: int, photos: str, device: str) -> str:
     return (
         f"fine-tuning from start to end: {model}, blocks 10-11, {epochs} epochs, "
-        f"{train} photos to train, {test} to test, {device}"
+        f"{train} {photos} to train, {test} to test, {device}"
     )
 
 
