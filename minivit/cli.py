@@ -18,6 +18,7 @@ from typing import NoReturn
 from .errors import UserError, printable
 from .settings import BASE_MODEL, RUN_DIR
 from .system.files import remove_unfinished
+from .system.home import ensure_home
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -171,6 +172,7 @@ def run(
     """
     args = parser.parse_args(argv)
     try:
+        ensure_home()
         code = job(args)
         print(end="", flush=True)
         return code

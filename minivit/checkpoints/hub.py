@@ -209,6 +209,8 @@ class _Hub:
             return f"no revision {self.asked!r} {self.where}"
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return f"{failure}; make room, or set HF_HOME to another disk"
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            return f"{failure}; set HF_HOME to a folder that you may write to"
         if status_of(error) in (401, 403):
             return f"{failure}; log in with `hf auth login` or HF_TOKEN as a user who may read it"
         return f"{failure}; try again, or use --model FOLDER"

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import json
 import os
 import secrets
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError, first_few
+from .stand_ins import stand_in
 
+# A temporary file of another machine's that has not grown for so long is nobody's.
+LEFTOVER_AFTER_S = 3600
 # Files that are being written.
 _unfinished: set[Path] = set()
 
@@ -31,7 +39,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     # Threads and other machines may write into the same folder. The name is short because `path`
     # may have the longest name that the file system allows.
-    partial = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.partial")
+    name = f".{_process_space()}-{os.getpid()}-{secrets.token_hex(4)}.partial"
+    partial = path.with_name(name)
     _unfinished.add(partial)
     try:
         yield partial
@@ -43,29 +52,113 @@ def whole_file(path: Path) -> Iterator[Path]:
         _unfinished.discard(partial)
 
 
+@functools.cache
+def _process_space() -> str:
+    """Return a name for all processes that have their numbers from the same system as this one.
+
+    Machines differ in it, and so do containers and the starts of one machine.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        namespace = Path("/proc/self/ns/pid").readlink()
+    except OSError:  # Not Linux. Nothing tells whose process numbers are ours.
+        return secrets.token_hex(4)
+    space = f"{os.uname().nodename} {boot} {namespace}"
+    return hashlib.sha256(space.encode()).hexdigest()[:8]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of killed processes from a folder, but not those of live ones.
+
+    Which processes are alive is known only where process numbers are shared. Others may write
+    from another machine or container: their files are removed when they have not grown for long.
+    """
+    for partial in folder.glob(".*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            if _is_leftover(partial):
+                partial.unlink()
+
+
+def _is_leftover(partial: Path) -> bool:
+    space, _, rest = partial.name.lstrip(".").partition("-")
+    number = rest.partition("-")[0]
+    if space == _process_space() and number.isdecimal():
+        return not _is_alive(int(number))
+    return time.time() - partial.stat().st_mtime > LEFTOVER_AFTER_S
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # This sends no signal. It is asked on Linux only.
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # It is somebody else's.
+        return True
+    return True
+
+
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a folder for one run, and remove what a killed run left half written.
 
     The operating system releases the lock when the process ends, however that happens. The file
-    `.lock` stays and means nothing by itself. With `wait`, waits until the lock is free;
-    otherwise raises UserError if another run holds it.
+    `.lock` stays and means nothing by itself. With `wait`, waits until the lock is free, and says
+    so; otherwise raises UserError if another run holds it. On a file system without locks, goes on
+    without one, and says so.
     """
     import filelock
 
     lock = filelock.FileLock(folder / ".lock")
+    if not _has_locks(folder):
+        print(
+            f"{folder}: its file system has no locks; see to it that no other run writes there",
+            file=sys.stderr,
+        )
+        remove_leftovers(folder)
+        yield
+        return
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise UserError(
-            f"{folder}: another run is writing there; wait for its end or give another --out"
-        ) from None
+        if not wait:
+            raise UserError(
+                f"{folder}: another run is writing there; wait for its end or give another --out"
+            ) from None
+        print(f"waiting for another process to release {lock.lock_file}", file=sys.stderr)
+        lock.acquire()
     try:
-        for partial in folder.glob(".*.partial"):
-            partial.unlink()
+        remove_leftovers(folder)
         yield
     finally:
         lock.release()
+
+
+def _has_locks(folder: Path) -> bool:
+    """Return whether a new file in a folder can be locked. Raises OSError if none can be made."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has locks of its own.
+        return True
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # ENOSYS, EOPNOTSUPP, ENOLCK: nobody else can hold the lock of a new file.
+            return False
+    return True
+
+
+def is_writable(folder: Path) -> bool:
+    """Return whether files can be written into a folder under its lock, and make it if need be.
+
+    They are tried, because what a file system says about rights may not be true.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").open("ab").close()
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
 
 
 def refuse_to_overwrite(folder: Path, names: Iterable[str]) -> None:
@@ -113,7 +206,10 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=dict_of_unique_keys)
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
-        raise UserError(f"{path}: expected JSON ({error})") from error
+        explanation = stand_in(path)
+        if not explanation:
+            explanation = f"expected JSON ({error})"
+        raise UserError(f"{path}: {explanation}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
