@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
 import resource
 import shutil
+import tempfile
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import draw_photo, make_pets
+from PIL import Image
 
 from minivit import Preprocess, open_photo
 from minivit.data import preprocess, store
@@ -112,7 +118,7 @@ def test_a_second_run_with_another_split_or_path_decodes_nothing(pets, opened, m
     assert len(opened) == 24
     opened.clear()
     monkeypatch.chdir(pets)
-    for root, seed in ((pets, 0), (pets, 1), (".", 0), (pets / "oxford-iiit-pet", 0)):
+    for root, seed in ((pets, 0), (pets, 1), (".", 0)):
         assert_aligned(*decode_all(load_data(root, seed=seed)))
     assert opened == []
 
@@ -168,7 +174,9 @@ def test_a_store_that_was_not_finished_is_none(pets, opened, monkeypatch):
         )
         with pytest.raises(KeyboardInterrupt):
             decode_all(data)
-    (pets / ".minivit" / ".99999.partial").write_text("left by a killed run")
+    leftover = pets / ".minivit" / ".99999.partial"
+    leftover.write_text("left by a killed run")
+    os.utime(leftover, (0, 0))
     opened.clear()
     assert_aligned(*decode_all(data))
     assert len(opened) == 24
@@ -217,18 +225,226 @@ def test_where_too_little_is_free_photos_are_decoded_anew(pets, monkeypatch, cap
         decode_all(load_data(pets, seed=0), skip_bad=True)
 
 
+def test_what_an_old_store_and_a_killed_run_take_counts_as_free(pets, monkeypatch, capsys):
+    decode_all(load_data(pets, seed=0))
+    leftover = pets / ".minivit" / ".1.partial"
+    leftover.write_text("left by a killed run")
+    os.utime(leftover, (0, 0))
+    os.utime(load_data(pets, seed=0).train.paths[0], (0, 0))
+
+    def usage(folder):
+        assert not leftover.exists()
+        return shutil._ntuple_diskusage(0, 0, 2 * 3 * 24 * 20)  # room for two photos
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert_aligned(*decode_all(load_data(pets, seed=0)))
+    assert len(made(pets)) == 1
+    assert "are free" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def elsewhere(pets, monkeypatch):
+    """The user's cache folder and the one for temporary files, where `.minivit` cannot be made."""
+    (pets / ".minivit").write_text("a file stands for a folder that may not be written to")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(pets / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(pets / "tmp"))
+    (pets / "tmp").mkdir()
+    return pets / "cache" / "minivit", pets / "tmp" / f"minivit-{os.getuid()}"
+
+
 def test_the_store_of_a_read_only_data_folder_is_in_the_users_cache(
-    pets, opened, monkeypatch, tmp_path, capsys
+    pets, elsewhere, opened, capsys
 ):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        os, "access", lambda *_: False
-    )  # tests may run as root, who may write anywhere
     for _ in range(2):
         assert_aligned(*decode_all(load_data(pets, seed=0)))
     assert len(opened) == 24
-    assert len(list((tmp_path / "cache" / "minivit").glob("*/*.npy"))) == 1
+    assert len(list(elsewhere[0].glob("*/*.npy"))) == 1
     assert capsys.readouterr().err.count("cannot be written to; the decoded photos go into") == 1
+
+
+def test_a_cache_that_cannot_be_written_to_is_replaced_by_a_temporary_folder(
+    pets, elsewhere, opened, monkeypatch, capsys
+):
+    (pets / "cache").write_text("")
+    for _ in range(2):
+        assert_aligned(*decode_all(load_data(pets, seed=0)))
+    assert len(opened) == 24
+    assert len(list(elsewhere[1].glob("*/*.npy"))) == 1
+    assert str(elsewhere[1]) in capsys.readouterr().err
+    # Without a home there is no cache folder, and none is made that is named `~`.
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(pets)
+    shutil.rmtree(elsewhere[1])
+    decode_all(load_data(pets, seed=0))
+    assert len(list(elsewhere[1].glob("*/*.npy"))) == 1
+    assert not (pets / "~").exists()
+
+
+def test_where_nothing_can_be_written_photos_are_decoded_anew(pets, elsewhere, capsys):
+    (pets / "cache").write_text("")
+    elsewhere[1].write_text("")
+    assert_aligned(*decode_all(load_data(pets, seed=0)))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "decoded photos" in line]
+    assert len(lines) == 1
+    assert "neither beside the data nor in" in lines[0]
+    with pytest.raises(UserError, match="--skip-bad needs the store"):
+        decode_all(load_data(pets, seed=0), skip_bad=True)
+
+
+@contextlib.contextmanager
+def without_rights_of_root():
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("rights", [0o000, 0o555, 0o777], ids=["none", "to look", "but the lock's"])
+def test_a_folder_of_somebody_else_is_left_to_them(drawn, rights, monkeypatch, capsys):
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others.
+        root = Path(name)
+        shutil.copytree(drawn, root / "pets")
+        (root / "pets").chmod(0o755)
+        theirs = root / "pets" / ".minivit"
+        theirs.mkdir()
+        (theirs / ".lock").touch(0o400)
+        theirs.chmod(rights)
+        root.chmod(0o777)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+        with without_rights_of_root():
+            data, splits = decode_all(load_data(root / "pets", seed=0))
+            assert len(splits[0][0]) == len(data.train)
+        theirs.chmod(0o755)
+        assert len(list((root / "cache" / "minivit").glob("*/*.npy"))) == 1
+        assert [path.name for path in theirs.iterdir()] == [".lock"]
+    assert f"{theirs}: cannot be written to; the decoded" in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_used_without_and_named(pets, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert_aligned(*decode_all(load_data(pets, seed=0)))
+    assert len(made(pets)) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if "no locks" in line]
+    assert len(said) == 1
+    assert str(pets / ".minivit") in said[0]
+
+
+def two_classes(root):
+    """Write class folders of equally large photos of one time: red ones and blue ones."""
+    for name in ("red", "blue"):
+        (root / name).mkdir()
+        for i in range(10):
+            path = root / name / f"{i}.bmp"
+            Image.new("RGB", (24, 20), name).save(path)
+            os.utime(path, (0, 0))
+    return root
+
+
+def swap(one, other):
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+def swap_links(root):
+    """Let the links to two folders change places."""
+    for name in ("red", "blue"):
+        (root / name).rename(root / f".{name}")
+        (root / name).symlink_to(f".{name}")
+
+
+SWAPS = {
+    "class folders": (lambda root: None, lambda root: swap(root / "red", root / "blue")),
+    "photos": (lambda root: None, lambda root: swap(root / "red/1.bmp", root / "blue/1.bmp")),
+    "links to folders": (swap_links, lambda root: swap(root / "red", root / "blue")),
+}
+
+
+@pytest.mark.parametrize("prepare, change", SWAPS.values(), ids=SWAPS)
+def test_photos_that_change_places_are_decoded_anew(tmp_path, prepare, change):
+    root = two_classes(tmp_path)
+    prepare(root)
+    assert_aligned(*decode_all(load_data(root, seed=0)))
+    change(root)
+    assert_aligned(*decode_all(load_data(root, seed=0)))
+
+
+def test_data_sets_that_change_places_do_not_change_stores(tmp_path, monkeypatch):
+    """A store in the user's cache folder is found by the path of the data set."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    roots = [tmp_path / "one", tmp_path / "other"]
+    for root in roots:
+        root.mkdir()
+        two_classes(root)
+        (root / ".minivit").touch()
+    swap(roots[1] / "red", roots[1] / "blue")
+    decode_all(load_data(roots[0], seed=0))
+    swap(*roots)
+    assert_aligned(*decode_all(load_data(roots[0], seed=0)))
+
+
+def test_a_resumed_run_notices_swapped_folders_but_not_a_copy(tmp_path):
+    root, copy = tmp_path / "data", tmp_path / "copy"
+    root.mkdir()
+    two_classes(root)
+
+    def checksum(root):
+        data = load_data(root, seed=0)
+        return store.checksum(*((split.paths, split.labels) for split in (data.train, data.val)))
+
+    before = checksum(root)
+    shutil.copytree(root, copy, copy_function=shutil.copyfile)
+    assert checksum(copy) == before
+    swap(root / "red", root / "blue")
+    assert checksum(root) != before
+
+
+def test_another_version_of_what_decodes_makes_a_store_anew(pets, opened, monkeypatch):
+    data = load_data(pets, seed=0)
+    for name in ("PIL.__version__", "minivit.data.store.VERSION"):
+        decode_all(data)
+        before = made(pets)
+        opened.clear()
+        monkeypatch.setattr(name, "another")
+        decode_all(data)
+        assert len(opened) == 24
+        assert len(made(pets)) == 1
+        assert made(pets) != before
+
+
+def test_a_photo_that_has_become_readable_is_not_left_out_again(pets, opened):
+    data = load_data(pets, seed=0)
+    path = data.train.paths[3]
+    photo = path.read_bytes()
+    os.utime(path, (0, 0))
+    path.write_bytes(bytes(len(photo)))
+    os.utime(path, (0, 0))  # as for a disk that answers with zeros, or not at all
+    kept, _ = decode_all(data, skip_bad=True)
+    assert path not in kept.train.paths
+    path.write_bytes(photo)
+    os.utime(path, (0, 0))
+    assert_aligned(*decode_all(data))
+    assert decode_all(data)[0] == data
+    assert len(opened) == 2 * 24
+
+
+def test_photos_that_vanish_before_they_are_decoded_are_named(pets, capsys):
+    data = load_data(pets, seed=0)
+    path = data.train.paths[3]
+    path.unlink()
+    with pytest.raises(UserError, match=f"1 of 24 photos cannot be read: .*{path.name}: no such"):
+        decode_all(data)
+    kept, _ = decode_all(data, skip_bad=True)
+    assert len(kept.train) == len(data.train) - 1
+    assert f"left out: {path}: no such photo" in capsys.readouterr().err
 
 
 def test_a_photo_that_vanishes_is_named_where_there_is_no_store(pets):

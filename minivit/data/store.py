@@ -1,13 +1,14 @@
 """The store: a file of all photos of a data set, decoded to a model's pixels.
 
-It is written once and found again by later runs. Without a store, photos are decoded whenever they
-are needed.
+It is written once and found again by later runs, until the photos or what decodes them change (see
+`_digest_files`). Without a store, photos are decoded whenever they are needed.
 
 Shapes: n photos, B of a batch, h, w pixels of the model's input.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -19,18 +20,29 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError, first_few, printable
-from ..system.files import locked, read_json, whole_file, write_json
+from ..system.files import (
+    is_writable,
+    locked,
+    read_json,
+    remove_leftovers,
+    whole_file,
+    write_json,
+)
+from ..system.home import cache_folders
 from ..system.workers import map_ahead, processes_worth_starting, read_ahead, worker_pool
 from .datasets import Data
-from .photos import open_photo
+from .photos import PhotoError, open_photo
 from .preprocess import Preprocess, decode_into
 
-VERSION = 1  # of the decoded pixels: older stores are not used
+VERSION = 2  # of the code that decodes: stores of other versions are not used
+SAMPLED_PHOTOS = 256  # whose content the checksum of a data set is of, besides one of each folder
+SAMPLED_BYTES = 1 << 16
 CHUNK = 16  # photos that a worker decodes in one job
 
 
@@ -76,9 +88,9 @@ def prepare(
     """Find or write the store of a data set; return the data, and the store's file.
 
     The store lies in .minivit beside the photos, or in the user's cache folder if nothing can be
-    written there. It is written anew when the name, size or modification time of a photo changes.
-    If it would take more than `cap_gib`, or more than is free on the disk, there is none (the file
-    is None).
+    written there. It is written anew when a photo changes. If it would take more than `cap_gib`, or
+    more than is free on the disk, or if no folder can be written to, there is none (the file is
+    None).
 
     With `skip_bad`, photos that cannot be read are left out of the returned data and named on
     stderr. Otherwise they raise UserError, as does a class or split that has no photos left.
@@ -87,19 +99,22 @@ def prepare(
     kind = _kind(preprocess)
     name = f"{kind}-{_digest_files(paths, data.root)[:16]}.npy"
     file = _find_store(data.root, name)
-    if file is None:
+    if file is None or _has_become_readable(file, paths):
         folder = _writable_folder(data.root)
-        shortage = _shortage(len(paths), preprocess, folder, cap_gib)
-        if shortage and skip_bad:
-            raise UserError(f"{data.root}: {shortage}, and --skip-bad needs the store")
-        if shortage:
-            print(f"{data.root}: {shortage}: each epoch decodes them anew", file=sys.stderr)
+        if folder is not None:
+            remove_leftovers(folder)  # They may take the room that is needed.
+        obstacle = _obstacle(len(paths), preprocess, folder, cap_gib)
+        if obstacle and skip_bad:
+            raise UserError(f"{data.root}: {obstacle}, and --skip-bad needs the store")
+        if obstacle or folder is None:
+            print(f"{data.root}: {obstacle}: each epoch decodes them anew", file=sys.stderr)
             return data, None
         file = folder / name
         with locked(folder, wait=True):
-            if not _is_complete(file):  # Another run may just have written it.
+            # Another run may just have written it.
+            if not _is_complete(file) or _has_become_readable(file, paths):
                 for old in folder.glob(f"{kind}-*"):
-                    old.unlink()
+                    old.unlink(missing_ok=True)
                 _write_store(file, paths, preprocess, workers)
     errors = {paths[int(i)]: error for i, error in read_json(_errors_file(file)).items()}
     return _without(data, errors, skip_bad), file
@@ -134,13 +149,30 @@ def open_pixels(data: Data, file: Path | None, preprocess: Preprocess, workers: 
 def checksum(*splits: tuple[Sequence[Path], Sequence[int]]) -> str:
     """Return a short digest of splits, each given as its photos and their labels.
 
-    Of a photo, its folder's name, its own name and its size count.
+    It is of what a run depends on wherever the photos lie, so that a run goes on with a copy of
+    them: of a photo its folder's name, its own name and its size, and of some photos, at least one
+    of each folder, also a part of their content. Two folders that have changed places are noticed;
+    two photos of the same size may not be.
     """
-    described = []
+    described: list[object] = []
+    folders: set[Path] = set()  # of which a photo has been sampled
     for paths, labels in splits:
         photos = [(path.parent.name, path.name, path.stat().st_size) for path in paths]
-        described.append(photos + list(labels))
-    return _digest(described)[:8]
+        described.append([*photos, *labels])
+        step = -(-len(paths) // SAMPLED_PHOTOS)
+        for i, path in enumerate(paths):
+            if i % step == 0 or path.parent not in folders:
+                folders.add(path.parent)
+                described.append(_middle(path))
+    return _digest([VERSION, *described])[:8]
+
+
+def _middle(path: Path) -> bytes:
+    """Return bytes from the middle of a file, where a photo has its pixels."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, (size - SAMPLED_BYTES) // 2))
+        return file.read(SAMPLED_BYTES)
 
 
 def _kind(preprocess: Preprocess) -> str:
@@ -156,22 +188,40 @@ def _kind(preprocess: Preprocess) -> str:
 
 
 def _digest_files(paths: Sequence[Path], root: Path) -> str:
-    files = []
+    """Return a digest that changes when the photos do, or the library that decodes them.
+
+    Of a photo, its path within `root`, its size, its modification time and its inode number count.
+    The number goes with a file that is moved, so that photos that change places are noticed even if
+    they have one size and one time. A copy has other numbers, as has every mount of some network
+    file systems: there, the store is written anew.
+
+    Not noticed is a photo that is overwritten in its place with as many bytes, and that has the
+    modification time of before: because it was set back, or because the file system's clock is
+    coarse and the store had just been written.
+    """
+    digest = hashlib.sha256(repr((VERSION, PIL.__version__)).encode())
+    folders: dict[str, str] = {}  # paths within `root`
     for path in paths:
-        status = path.stat()
-        files.append((os.path.relpath(path, root), status.st_size, status.st_mtime_ns))
-    return _digest(files)
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.relpath(folder, root)
+        identity = None
+        with contextlib.suppress(OSError):  # Decoding says what is wrong with the photo.
+            status = path.stat()
+            identity = status.st_size, status.st_mtime_ns, status.st_ino
+        described = repr((folders[folder], name, identity))
+        digest.update(described.encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def _digest(value: object) -> str:
-    return hashlib.sha256(repr((VERSION, value)).encode(errors="surrogateescape")).hexdigest()
+    return hashlib.sha256(repr(value).encode(errors="surrogateescape")).hexdigest()
 
 
-def _folders(root: Path) -> tuple[Path, Path]:
-    """Return the two folders that can hold a store: one in `root`, one in the user's cache."""
-    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+def _folders(root: Path) -> list[Path]:
+    """Return the folders that can hold a store, best first: the first one lies in `root`."""
     digest = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
-    return root / ".minivit", cache / "minivit" / digest[:16]
+    return [root / ".minivit", *(cache / digest[:16] for cache in cache_folders())]
 
 
 def _find_store(root: Path, name: str) -> Path | None:
@@ -182,7 +232,9 @@ def _find_store(root: Path, name: str) -> Path | None:
 
 
 def _is_complete(file: Path) -> bool:
-    return _errors_file(file).exists()  # It is written last.
+    """Return whether there is a whole store that this user may read."""
+    # The errors are written last.
+    return os.access(file, os.R_OK) and os.access(_errors_file(file), os.R_OK)
 
 
 def _errors_file(file: Path) -> Path:
@@ -190,23 +242,41 @@ def _errors_file(file: Path) -> Path:
     return file.with_suffix(".json")
 
 
-def _writable_folder(root: Path) -> Path:
-    beside, cache = _folders(root)
-    try:
-        beside.mkdir(exist_ok=True)
-        if os.access(beside, os.W_OK):
-            return beside
-    except OSError:
-        pass
-    cache.mkdir(parents=True, exist_ok=True)
-    print(f"{root}: cannot be written to; the decoded photos go into {cache}", file=sys.stderr)
-    return cache
+def _has_become_readable(file: Path, paths: Sequence[Path]) -> bool:
+    """Return whether a photo that is missing from a store can be read by now.
+
+    Its file need not have changed: rights were given, or a disk answers again.
+    """
+    for i in read_json(_errors_file(file)):
+        with contextlib.suppress(PhotoError):
+            open_photo(paths[int(i)])
+            return True
+    return False
 
 
-def _shortage(n: int, preprocess: Preprocess, folder: Path, cap_gib: float) -> str:
-    """Return why there is no room for n photos in a folder, or "" if there is."""
+def _writable_folder(root: Path) -> Path | None:
+    """Return the best folder for a store of photos in `root`, or None if none can be written to."""
+    beside, *others = _folders(root)
+    if is_writable(beside):
+        return beside
+    for folder in others:
+        if is_writable(folder):
+            print(
+                f"{beside}: cannot be written to; the decoded photos go into {folder}",
+                file=sys.stderr,
+            )
+            return folder
+    return None
+
+
+def _obstacle(n: int, preprocess: Preprocess, folder: Path | None, cap_gib: float) -> str:
+    """Return why n decoded photos cannot be kept in a folder, or "" if they can."""
+    if folder is None:
+        return "decoded photos can be kept neither beside the data nor in ~/.cache or TMPDIR"
     gib = n * _bytes_per_photo(preprocess) / 2**30
-    free_gib = shutil.disk_usage(folder).free / 2**30
+    old_stores = folder.glob(f"{_kind(preprocess)}-*")  # They make room for a new one.
+    old_gib = sum(path.stat().st_size for path in old_stores) / 2**30
+    free_gib = shutil.disk_usage(folder).free / 2**30 + old_gib
     if gib > cap_gib:
         return f"decoded photos take {gib:.1f} GiB, more than --store-gib {cap_gib:g}"
     if gib > free_gib:
