@@ -94,6 +94,7 @@ def infer(settings: InferSettings) -> int:
                 continue
             pending.append(answer_photo(settings, plan, job, photo, explanations, pool))
             if len(pending) > 2 * settings.workers:
+                distributed.report_progress()
                 finish(pending.popleft(), settings, progress)
         while pending:
             finish(pending.popleft(), settings, progress)
@@ -183,6 +184,7 @@ def find_photos(arguments: Iterable[str]) -> tuple[list[Path], int]:
     num_unread = 0
     for path in map(Path, arguments):
         try:
+    distributed.report_progress()
             contents = read_folder(path)
         except OSError:  # This is not a folder. If it is no photo either, open_photo says why.
             photos.append(path)

@@ -14,6 +14,7 @@ import time
 import pytest
 from conftest import ROOT, assert_same_end, rows_of, run_train
 
+from minivit.errors import UserError
 from minivit.system import distributed
 from minivit.training import run_folder as runs
 
@@ -226,12 +227,37 @@ def test_rows_dealt_out_come_back_each_once_and_in_order(n, monkeypatch):
     assert torch.equal(distributed.gather(shares[0], n), rows)
 
 
-def test_under_torchrun_each_process_has_the_gpu_of_its_local_rank(monkeypatch):
+@pytest.fixture
+def shell(monkeypatch):
+    """A function that sets torchrun's variables, of which none is set before."""
+    for name in (*distributed.VARIABLES, "LOCAL_RANK", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(distributed, "_said", set())
+    monkeypatch.setattr(distributed, "_store", None)
+
+    def set_variables(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+
+    return set_variables
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_under_torchrun_each_process_has_the_gpu_of_its_local_rank(monkeypatch, shell):
     import torch
 
     assert distributed.local_device("auto") == "auto"
-    monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    shell(LOCAL_RANK=3)
+    assert distributed.local_device("auto") == "auto"  # Another job has left it in the shell.
+    shell(RANK=3, WORLD_SIZE=4, **PLACE)
     assert [distributed.local_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
         "cuda:3",
         "cuda:3",
@@ -240,3 +266,122 @@ def test_under_torchrun_each_process_has_the_gpu_of_its_local_rank(monkeypatch):
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert distributed.local_device("auto") == "auto"
+
+
+@pytest.mark.parametrize(
+    "variables, given",
+    [
+        ({"RANK": 1}, "RANK"),
+        ({"WORLD_SIZE": 2}, "WORLD_SIZE"),
+        ({"RANK": "x", "WORLD_SIZE": 2, "LOCAL_RANK": 0}, "RANK, WORLD_SIZE and LOCAL_RANK"),
+        (PLACE, "MASTER_ADDR and MASTER_PORT"),
+        ({"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "a", "MASTER_PORT": ""}, "RANK, WORLD_SIZE"),
+    ],
+)
+def test_some_of_torchruns_variables_alone_are_ignored_with_a_word(variables, given, shell, capsys):
+    shell(**variables)
+    for _ in range(2):  # It is said once.
+        assert distributed.launched_rank() == 0
+        assert distributed.launched_world_size() == 1
+    message = capsys.readouterr().err
+    assert message.startswith(given)
+    assert message.count("ignored, because torchrun sets all of them\n") == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"RANK": "one"},
+        {"RANK": 2},
+        {"RANK": -1},
+        {"WORLD_SIZE": 0},
+        {"MASTER_PORT": "http"},
+        {"MASTER_PORT": 70000},
+        {"LOCAL_RANK": "cuda"},
+    ],
+)
+def test_variables_that_cannot_be_are_refused_by_name(wrong, shell):
+    shell(**{"RANK": 1, "WORLD_SIZE": 2} | PLACE | wrong)
+    ((name, value),) = wrong.items()
+    with pytest.raises(UserError, match=f"{name}={value}: expected a whole number from"):
+        distributed.join_others()
+
+
+def test_a_process_alone_waits_for_nobody(shell):
+    shell(RANK=0, WORLD_SIZE=1, MASTER_ADDR="no-such-machine.invalid", MASTER_PORT=1)
+    distributed.join_others()
+    distributed.report_progress()
+    distributed.wait_for_all_ranks()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_wait_for_others_is_announced_and_given_up(rank, shell, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "ANNOUNCE_AFTER", 0.1)
+    monkeypatch.setattr(distributed, "START_LIMIT", 0.5)
+    port = free_port()
+    shell(RANK=rank, WORLD_SIZE=3, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    waiting = f"waiting for 2 other processes at 127.0.0.1:{port}"
+    with pytest.raises(UserError, match=f"^{waiting}: gave up after"):
+        distributed.join_others()
+    assert capsys.readouterr().err == f"{waiting}\n"
+
+
+def test_a_machine_that_is_not_there_is_named(shell):
+    shell(RANK=1, WORLD_SIZE=2, MASTER_ADDR="no-such-machine.invalid", MASTER_PORT=1)
+    with pytest.raises(UserError, match="MASTER_ADDR=no-such-machine.invalid: no such machine"):
+        distributed.join_others()
+
+
+def test_a_port_that_another_program_has_is_named(shell):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        shell(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        with pytest.raises(UserError, match=f"MASTER_PORT={port}: cannot be used"):
+            distributed.join_others()
+
+
+class Counters:
+    """A store in this process alone."""
+
+    def __init__(self, **counts: int) -> None:
+        self.counts = counts
+
+    def add(self, name: str, amount: int) -> int:
+        self.counts[name] = self.counts.get(name, 0) + amount
+        return self.counts[name]
+
+
+def test_a_wait_goes_on_while_others_report_progress(shell, monkeypatch, capsys):
+    """The other process finishes a photo whenever it is asked, 30 in all, and then is done."""
+    for name, value in (("ANNOUNCE_AFTER", 0.05), ("SILENCE_LIMIT", 0.3), ("POLL_EVERY", 0.02)):
+        monkeypatch.setattr(distributed, name, value)
+
+    class AtWork(Counters):
+        def add(self, name, amount):
+            if name == "progress" and super().add("progress", 1) == 30:
+                super().add("done", 1)
+            return super().add(name, amount)
+
+    monkeypatch.setattr(distributed, "_store", AtWork())
+    shell(RANK=0, WORLD_SIZE=2, **PLACE)
+    distributed.wait_for_all_ranks()
+    assert capsys.readouterr().err == ("waiting for 1 other process at 127.0.0.1:29500 to finish\n")
+
+
+def test_a_wait_for_others_that_report_nothing_is_given_up(shell, monkeypatch):
+    monkeypatch.setattr(distributed, "SILENCE_LIMIT", 0.2)
+    monkeypatch.setattr(distributed, "_store", Counters(progress=7))
+    shell(RANK=0, WORLD_SIZE=2, **PLACE)
+    with pytest.raises(UserError, match="gave up, because they have finished no photo for"):
+        distributed.wait_for_all_ranks()
+
+
+def test_a_store_that_is_gone_means_that_all_have_finished(shell, monkeypatch):
+    class Gone:
+        def add(self, name, amount):
+            raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(distributed, "_store", Gone())
+    shell(RANK=1, WORLD_SIZE=2, **PLACE)
+    distributed.report_progress()
+    distributed.wait_for_all_ranks()

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,9 +25,37 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import UserError
+from ..errors import UserError, printable
 
 Result = TypeVar("Result")
+
+# torchrun sets all of these, and LOCAL_RANK besides.
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# How long a process waits for the others to start, in seconds.
+START_LIMIT = 300.0
+# How long a process that is done waits for others that finish no photo, in seconds.
+SILENCE_LIMIT = 1800.0
+# How long ranks wait for what rank 0 does alone, such as a download. If rank 0 ends they notice at
+# once, so this is for a machine that vanishes.
+RANK_0_LIMIT = datetime.timedelta(hours=12)
+# A wait of more than so many seconds is announced.
+ANNOUNCE_AFTER = 1.0
+POLL_EVERY = 0.05
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun told this process."""
+
+    rank: int
+    world_size: int
+    local_rank: str | None  # the number of this process's GPU
+    address: str  # the machine of rank 0
+    port: int
+
+    @property
+    def place(self) -> str:
+        return f"{self.address}:{self.port}"
 
 
 def rank() -> int:
@@ -35,22 +66,179 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def launch() -> Launch | None:
+    """Return what torchrun told this process, or None if torchrun did not start it.
+
+    Variables that an earlier job left in the shell must not change a result. They are believed only
+    together: some of them alone are ignored, which is said on stderr. Raises UserError for values
+    that cannot be.
+    """
+    values = {name: os.environ.get(name, "") for name in VARIABLES}
+    local_rank = os.environ.get("LOCAL_RANK") or None
+    given = [name for name, value in values.items() if value]
+    missing = [name for name, value in values.items() if not value]
+    if local_rank is not None:
+        given.append("LOCAL_RANK")
+    if missing:
+        if given:
+            _say_once(
+                f"{_join_names(given)} set without {_join_names(missing)}: ignored, because "
+                "torchrun sets all of them"
+            )
+        return None
+    num_processes = _whole_number("WORLD_SIZE", values["WORLD_SIZE"], 1, 1_000_000)
+    own_rank = _whole_number("RANK", values["RANK"], 0, num_processes - 1)
+    if local_rank is not None:
+        _whole_number("LOCAL_RANK", local_rank, 0, num_processes - 1)
+    port = _whole_number("MASTER_PORT", values["MASTER_PORT"], 1, 65535)
+    return Launch(own_rank, num_processes, local_rank, values["MASTER_ADDR"], port)
+
+
+def _whole_number(name: str, text: str, low: int, high: int) -> int:
+    if not (text.isascii() and text.isdecimal() and low <= int(text) <= high):
+        raise UserError(
+            f"{name}={printable(text)}: expected a whole number from {low} to {high}; start with "
+            f"torchrun, or unset {_join_names(VARIABLES)}"
+        )
+    return int(text)
+
+
+def _join_names(names: Sequence[str]) -> str:
+    """Return names as "A, B and C"."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        print(message, file=sys.stderr, flush=True)
+
+
 def launched_rank() -> int:
     """Return the rank that torchrun gave to this process, before it has joined the others."""
-    return int(os.environ.get("RANK", "0"))
+    launched = launch()
+    return 0 if launched is None else launched.rank
 
 
 def launched_world_size() -> int:
     """Return how many processes torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    launched = launch()
+    return 1 if launched is None else launched.world_size
 
 
 def local_device(name: str) -> str:
     """Return the name of this process's device: torchrun gives each process a GPU of its own."""
-    local_rank = os.environ.get("LOCAL_RANK")
-    if local_rank is None or name not in ("auto", "cuda") or not torch.cuda.is_available():
+    launched = launch()
+    if launched is None or launched.local_rank is None:
         return name
-    return f"cuda:{local_rank}"
+    if name not in ("auto", "cuda") or not torch.cuda.is_available():
+        return name
+    return f"cuda:{launched.local_rank}"
+
+
+# Where the processes of a job tell each other how far they are; None for a single process.
+_store: dist.Store | None = None
+# All ranks, for waits of up to RANK_0_LIMIT.
+_patient_group: Any = None
+
+
+def join_others() -> None:
+    """Wait until all processes that torchrun started are there; a single process does not wait.
+
+    Raises UserError if they have not come within START_LIMIT seconds.
+    """
+    global _store
+    launched = launch()
+    if launched is None or launched.world_size == 1:
+        return
+    _check_address(launched)
+    deadline = time.monotonic() + START_LIMIT
+    message = _waiting_for(launched.world_size - 1, launched)
+    try:
+        if _is_server(launched):
+            store: dist.Store = dist.TCPStore(
+                launched.address,
+                launched.port,
+                launched.world_size,
+                is_master=True,
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        else:
+            _wait(lambda: _answers(launched), message, deadline)
+            store, _, _ = next(rendezvous("env://"))
+    except RuntimeError as error:  # torch raises it for whatever goes wrong on the network.
+        reason = printable(str(error).partition("\n")[0])
+        raise UserError(f"{launched.place}: cannot join the other processes ({reason})") from error
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # All processes are on this machine, so all of them count restarts alike. A restart must
+        # not find the addresses that were stored before it.
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+        store = dist.PrefixStore(f"start {restarts}", store)
+    store.add("come", 1)
+    _wait(lambda: store.add("come", 0) >= launched.world_size, message, deadline)
+    _store = store
+
+
+def _is_server(launched: Launch) -> bool:
+    """Return whether the other processes connect to this one: under torchrun, they do to that."""
+    return launched.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _check_address(launched: Launch) -> None:
+    """Raise UserError if there is no such machine, or if another program has the port."""
+    unset = f"to run one process alone, unset {_join_names(VARIABLES)}"
+    try:
+        socket.getaddrinfo(launched.address, launched.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"MASTER_ADDR={printable(launched.address)}: no such machine ({error}); {unset}"
+        ) from error
+    if _is_server(launched):
+        try:
+            socket.create_server(("", launched.port)).close()
+        except OSError as error:
+            raise UserError(
+                f"MASTER_PORT={launched.port}: cannot be used ({error.strerror}); choose another "
+                f"port; {unset}"
+            ) from error
+
+
+def _answers(launched: Launch) -> bool:
+    """Return whether the process to connect to is there."""
+    try:
+        socket.create_connection((launched.address, launched.port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _waiting_for(count: int, launched: Launch) -> str:
+    """Return the words in which a wait for `count` processes is announced."""
+    processes = "process" if count == 1 else "processes"
+    return f"waiting for {count} other {processes} at {launched.place}"
+
+
+def _wait(is_over: Callable[[], bool], message: str, deadline: float) -> None:
+    """Poll until a wait is over, and print the message if it is not short.
+
+    Ctrl-C and SIGTERM end it at once, as no call of torch would let them. Raises UserError at the
+    deadline, a time of time.monotonic().
+    """
+    announce_at = time.monotonic() + ANNOUNCE_AFTER
+    while not is_over():
+        now = time.monotonic()
+        if now > announce_at:
+            _say_once(message)
+        if now > deadline:
+            raise UserError(
+                f"{message}: gave up after {START_LIMIT / 60:g} minutes; start them, or to run one "
+                f"process alone, unset {_join_names(VARIABLES)}"
+            )
+        time.sleep(POLL_EVERY)
 
 
 @contextlib.contextmanager
@@ -59,22 +247,22 @@ def process_group(device: torch.device) -> Iterator[None]:
 
     Inside the context, only rank 0 prints. The group is taken down when the context ends.
     """
-    if launched_world_size() == 1:
+    launched = launch()
+    join_others()
+    if launched is None or launched.world_size == 1:
         yield
         return
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    store, own_rank, num_processes = next(rendezvous("env://"))
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        # All processes are on this machine, so all of them count restarts alike. A restart must
-        # not find the addresses that were stored before it.
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-        store = dist.PrefixStore(f"start {restarts}", store)
-    dist.init_process_group(backend, store=store, rank=own_rank, world_size=num_processes)
+    dist.init_process_group(
+        backend, store=_store, rank=launched.rank, world_size=launched.world_size
+    )
+    global _patient_group
+    _patient_group = dist.new_group(backend="gloo", timeout=RANK_0_LIMIT)
     with contextlib.ExitStack() as silence:
-        if own_rank != 0:
+        if launched.rank != 0:
             devnull = silence.enter_context(Path(os.devnull).open("w"))
             silence.enter_context(contextlib.redirect_stdout(devnull))
             silence.enter_context(contextlib.redirect_stderr(devnull))
@@ -96,7 +284,7 @@ def on_rank_0(compute: Callable[[], Result]) -> Result:
             outcome[0] = compute()
         except (UserError, OSError) as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+    dist.broadcast_object_list(outcome, device=torch.device("cpu"), group=_patient_group)
     result, failure = outcome
     if failure is None:
         return result
@@ -107,17 +295,46 @@ def on_rank_0(compute: Callable[[], Result]) -> Result:
     sys.exit(2)
 
 
+def report_progress() -> None:
+    """Tell the other processes that this one is at work: it has finished a photo."""
+    if _store is not None:
+        # Without rank 0 or torchrun there is nobody to tell.
+        with contextlib.suppress(RuntimeError):
+            _store.add("progress", 1)
+
+
 def wait_for_all_ranks() -> None:
     """Wait until every process gets here.
 
     torchrun ends all processes as soon as one exits with an error code, as infer does for a photo
-    that cannot be read.
+    that cannot be read. Others may have hours of work left, so there is no limit while they report
+    progress. Raises UserError if they do not within SILENCE_LIMIT seconds.
     """
-    if launched_world_size() == 1:
+    launched = launch()
+    if _store is None or launched is None:
         return
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    dist.barrier()
-    dist.destroy_process_group()
+    announce_at = time.monotonic() + ANNOUNCE_AFTER
+    latest = 0
+    latest_at = time.monotonic()
+    # The store is gone when rank 0 has seen that all have finished, and has ended.
+    with contextlib.suppress(RuntimeError):
+        _store.add("done", 1)
+        while (done := _store.add("done", 0)) < launched.world_size:
+            now = time.monotonic()
+            progress = done + _store.add("progress", 0)
+            if progress > latest:
+                latest = progress
+                latest_at = now
+            message = _waiting_for(launched.world_size - done, launched)
+            if now > announce_at:
+                _say_once(f"{message} to finish")
+                announce_at = math.inf
+            if now > latest_at + SILENCE_LIMIT:
+                raise UserError(
+                    f"{message}: gave up, because they have finished no photo for "
+                    f"{SILENCE_LIMIT / 60:g} minutes"
+                )
+            time.sleep(POLL_EVERY)
 
 
 def wrap(module: nn.Module) -> nn.Module:
