@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import sys
+import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -23,12 +24,13 @@ from . import explain
 from .attention import METHODS
 from .checkpoints.weights import load_pretrained
 from .cli import default_model, parse_blocks
-from .data.folder import FORMAT, MISNAMED, SUFFIXES, FolderContents, read_folder
+from .data.folder import FORMAT, MISNAMED, SUFFIXES, FolderContents, has_suffix, read_folder
 from .data.photos import PhotoError
 from .data.survey import describe_unread
 from .errors import UserError, first_few, printable
 from .explain import Explanation, Photo
-from .figures import explorer, plots
+from .figures import explorer, fonts, plots
+from .figures.marks import is_ours
 from .model import ViT, working_copy
 from .settings import InferSettings
 from .system import device as devices
@@ -67,14 +69,15 @@ class Answer:
     """The answer to one photo, as JSON, and the figure that is being drawn for it."""
 
     json: dict
-    figure: Future[None]
+    figure: Future[str]  # the characters that it cannot show
 
 
 def infer(settings: InferSettings) -> int:
     """Do the whole job: name photos and draw figures, and return the exit code."""
     photos, num_unread = find_photos(settings.photos)
-    jobs = list(place_figures(photos, Path(settings.out)))
-    # torchrun's processes share the photos out.
+    jobs = list(place_figures(photos, Path(settings.out), written_suffixes(settings)))
+    # torchrun's processes share the photos out, which is right only if all of them are there.
+    distributed.join_others()
     jobs = jobs[distributed.launched_rank() :: distributed.launched_world_size()]
     plan = make_plan(settings)
     Path(settings.out).mkdir(parents=True, exist_ok=True)
@@ -91,15 +94,25 @@ def infer(settings: InferSettings) -> int:
                 report_unreadable(job, photo)
                 num_unreadable += 1
                 progress.update()
+                distributed.report_progress()
                 continue
             pending.append(answer_photo(settings, plan, job, photo, explanations, pool))
             if len(pending) > 2 * settings.workers:
-                distributed.report_progress()
                 finish(pending.popleft(), settings, progress)
         while pending:
             finish(pending.popleft(), settings, progress)
     distributed.wait_for_all_ranks()
     return 2 if num_unreadable or num_unread else 0
+
+
+def written_suffixes(settings: InferSettings) -> list[str]:
+    """Return the suffixes of the files that are written for each photo."""
+    suffixes = [".png"]
+    if settings.html:
+        suffixes.append(".html")
+    if settings.npz:
+        suffixes.append(".npz")
+    return suffixes
 
 
 def progress_bar(num_photos: int) -> tqdm:
@@ -169,8 +182,9 @@ def explain_batch(
 
 def finish(answer: Answer, settings: InferSettings, progress: tqdm) -> None:
     """Wait for a photo's figure, and print its answer."""
-    answer.figure.result()
+    fonts.report_lacking(answer.figure.result())
     progress.update()
+    distributed.report_progress()
     report(answer.json, settings)
 
 
@@ -184,13 +198,15 @@ def find_photos(arguments: Iterable[str]) -> tuple[list[Path], int]:
     num_unread = 0
     for path in map(Path, arguments):
         try:
-    distributed.report_progress()
             contents = read_folder(path)
         except OSError:  # This is not a folder. If it is no photo either, open_photo says why.
             photos.append(path)
             continue
-        names = sorted([*contents.photos, *contents.broken])  # open_photo says what is broken.
-        left_out = describe_left_out(path, contents)
+        inner = [name for name in contents.folders if read_folder(path / name).like_photos()]
+        named_as_photos = [name for name in contents.folders if has_suffix(name, SUFFIXES)]
+        broken = [*contents.broken, *(set(named_as_photos) - set(inner))]
+        names = sorted([*contents.photos, *broken])  # open_photo says what is broken.
+        left_out = describe_left_out(contents, inner)
         if not names:
             found = "".join(f"; {text}" for text in left_out)
             raise UserError(
@@ -205,35 +221,43 @@ def find_photos(arguments: Iterable[str]) -> tuple[list[Path], int]:
     return photos, num_unread
 
 
-def describe_left_out(folder: Path, contents: FolderContents) -> list[str]:
-    """Say how many files and folders in a folder are left out, and why."""
+def describe_left_out(contents: FolderContents, inner: Sequence[str]) -> list[str]:
+    """Say how many files in a folder are left out, and which `inner` folders of photos, and why."""
     left_out = [finding.message for finding in describe_unread(contents)]
-    inner = [name for name in contents.folders if read_folder(folder / name).like_photos()]
     if inner:
-        s = "" if len(inner) == 1 else "s"
-        left_out.append(
-            f"photos in {len(inner)} folder{s} inside are left out ({first_few(inner)})"
-        )
+        left_out.append(f"photos in folders inside it are left out ({first_few(inner)})")
     return left_out
 
 
-def place_figures(photos: Sequence[Path], out: Path) -> Iterator[Job]:
+def place_figures(photos: Sequence[Path], out: Path, suffixes: Sequence[str]) -> Iterator[Job]:
     """Yield a job for each photo. Figures are named cat.png, cat-2.png and so on.
 
-    No figure has the path of a photo or of another figure.
+    None of the files that are written, which have these suffixes, takes the place of a photo, of
+    another photo's files, or of a file that minivit did not write.
     """
-    taken = {os.path.realpath(path) for path in photos}
+    taken = {_path_key(path) for path in photos}
     for path in photos:
         stem = path.stem
         while len(os.fsencode(stem)) > MAX_STEM_BYTES:
             stem = stem[:-1]
         figure = out / f"{stem}.png"
         for number in itertools.count(2):
-            if os.path.realpath(figure) not in taken:
+            files = [figure.with_suffix(suffix) for suffix in suffixes]
+            if not any(_path_key(file) in taken or _is_the_users(file) for file in files):
                 break
             figure = out / f"{stem}-{number}.png"
-        taken.add(os.path.realpath(figure))
+        taken.update(_path_key(file) for file in files)
         yield Job(path, figure)
+
+
+def _path_key(path: Path) -> str:
+    """Return the same for all names of one file, also where letters of both cases are the same."""
+    return unicodedata.normalize("NFC", os.path.realpath(path)).casefold()
+
+
+def _is_the_users(path: Path) -> bool:
+    """Return whether there is a file, or a link, that must not be overwritten."""
+    return (path.is_file() or path.is_symlink()) and not is_ours(path)
 
 
 def load_models(settings: InferSettings) -> list[ViT]:
