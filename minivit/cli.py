@@ -11,14 +11,15 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from .errors import UserError, printable
 from .settings import BASE_MODEL, RUN_DIR
-from .system.files import remove_unfinished
 from .system.home import ensure_home
+from .system.signals import end_on_signals
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -201,34 +202,50 @@ def run(
     return 2
 
 
-def start(main: Callable[[], int]) -> NoReturn:
-    """Run main as a program.
+def start(main: Callable[[], int]) -> None:
+    """Run main as a program, which ends with its exit code.
 
-    Ctrl-C and SIGTERM end it at once, with one line, exit code 130 and no half-written file. They
-    do not raise KeyboardInterrupt, which torch swallows while it imports numpy and Python
-    swallows in callbacks.
+    Ctrl-C and SIGTERM end it at once. In a notebook or an interactive session, main is only
+    called: the session goes on, its signal handlers are left alone, and an exit code other than 0
+    raises SystemExit.
     """
-
-    def stop(*_) -> NoReturn:
-        try:
-            remove_unfinished()
-            os.write(2, b"\ninterrupted\n")
-        finally:  # even if the reader of stderr was interrupted first
-            os._exit(130)
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names may hold characters that the encoding of an old terminal lacks.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # A shell's background job ignores SIGINT, and goes on doing so.
-        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
-            signal.signal(number, stop)
+    if _is_part_of_a_session():
+        code = main()
+        if code:
+            sys.exit(code)
+        return
+    _open_standard_streams()
+    end_on_signals()
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Everything is written.
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            with contextlib.suppress(OSError):  # Nobody reads on.
-                stream.flush()
+        with contextlib.suppress(OSError):  # Nobody reads on.
+            stream.flush()
     # A normal exit takes torch down, which takes time and now and then aborts; torchrun would
     # take that for a failure.
     os._exit(code or 0)
+
+
+def _is_part_of_a_session() -> bool:
+    """Return whether this process goes on after the command, as a notebook's kernel does."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive) or not in_main_thread
+
+
+def _open_standard_streams() -> None:
+    """Make sure that stdin, stdout and stderr are open, as `>&-` in a shell does not.
+
+    Otherwise the first files that are opened would take their places, and get what is printed.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # The lowest free number is taken.
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names may hold characters that the encoding of an old terminal lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")

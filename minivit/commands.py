@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import NoReturn
 
 from . import cli
 from .settings import BASE_MODEL, RUN_DIR, InferSettings, TrainSettings
@@ -241,11 +240,11 @@ def infer_parser() -> cli.Parser:
     return parser
 
 
-def train_script() -> NoReturn:
+def train_script() -> None:
     """Run as a program: train.py, or minivit-train where minivit is installed."""
     cli.start(train)
 
 
-def infer_script() -> NoReturn:
+def infer_script() -> None:
     """Run as a program: infer.py, or minivit-infer where minivit is installed."""
     cli.start(infer)

@@ -36,7 +36,7 @@ from .model import ViT, copy_trainable, freeze_except, trainable, working_copy
 from .settings import MIN_STEPS, TrainSettings
 from .system import device as devices
 from .system import distributed, files
-from .system.signals import stop_requests
+from .system.signals import held_back, stop_requests
 from .system.workers import worker_pool, write_behind
 from .training import metrics, publishing, report, run_folder
 from .training.features import (
@@ -314,7 +314,7 @@ class Recorder:
         """Note the time that the run took, and save the state if it was stopped in an epoch."""
         state.spent = time.perf_counter() - self.started
         if state.stopped and distributed.rank() == 0:
-            with stop_requests():  # torchrun repeats its signal.
+            with held_back():  # torchrun repeats its signal.
                 save_state(self.out / run_folder.STATE, state, self.fingerprint())
 
 

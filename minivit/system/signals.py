@@ -1,43 +1,174 @@
-"""Requests to stop: SIGINT and SIGTERM, seen by all ranks after the same step."""
+"""What SIGINT and SIGTERM do: they end a program at once, or a training run after its step.
+
+Python runs signal handlers in the main thread only, and only between two instructions of Python's.
+A thread therefore ends the program in case the main thread is waiting inside a call of torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 
-import torch
+from .files import remove_unfinished
 
-from .distributed import all_reduce_sum, world_size
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds that the main thread has to run the handler of a signal.
+HANDLER_LIMIT = 0.5
+# Seconds until a run must have seen a request to stop, unless its steps take longer.
+STEP_LIMIT = 1.5
+
+_ending_thread: int | None = None
+
+
+def end_now(*_: object) -> None:
+    """End this process at once, with one line, exit code 130 and no half-written file.
+
+    This is a handler of signals. It does not raise KeyboardInterrupt, which torch swallows while
+    it imports numpy and Python swallows in callbacks.
+    """
+    global _ending_thread
+    if _ending_thread == threading.get_ident():
+        return  # A second signal came while the first was being handled.
+    if _ending_thread is not None:
+        time.sleep(60)  # Another thread is about to end the process.
+    _ending_thread = threading.get_ident()
+    try:
+        remove_unfinished()
+        os.write(2, b"\ninterrupted\n")
+        remove_unfinished()  # Another thread may have begun a file in the meantime.
+    finally:  # even if the reader of stderr was interrupted first
+        os._exit(130)
+
+
+def end_on_signals() -> None:
+    """Let SIGINT and SIGTERM end this program, whatever its main thread is doing."""
+    for number in SIGNALS:
+        # A shell's background job ignores SIGINT, and goes on doing so.
+        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+            signal.signal(number, end_now)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+
+
+def _watch(reader: int) -> None:
+    """Follow each signal, whose number Python writes into a pipe as soon as it comes."""
+    while True:
+        (number,) = os.read(reader, 1)
+        threading.Thread(target=_enforce, args=(number,), daemon=True).start()
+
+
+def _enforce(number: int) -> None:
+    """End the process if the main thread has not followed a signal in time."""
+    time.sleep(HANDLER_LIMIT)
+    handler = signal.getsignal(number)
+    if handler is end_now:
+        end_now(number, None)
+    run = getattr(handler, "__self__", None)
+    if isinstance(run, StopRequests):
+        run.wait_until_seen()
+
+
+class StopRequests:
+    """The requests to stop that a run has received; call it to ask whether there is one.
+
+    All ranks get the same answer, and must ask at the same points.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.is_asked = False
+        self.is_seen = False
+        self.is_over = False
+        self.earlier_handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        self.asked_at = time.monotonic()
+        self.longest_step = 0.0  # seconds between two questions
+
+    def __call__(self) -> bool:
+        import torch
+
+        from .distributed import all_reduce_sum
+
+        now = time.monotonic()
+        if self.is_asked:
+            self.longest_step = max(self.longest_step, now - self.asked_at)
+        self.asked_at = now
+        self.is_asked = True
+        any_rank = all_reduce_sum(torch.tensor(float(bool(self.received))))
+        self.is_seen = bool(any_rank.item())
+        return self.is_seen
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Remember a signal; in a single process, a second SIGINT is handled as it was before."""
+        from .distributed import world_size
+
+        earlier = self.earlier_handlers[signal.Signals(number)]
+        if self.received and number == signal.SIGINT and world_size() == 1 and callable(earlier):
+            earlier(number, frame)
+        self.received.append(number)
+
+    def wait_until_seen(self) -> None:
+        """End the process if the run does not ask for a request within two steps or so.
+
+        It may be waiting for a rank that has died. What was saved last stays.
+        """
+        limit = max(STEP_LIMIT, 3 * self.longest_step)
+        deadline = time.monotonic() + limit - HANDLER_LIMIT
+        while not (self.is_seen or self.is_over):
+            if time.monotonic() > deadline:
+                end_now()
+            time.sleep(0.02)
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Turn SIGINT and SIGTERM into requests to stop, and yield a function that asks for one.
 
-    That function returns the same answer on all ranks, which must call it at the same points. In
-    a single process, a second SIGINT is handled as it was before.
+    That function returns the same answer on all ranks, which must call it at the same points. A
+    signal that comes after the last question is handled at the end as it was before.
     """
-    received: list[int] = []
-    earlier_handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    requests = StopRequests()
+    with _handling_signals(requests.handle):
+        try:
+            yield requests
+        finally:
+            requests.is_over = True
+    if requests.received and not requests.is_seen:
+        signal.raise_signal(requests.received[0])
 
-    def remember(number, frame) -> None:
-        earlier = earlier_handlers[number]
-        if received and number == signal.SIGINT and world_size() == 1 and callable(earlier):
-            earlier(number, frame)
-        received.append(number)
 
-    def stop_requested() -> bool:
-        any_rank = all_reduce_sum(torch.tensor(float(bool(received))))
-        return bool(any_rank.item())
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Ignore SIGINT and SIGTERM while a run that is about to end is saved."""
 
-    for number, handler in earlier_handlers.items():
-        if handler != signal.SIG_IGN:  # A shell's background jobs ignore SIGINT.
-            signal.signal(number, remember)
-    try:
-        yield stop_requested
-    finally:
-        for number, handler in earlier_handlers.items():
+    def ignore(*_: object) -> None:
+        pass
+
+    with _handling_signals(ignore):
+        yield
+
+
+@contextlib.contextmanager
+def _handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM in this way, and afterwards as before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Only the main thread can do that.
+        return
+    earlier_handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, earlier in earlier_handlers.items():
+        # A shell's background jobs ignore SIGINT. None stands for a handler in C, which could not
+        # be restored.
+        if earlier not in (signal.SIG_IGN, None):
             signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in earlier_handlers.items():
+            if earlier is not None:
+                signal.signal(number, earlier)
