@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError, first_few
 from ..system.files import read_json
+from ..system.home import ensure_home
 from .network import explain_failure, status_of
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class _Hub:
     """A repository on the Hub. All files come from the commit that the first one came from."""
 
     def __init__(self, source: str, revision: str | None) -> None:
+        ensure_home()  # huggingface_hub looks for it when it is imported.
         from huggingface_hub import constants
 
         self.source = source
