@@ -21,7 +21,7 @@ import numpy as np
 from conftest import draw_photo
 from PIL import Image
 
-from minivit.data.photos import MAX_PIXELS, PhotoError, open_photo
+from minivit.data.photos import FORMATS, MAX_PIXELS, PhotoError, open_photo
 from minivit.errors import printable
 
 MAX_SECONDS = 2
@@ -132,11 +132,13 @@ def valid_photos() -> dict[str, bytes]:
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     frames = {"save_all": True, "append_images": [photo.rotate(90), photo.rotate(180)]}
     profile = {"icc_profile": bytes(300), "exif": exif}
-    return {
+    photos = {
         "JPEG": save(photo, format="JPEG", **profile),
         "JPEG progressive": save(photo, format="JPEG", progressive=True, comment=b"a comment"),
         "JPEG CMYK": save(photo.convert("CMYK"), format="JPEG"),
         "JPEG grey": save(grey, format="JPEG", restart_marker_blocks=2),
+        "JPEG without end": save(photo, format="JPEG", restart_marker_rows=1)[:-2],
+        "JPEG of several": save(photo.copy(), format="MPO", save_all=True, append_images=[grey]),
         "PNG": save(photo, format="PNG", **profile),
         "PNG alpha": save(alpha, format="PNG"),
         "PNG palette": save(palette, format="PNG", transparency=3),
@@ -156,7 +158,12 @@ def valid_photos() -> dict[str, bytes]:
         "BMP": save(photo, format="BMP"),
         "BMP palette": save(palette, format="BMP"),
         "PPM": save(photo, format="PPM"),
+        "PPM 16 bits": save(deep, format="PPM"),
+        "PPM 10 bits": b"P5 40 30 1023 " + (np.asarray(deep) // 64).astype(">u2").tobytes(),
     }
+    if "AVIF" in FORMATS:  # Last, because Pillow takes the orientation out of what it is given.
+        photos["AVIF"] = save(photo, format="AVIF", speed=10, **profile)
+    return photos
 
 
 def mutate(data: bytes, others: list[bytes], rng: np.random.Generator) -> bytes:
@@ -259,7 +266,7 @@ def test_any_bytes_give_a_photo_or_one_line_that_names_the_file(tmp_path, capfd)
 def test_the_photos_were_valid_before_they_were_broken(tmp_path):
     for form, data in valid_photos().items():
         assert open_case(tmp_path / "photo", data)[0] == "photo", form
-        turned = form in ("JPEG", "PNG", "WebP", "TIFF")
+        turned = form in ("AVIF", "JPEG", "PNG", "WebP", "TIFF")
         assert open_photo(tmp_path / "photo").size == ((30, 40) if turned else (40, 30)), form
 
 

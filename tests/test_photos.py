@@ -310,7 +310,7 @@ def test_what_follows_or_accompanies_an_image_does_not_count(tmp_path, make):
 
 
 @pytest.mark.parametrize(
-    "data",
+    "make",
     [
         pytest.param(lambda: in_jpeg(exif_segments(90_000)), id="JPEG"),
         pytest.param(lambda: in_jpeg(exif_segments(9_000_000)), id="JPEG, 9 MB"),
@@ -328,8 +328,8 @@ def test_what_follows_or_accompanies_an_image_does_not_count(tmp_path, make):
         ),
     ],
 )
-def test_a_photo_with_long_exif_is_turned_upright(tmp_path, data):
-    (tmp_path / "photo").write_bytes(data())
+def test_a_photo_with_long_exif_is_turned_upright(tmp_path, make):
+    (tmp_path / "photo").write_bytes(make())
     assert open_photo(tmp_path / "photo").size == (40, 60)
 
 
@@ -495,6 +495,22 @@ def test_anything_but_a_whole_photo_is_refused_by_name(tmp_path, make, message):
     make(tmp_path / "photo.jpg")
     with pytest.raises(PhotoError, match=rf"photo\.jpg: .*{message}"):
         open_photo(tmp_path / "photo.jpg")
+
+
+def test_a_photo_is_known_by_its_content_whether_or_not_it_can_be_read(tmp_path):
+    path = tmp_path / "photo"
+    for data, is_photo in (
+        (in_png(chunk(b"zTXt", b"prompt\0\0" + LONG)), True),
+        (in_jpeg(b"") + SCANS, True),
+        (tiff_of(NUMBERS.astype(np.float32), 32, 3), True),
+        (png(20_000, 6_000), True),
+        (png(2**31 - 1, 2**31 - 1), True),
+        (b"\x89PNG but no more", False),
+        (b"P3 is what I call him", False),
+        (b"", False),
+    ):
+        path.write_bytes(data)
+        assert photos.holds_photo(path) == is_photo, data[:20]
 
 
 def test_a_fifo_that_replaces_a_photo_cannot_make_us_wait(tmp_path, monkeypatch):
@@ -725,7 +741,7 @@ def test_a_preprocessor_config_survives_a_round_trip():
         assert Preprocess.from_config(preprocess.to_config()) == preprocess
     assert Preprocess.from_config({"size": 384}).resize == (384, 384)
     with pytest.raises(UserError, match="does not fit a shortest edge"):
-        Preprocess.from_config({"size": {"shortest_edge": 200}, "crop_size": 224})
+        Preprocess.from_config(DINOV2_PREPROCESSOR | {"size": {"shortest_edge": 200}})
     with pytest.raises(UserError, match="without a centre crop"):
         Preprocess.from_config({"size": {"shortest_edge": 200}, "do_center_crop": False})
 

@@ -6,16 +6,13 @@ This module does not import torch, so that processes that only read photos start
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
 from ..figures.marks import SOFTWARE, is_ours
-from .photos import FORMATS
+from .photos import FORMATS, holds_photo
 
 # Files with these names are photos, and so are files without an extension that hold one. What
 # format they are in is decided by their content.
@@ -220,19 +217,6 @@ def is_own_figure(path: str | os.PathLike[str]) -> bool:
     This is marks.is_ours for class folders of many PNG files: it reads only their first bytes.
     """
     return has_suffix(os.fspath(path), (".png",)) and FIGURE_MARK in _first_bytes(path, 512)
-
-
-def holds_photo(path: str | os.PathLike[str]) -> bool:
-    """Return whether a file's content is a photo in a format that is read, whatever its name."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS):
-                return True
-    except Image.DecompressionBombError:
-        return True
-    except Exception:  # Pillow raises anything for a file that is no photo.
-        return False
 
 
 def _first_bytes(path: str | os.PathLike[str], n: int) -> bytes:

@@ -99,6 +99,22 @@ def open_undecoded(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         yield image
 
 
+def holds_photo(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file's content is an image in a format that is read, whatever its name.
+
+    It may still be refused when it is opened, for its size or its kind of pixels.
+    """
+    try:
+        with (
+            _photo_errors(path),
+            _open_regular(path) as file,
+            _identify(file, own_data(file, MAX_BYTES)),
+        ):
+            return True
+    except PhotoError as error:
+        return isinstance(error.__cause__, Image.DecompressionBombError)
+
+
 @contextlib.contextmanager
 def _photo_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn whatever decoders raise into PhotoError: anything from OSError to struct.error."""
@@ -168,13 +184,17 @@ def _open_image(file: BinaryIO, own: ImageData | None) -> ImageFile.ImageFile:
 
     `own` is the image's own data, if it has been taken out of the file.
     """
-    source = file if own is None else io.BytesIO(own.data)
     try:
-        image = Image.open(source, formats=FORMATS)
+        image = _identify(file, own)
     except Image.UnidentifiedImageError:
         raise ValueError(_unidentified(file)) from None
     _check_before_decoding(image, 0 if own is None else own.scans)
     return image
+
+
+def _identify(file: BinaryIO, own: ImageData | None) -> ImageFile.ImageFile:
+    source = file if own is None else io.BytesIO(own.data)
+    return Image.open(source, formats=FORMATS)
 
 
 def _unidentified(file: BinaryIO) -> str:
