@@ -15,12 +15,14 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from benchmarks.pretrain_demo import random_breed
-from minivit import __main__, load_pretrained, open_photo, query_maps
+from minivit import load_pretrained, open_photo, query_maps
 from minivit.checkpoints.hub import DEMO
 from minivit.data.datasets import load_data
 from minivit.tools.demo import command as demo
 from minivit.tools.demo import scenes
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from pretrain_demo import random_breed
 
 
 @pytest.fixture(scope="module", params=["a tenth", pytest.param("whole", marks=pytest.mark.slow)])
@@ -41,13 +43,8 @@ def story(request, tmp_path_factory):
         patch.setattr(
             demo, "TRAINING", ("--epochs", "4", "--batch-size", "8", "--lr", "3e-3", "--amp", "off")
         )
-        patch.setattr(demo.subprocess, "run", run_here)
         assert demo.main(["--out", str(out)]) == 0
     return out, printed.getvalue(), False
-
-
-def run_here(command):
-    return subprocess.CompletedProcess(command, __main__.main(command[3:]))
 
 
 def attention_on_the_animal(model, data) -> np.ndarray:
@@ -152,7 +149,6 @@ def test_the_story_is_told_and_points_at_what_is_there(story):
 def test_what_fails_inside_ends_the_story_with_its_exit_code(tmp_path, monkeypatch):
     codes = iter([0, 2])
     monkeypatch.setattr(demo, "PER_BREED", (1, 1))
-    monkeypatch.setattr(
-        demo.subprocess, "run", lambda command: subprocess.CompletedProcess(command, next(codes))
-    )
+    for name in demo.COMMANDS:
+        monkeypatch.setitem(demo.COMMANDS, name, lambda flags: next(codes))
     assert demo.main(["--out", str(tmp_path / "out"), "--workers", "1"]) == 2

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image, ImageChops
 
-from benchmarks.pretrain_demo import PATTERNS, random_breed
 from minivit.data.datasets import load_data
 from minivit.tools.demo import scenes
 from minivit.tools.demo.animals import BREEDS as ALL_BREEDS
 from minivit.tools.demo.drawings import BREEDS, draw_pets
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from pretrain_demo import PATTERNS, random_breed
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,12 @@ _unfinished: set[Path] = set()
 
 
 def remove_unfinished() -> None:
-    """Remove the files that are being written, before a process ends at once."""
+    """Remove the files and folders that are being written, before a process ends at once."""
     for path in list(_unfinished):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -49,6 +52,25 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+        _unfinished.discard(partial)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path` to write into.
+
+    It replaces the folder `path` when the block ends, and is removed if the block fails.
+    """
+    partial = path.with_name(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # A process that was killed may have left it.
+    partial.mkdir()
+    _unfinished.add(partial)
+    try:
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
         _unfinished.discard(partial)
 
 

@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ... import cli
+from ... import cli, commands
 from ...system.files import whole_file
+from ..score import command as score_command
 from . import scenes
 from .drawings import BREEDS, draw_pets
 
+DESCRIPTION = (
+    "The whole story on drawings, offline: a model that names furniture learns to see the animals."
+)
 PER_BREED = (130, 25)  # photos in trainval and in test
 TRAINING = ("--epochs", "6", "--batch-size", "16", "--lr", "2e-3", "--amp", "off")
+# The commands that tell the story. They import torch only when they are run.
+COMMANDS = {"infer": commands.infer, "train": commands.train, "score": score_command.main}
 # The photos to explain: a household object, a breed, and a seed that gives a good picture.
 STORY = (
     ("washing machine", "Ginger_Tabby", 7),
@@ -33,7 +37,7 @@ STORY = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser("demo", description=__doc__.partition("\n")[0])
+    parser = cli.Parser("demo", description=DESCRIPTION)
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="output folder")
     parser.add_argument(
         "--seed", type=cli.at_least(0), default=0, help="seed of the drawings and of training"
@@ -65,7 +69,8 @@ def tell_story(args: argparse.Namespace) -> int:
         ["score", *tuned, "--data", data, "--gallery", "3", "--out", str(out / "score")],
     ):
         print(f"\n$ python -m minivit {shlex.join(command)}", flush=True)
-        code = subprocess.run([sys.executable, "-m", "minivit", *command]).returncode
+        # It runs in this process, so that whatever ends the demo ends the command.
+        code = COMMANDS[command[0]](command[1:])
         if code:
             return code
     print(f"\nThe whole story took {time.perf_counter() - started:.0f} s. Now look at:")

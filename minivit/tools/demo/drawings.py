@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from ...system.files import whole_folder
 from . import animals, scenes
 
 # With eight breeds, test accuracy stayed below 0.95.
@@ -36,25 +36,22 @@ def draw_pets(root: Path, *, per_breed: tuple[int, int], seed: int, workers: int
     """Draw photos, masks, head boxes and listings into root/oxford-iiit-pet.
 
     `per_breed` is each breed's number of photos in trainval and in test. The same seed gives the
-    same data set, whatever `workers`. Everything is drawn into a folder next to the final one,
-    which then replaces an earlier drawing, so that an interrupt never leaves half a data set.
+    same data set, whatever `workers`, which takes the place of an earlier one when it is whole.
     """
     num_trainval, num_test = per_breed
     numbers = range(1, num_trainval + num_test + 1)
     photos = [(breed, number) for breed in BREEDS for number in numbers]
-    folder = root / ".partial"
-    shutil.rmtree(folder, ignore_errors=True)
-    for part in ("images", "annotations/trimaps", "annotations/xmls"):
-        (folder / part).mkdir(parents=True)
-    draw = partial(_draw_pet, folder, seed, num_trainval)
-    # Threads are enough, because Pillow releases the GIL while it resizes and blurs.
-    with ThreadPoolExecutor(workers) as executor:
-        # Asking for the results raises the errors of the threads.
-        list(executor.map(draw, *zip(*photos)))
-    _write_listing(folder, "trainval", numbers[:num_trainval])
-    _write_listing(folder, "test", numbers[num_trainval:])
-    shutil.rmtree(root / "oxford-iiit-pet", ignore_errors=True)
-    folder.rename(root / "oxford-iiit-pet")
+    root.mkdir(parents=True, exist_ok=True)
+    with whole_folder(root / "oxford-iiit-pet") as folder:
+        for part in ("images", "annotations/trimaps", "annotations/xmls"):
+            (folder / part).mkdir(parents=True)
+        draw = partial(_draw_pet, folder, seed, num_trainval)
+        # Threads are enough, because Pillow releases the GIL while it resizes and blurs.
+        with ThreadPoolExecutor(workers) as executor:
+            # Asking for the results raises the errors of the threads.
+            list(executor.map(draw, *zip(*photos)))
+        _write_listing(folder, "trainval", numbers[:num_trainval])
+        _write_listing(folder, "test", numbers[num_trainval:])
 
 
 def _draw_pet(folder: Path, seed: int, num_trainval: int, breed: str, number: int) -> None:
