@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections import deque
@@ -19,6 +20,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn, TypeVar
 
 from ..errors import UserError
@@ -69,8 +71,9 @@ def worker_pool(num_processes: int, module: str) -> Iterator[Executor]:
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_processes, context, _start_worker, (module,))
     try:
-        for _ in range(num_processes):
-            pool.submit(_do_nothing)  # The pool starts a process for each job until it is full.
+        with _without_main_module():
+            for _ in range(num_processes):
+                pool.submit(_do_nothing)  # The pool starts a process for each job until it is full.
         yield pool
     except BrokenProcessPool:
         message = "a worker process was killed; if memory ran out, try fewer --workers"
@@ -80,6 +83,21 @@ def worker_pool(num_processes: int, module: str) -> Iterator[Executor]:
         raise
     # All jobs are done. Workers that exit take half a second, for which nobody needs to wait.
     pool.shutdown(wait=False)
+
+
+@contextlib.contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Hide the main module from worker processes that are started meanwhile.
+
+    They would run a user's script again from its beginning, although they need nothing of it, and
+    a script that comes from stdin or a notebook cannot be run again.
+    """
+    main_module = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main_module
 
 
 class InlineExecutor(Executor):
@@ -98,7 +116,10 @@ def _start_worker(module: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _exit_at_once)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    import_module(module)
+    # A module that cannot be imported is the first job's to report: an error here would look as if
+    # the worker had been killed.
+    with contextlib.suppress(Exception):
+        import_module(module)
 
 
 def _exit_with_parent() -> None:
