@@ -7,8 +7,6 @@ order of photos and the augmentation of an epoch follow from the seed and the ep
 from __future__ import annotations
 
 import json
-import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checkpoints.tensors import save_tensors
-from ..errors import UserError
+from ..errors import UserError, first_few
 from ..model import ViT, trainable
 from ..settings import list_changes
 from .optimizer import AdamW, parameter_groups
@@ -107,11 +105,7 @@ class RunState:
             self.best = weights
         self.scaler.load_state_dict(about["scaler"])
         for name in JSON_FIELDS:
-            if name in about:
-                setattr(self, name, about[name])
-        if "skipped" not in about:  # Earlier versions of minivit did not save it.
-            losses = enumerate(self.losses)
-            self.skipped = [step for step, loss in losses if not math.isfinite(loss)]
+            setattr(self, name, about[name])
 
 
 def new_state(
@@ -145,8 +139,8 @@ def save_state(path: Path, state: RunState, settings: Mapping[str, object]) -> N
 def read_state(path: Path, settings: Mapping[str, object]) -> tuple[dict[str, Tensor], dict]:
     """Read the tensors of a saved state, and what it holds as JSON.
 
-    Raises UserError if the run began with other settings, naming each of them. Settings that an
-    earlier version of minivit did not save cannot be compared, which is said on stderr.
+    Raises UserError if the run began with other settings, naming each of them, or if it does not
+    say all of them.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -158,14 +152,13 @@ def read_state(path: Path, settings: Mapping[str, object]) -> tuple[dict[str, Te
         ) from error
     as_json = json.loads(json.dumps(settings))  # A tuple, for example, becomes a list.
     saved = about["settings"]
-    changes = list_changes(as_json | saved, as_json)
-    if changes:
-        raise UserError(f"{path}: cannot go on with other settings: {'; '.join(changes)}")
     unknown = [name for name in as_json if name not in saved]
     if unknown:
-        print(
-            f"{path}: was saved by an earlier version of minivit, so these cannot be compared: "
-            f"{', '.join(unknown)}",
-            file=sys.stderr,
+        raise UserError(
+            f"{path}: was saved by an earlier version of minivit, which did not note "
+            f"{first_few(unknown)}; finish the run with that version, or leave --resume away"
         )
+    changes = list_changes(saved, as_json)
+    if changes:
+        raise UserError(f"{path}: cannot go on with other settings: {'; '.join(changes)}")
     return tensors, about
