@@ -48,6 +48,7 @@ from .training.features import (
 from .training.fingerprint import describe_run
 from .training.overview import describe_training
 from .training.rehearsal import rehearse
+from .training.run_photos import photos_checksum
 from .training.state import RunState, new_state, save_state, set_trainable
 from .training.step import mean_loss, predict, predict_photos, score_predictions, train_epoch
 from .training.views import TrainingPhotos
@@ -91,6 +92,7 @@ def train(settings: TrainSettings) -> int:
             if settings.dry_run:
                 return 0
 
+            checksum = photos_checksum(data)
             data, train_split, val_split, test_split = decode_photos(settings, data, model)
             state = new_state(
                 working_model,
@@ -116,7 +118,7 @@ def train(settings: TrainSettings) -> int:
         if is_rank_0:
             num_workers = 3 if len(data.test) >= DRAW_IN_WORKERS_FROM else 0  # one a figure
             with worker_pool(num_workers, "minivit.figures.plots") as pool:
-                finish(settings, state, model, data, val_split, test_split, pool)
+                finish(settings, state, model, data, val_split, test_split, checksum, pool)
             run_folder.report_result(out)
             if settings.push_to_hub:
                 publishing.publish(out, settings.push_to_hub)
@@ -435,9 +437,13 @@ def finish(
     data: Data,
     val_split: PixelsAndLabels,
     test_split: PixelsAndLabels,
+    checksum: str,
     pool: Executor,
 ) -> None:
-    """Test the best epoch once, and write everything that the run leaves behind."""
+    """Test the best epoch once, and write everything that the run leaves behind.
+
+    `checksum` is photos_checksum of all data.
+    """
     started = time.perf_counter()
     out = Path(settings.out)
     device = state.device
@@ -462,6 +468,7 @@ def finish(
     confusion = metrics.confusion_matrix(test_logits.argmax(1), test_split[1], num_classes)
     summary: dict[str, object] = {f"test_{name}": value for name, value in scores.items()}
     summary |= summarize_run(settings, state, model, data)
+    summary["photos_checksum"] = checksum
     summary["confused"] = report.name_pairs(confusion, data.classes)
     summary["seconds"] = state.spent + time.perf_counter() - started
     summary["peak_gib"] = peak_gib
