@@ -14,16 +14,18 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, randomize
+from conftest import ROOT, randomize, run_train
 from PIL import Image
 from torch.testing import assert_close
 
 from minivit import Preprocess, ViT, ViTConfig, load_pretrained, query_maps, save_pretrained
 from minivit.attention import METHODS, class_relevance, rollout
+from minivit.data.datasets import load_data
 from minivit.errors import UserError
 from minivit.system import workers
-from minivit.tools.score import command, gallery, masks, measure, report, statistics
+from minivit.tools.score import command, figure, gallery, masks, measure, report, statistics
 from minivit.tools.score.region_scores import region_scores
+from minivit.training import run_photos
 
 CROP = Preprocess(36, (32, 32), 3)
 XML = (
@@ -386,7 +388,7 @@ def run(pets, *flags):
     return command.main([*known, *map(str, flags)])
 
 
-def test_amp_is_the_precision_that_the_models_compute_in(pets, folders, monkeypatch):
+def test_amp_is_the_precision_that_the_models_compute_in(pets, folders, monkeypatch, no_figure):
     dtypes = []
     measure_all = measure.measure
 
@@ -397,6 +399,17 @@ def test_amp_is_the_precision_that_the_models_compute_in(pets, folders, monkeypa
     monkeypatch.setattr(measure, "measure", measure_and_note_dtype)
     assert run(pets, "--model", folders[0], "--amp", "bf16") == 0
     assert dtypes == [torch.bfloat16]
+
+
+@pytest.fixture
+def no_figure(monkeypatch):
+    """Write an empty file for the figure, which takes most of the time of a tiny model."""
+
+    def leave_empty(path, *_):
+        path.touch()
+        return ""
+
+    monkeypatch.setattr(figure, "draw_scores", leave_empty)
 
 
 def read_csv(pets):
@@ -513,7 +526,7 @@ def test_photos_without_a_pet_to_look_at_are_counted_and_named(pets, folders, ca
         (["--gallery", "51"], "expected at most 50 photos of each kind"),
         (["--data", "SHAPES"], "no photo of the test split has a mask"),
         (["--model", "nowhere"], "nowhere"),
-        (["--out", "FILE"], "File exists"),
+        (["--out", "FILE"], "expected a folder, found a file"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_exit_code_2(
@@ -550,6 +563,184 @@ def test_help_answers_without_torch_and_numpy():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+# Which photos
+
+
+def write_summary(folder, data, *, seed, base="demo", **changes):
+    """Write what a run with this seed says of itself."""
+    summary = {
+        "settings": {"seed": seed, "data": str(data)},
+        "base": str(base),
+        "photos_checksum": run_photos.photos_checksum(load_data(data, seed=seed)),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary | changes))
+
+
+@pytest.fixture
+def scored(monkeypatch, no_figure):
+    """Return a list that every call of score appends its photos to."""
+    scored = []
+    measure_all = measure.measure
+
+    def measure_and_note_paths(models, paths, **options):
+        scored.append(set(paths))
+        return measure_all(models, paths, **options)
+
+    monkeypatch.setattr(measure, "measure", measure_and_note_paths)
+    return scored
+
+
+def seeds_without_common_photos(data):
+    """Return two seeds whose validation photos all differ, and the data as each splits it."""
+    by_seed = {seed: load_data(data, seed=seed) for seed in range(9)}
+    for seed, split in by_seed.items():
+        if not set(split.val.paths) & set(by_seed[0].val.paths):
+            return (0, seed), (by_seed[0], split)
+    raise AssertionError("expected two such seeds")
+
+
+def test_validation_photos_are_those_of_the_scored_run(pets, folders, scored, capsys):
+    (_, seed), (_, data) = seeds_without_common_photos(pets.parent)
+    write_summary(folders[0], pets.parent, seed=seed)
+    for split in ("val", "train", "trainval", "test"):
+        assert run(pets, "--model", folders[0], "--split", split) == 0
+    trained, validated, tested = map(set, (data.train.paths, data.val.paths, data.test.paths))
+    assert scored == [validated, trained, trained | validated, tested]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the ")]
+    assert lines[1] == f"the val split is that of {folders[0]}, made with seed {seed}"
+    assert lines[3] == f"the train split is that of {folders[0]}, made with seed {seed}"
+
+
+def test_a_run_of_train_py_says_which_photos_validate(pets, folders, tmp_path, scored, no_figures):
+    (_, seed), (_, data) = seeds_without_common_photos(pets.parent)
+    out = tmp_path / "run"
+    flags = ("--blocks", "none", "--epochs", "1", "--seed", seed)
+    assert run_train(folders[1], pets.parent, out, *flags) == 0
+    moved = pets.parent.rename(tmp_path / "moved") / pets.name
+    assert run(moved, "--model", out, "--compare", folders[1], "--split", "val") == 0
+    assert {path.name for path in scored[0]} == {path.name for path in data.val.paths}
+    assert json.loads((moved.parent / "out" / "score.json").read_text())["equal_blocks"] == 2
+
+
+def test_a_model_that_knows_other_classes_has_seed_0s_split(pets, tmp_path, scored, capsys):
+    model = looking_model(1)
+    model.labels = ("sofa", "lamp")
+    save_pretrained(model, tmp_path)
+    (tmp_path / "summary.json").write_text('{"loss": 1}')  # that of another program
+    assert run(pets, "--model", tmp_path, "--split", "val") == 0
+    assert scored == [set(load_data(pets.parent, seed=0).val.paths)]
+    printed = capsys.readouterr().out
+    assert "the val split is that of seed 0; no run trained this model on these breeds" in printed
+
+
+def test_a_model_without_a_run_that_knows_the_breeds_is_refused(pets, folders, scored, capsys):
+    for split in ("train", "val"):
+        assert run(pets, "--model", folders[0], "--split", split) == 2
+        assert "no summary.json beside it says which of the photos" in capsys.readouterr().err
+    assert scored == []
+
+
+@pytest.mark.parametrize(
+    "changes, is_refused",
+    [
+        ({"photos_checksum": "12345678"}, True),
+        ({"photos_checksum": None, "settings": {"seed": 0, "data": "elsewhere"}}, True),
+        ({"photos_checksum": None}, False),
+    ],
+    ids=["other photos", "another folder", "a run of before"],
+)
+def test_a_run_on_other_photos_has_no_validation_photos_here(
+    pets, folders, capsys, no_figure, changes, is_refused
+):
+    write_summary(folders[0], pets.parent, seed=0, **changes)
+    for split, code in (("val", 2 * is_refused), ("train", 2 * is_refused), ("test", 0)):
+        assert run(pets, "--model", folders[0], "--split", split) == code
+    if is_refused:
+        message = f"which of these photos are the train split of {folders[0]} is not known"
+        assert message in capsys.readouterr().err
+
+
+def test_photos_that_an_earlier_run_trained_on_do_not_validate(pets, folders, capsys, no_figure):
+    (first, second), _ = seeds_without_common_photos(pets.parent)
+    model, base = folders
+    message = f"{base}: was trained, with seed {first}, on photos that {model} validates on"
+    write_summary(model, pets.parent, seed=second)
+    write_summary(base, pets.parent, seed=first)
+    assert run(pets, "--model", model, "--compare", base, "--split", "val") == 2
+    assert message in capsys.readouterr().err
+    assert run(pets, "--model", model, "--compare", base, "--split", "train") == 0
+    write_summary(model, pets.parent, seed=second, base=base)
+    assert run(pets, "--model", model, "--split", "val") == 2
+    assert message in capsys.readouterr().err
+    write_summary(base, pets.parent, seed=first, photos_checksum="12345678")  # other photos
+    assert run(pets, "--model", model, "--split", "val") == 0
+
+
+def test_a_run_is_found_by_its_folder_and_by_a_file_in_it(pets, folders):
+    write_summary(folders[0], pets.parent, seed=3, base=folders[1])
+    write_summary(folders[1], pets.parent, seed=2, base=folders[0])
+    for model in (folders[0], folders[0] / "model.safetensors"):
+        assert run_photos.find_run(str(model)).seed == 3
+    assert len(run_photos.runs_behind(str(folders[0]))) == run_photos.MOST_RUNS  # a circle
+    assert run_photos.find_run("google/vit-base-patch16-224") is None
+
+
+def test_score_needs_only_the_photos_of_its_split(pets, folders, capsys, no_figure):
+    write_summary(folders[0], pets.parent, seed=0)
+    test_photos = load_data(pets.parent, seed=0).test.paths
+    for path in test_photos:
+        path.rename(path.with_suffix(".gone"))
+        masks.mask_path(path).rename(masks.mask_path(path).with_suffix(".gone"))
+    for split in ("train", "val", "trainval"):
+        assert run(pets, "--model", folders[0], "--split", split) == 0
+    assert run(pets, "--model", folders[0]) == 2
+    assert "8 of 8 listed photos not found" in capsys.readouterr().err
+    for path in pets.rglob("*.gone"):
+        path.rename(path.with_suffix(".jpg" if path.parent.name == "images" else ".png"))
+    for path in (pets / "images").iterdir():
+        if path not in test_photos:
+            path.unlink()
+            masks.mask_path(path).unlink()
+    assert run(pets, "--model", folders[0]) == 0
+    assert json.loads((pets.parent / "out" / "score.json").read_text())["photos"] == 8
+    (pets / "annotations" / "trainval.txt").unlink()
+    assert run(pets, "--model", folders[0]) == 0
+
+
+# The folder of the outputs
+
+
+@pytest.mark.parametrize("name", ["score.csv", "score.json", "score.png", "gallery.html"])
+def test_files_that_score_did_not_write_are_kept(pets, folders, capsys, no_figure, name):
+    out = pets.parent / "out"
+    out.mkdir()
+    (out / name).write_text('{"scores": "of the match"}')
+    flags = ("--model", folders[0], "--blocks", "1")
+    gallery_flags = ("--gallery", "1") if name.startswith("gallery") else ()
+    assert run(pets, *flags, *gallery_flags) == 2
+    assert f"{out}: holds {name}, which minivit did not write" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [name]
+    if gallery_flags:
+        assert run(pets, *flags) == 0
+        assert run(pets, *flags, *gallery_flags) == 2
+        assert run(pets, *flags) == 0
+        assert (out / name).read_text() == '{"scores": "of the match"}'
+
+
+def test_nothing_of_an_earlier_score_stays_beside_a_new_one(pets, folders):
+    out = pets.parent / "out"
+    flags = ("--model", folders[0], "--blocks", "1")
+    assert run(pets, *flags, "--gallery", "1") == 0
+    visible = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    assert visible == set(report.OUTPUTS)
+    about = json.loads((out / "score.json").read_text())
+    assert about.pop("files") == list(report.OUTPUTS)
+    (out / "score.json").write_text(json.dumps(about))  # as earlier versions wrote it
+    assert run(pets, *flags) == 0
+    visible = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    assert visible == {"score.json", "score.csv", "score.png"}
+
+
 def test_photos_are_grouped_by_the_species_in_the_listings(pets):
     listing = pets / "annotations" / "test.txt"
     listing.write_text(
@@ -560,7 +751,8 @@ def test_photos_are_grouped_by_the_species_in_the_listings(pets):
         pets / "images" / f"{stem}.jpg"
         for stem in ("cat_breed_6", "cat_breed_7", "dog_breed_6", "dog_breed_0")
     ]
-    groups = statistics.group_photos(paths, ["A", "A", "B", "B"], ["A", "A", "B", "A"])
+    (pets / "annotations" / "trainval.txt").unlink()  # Only the test photos need to be there.
+    groups = statistics.group_photos(paths, ["A", "A", "B", "B"], ["A", "A", "B", "A"], "test")
     assert {name: list(np.flatnonzero(chosen)) for name, chosen in groups.items()} == {
         "all": [0, 1, 2, 3],
         "cats": [0],
@@ -568,10 +760,10 @@ def test_photos_are_grouped_by_the_species_in_the_listings(pets):
         "right": [0, 1, 2],
         "wrong": [3],
     }
-    assert "right" not in statistics.group_photos(paths, ["A", "A", "B", "B"], None)
+    assert "right" not in statistics.group_photos(paths, ["A", "A", "B", "B"], None, "test")
 
 
-def test_a_table_names_the_best_head_and_says_what_is_the_same():
+def test_a_table_names_the_highest_head_and_what_is_the_same():
     rows = np.ones((4, 6, 2, 4), np.float32)  # 2 blocks of 2 heads and their mean
     rows[:, 1, 0, 1] = rows[:, 3, 0, 1] = 5
     base = rows.copy()
@@ -623,7 +815,7 @@ def test_no_block_is_equal_if_an_input_of_block_0_differs(tiny, inputs):
     assert measure.count_equal_blocks(model, other) == 0
 
 
-def test_weights_that_only_bf16_makes_equal_are_not_equal(pets, folders, tmp_path):
+def test_weights_that_only_bf16_makes_equal_are_not_equal(pets, folders, tmp_path, no_figure):
     model = looking_model(1)
     model.blocks[0].norm1.weight.data += 1e-5
     save_pretrained(model, tmp_path)
@@ -631,7 +823,7 @@ def test_weights_that_only_bf16_makes_equal_are_not_equal(pets, folders, tmp_pat
     assert json.loads((pets.parent / "out" / "score.json").read_text())["equal_blocks"] == 0
 
 
-def test_registers_that_differ_are_reported_and_no_error(pets, tmp_path, capsys):
+def test_registers_that_differ_are_reported_and_no_error(pets, tmp_path, capsys, no_figure):
     dinov2 = {"num_registers": 2, "eps": 1e-6, "layer_scale": True, "pool": "cls+mean"}
     for name, value in (("model", 0.0), ("base", 0.1)):
         model = with_changes(looking_model(1), **dinov2, pos_antialias=True)
@@ -663,7 +855,7 @@ def test_models_of_other_sizes_are_not_compared(changes, message):
         command.check_comparable(model, base, {"model": "runs/a", "base": "base"})
 
 
-def test_positions_and_margins_may_be_stored_otherwise_in_the_base(tiny):
+def test_the_base_may_store_positions_and_margins_otherwise(tiny):
     base = with_changes(tiny, pos_grid=(6, 6), pos_antialias=True)
     base.preprocess = replace(CROP, round_margins=True)
     run_of_base = with_changes(tiny)
@@ -674,7 +866,17 @@ def test_positions_and_margins_may_be_stored_otherwise_in_the_base(tiny):
     assert measure.count_equal_blocks(run_of_base, base) == 12
 
 
-def test_a_base_is_loaded_at_the_input_size_of_the_run(pets, folders, tmp_path):
+def test_a_model_compared_with_itself_has_not_changed(pets, folders, no_figure, capsys):
+    flags = ("--blocks", "1,0", "--gallery", "1", "--methods", "all")
+    assert run(pets, "--model", folders[0], "--compare", folders[0], *flags) == 0
+    printed = capsys.readouterr().out
+    assert "before tuning 8.00: no change (+0.00, +0.00 to +0.00)" in printed
+    assert printed.count("    same    ") == 2 * 3  # two blocks and three methods
+    page = (pets.parent / "out" / "gallery.html").read_text("utf-8")
+    assert "most improved by fine-tuning: none" in page
+
+
+def test_a_base_is_loaded_at_the_input_size_of_the_run(pets, folders, tmp_path, no_figure):
     run_of_base = load_pretrained(folders[0], img_size=(64, 48))
     save_pretrained(run_of_base, tmp_path)
     assert run(pets, "--model", tmp_path, "--compare", folders[0]) == 0

@@ -17,7 +17,6 @@ from ... import cli
 from ...errors import UserError, printable
 
 if TYPE_CHECKING:
-    from ...data.datasets import Split
     from ...model import ViT
 
 METHODS = ("attention", "rollout", "relevance")  # those of attention.py, which imports torch
@@ -96,21 +95,25 @@ def score(args: argparse.Namespace) -> int:
     """Score the maps of every photo in a split, then print, write and draw the results."""
     from ...model import working_copy
     from ...system.device import peak_gib, pick_amp, pick_device
-    from . import figure, gallery, measure, report, statistics
+    from ...system.files import locked
+    from . import figure, gallery, measure, report, splits, statistics
 
+    out = Path(args.out)
+    outputs = report.OUTPUTS if args.gallery else report.OUTPUTS[:3]
+    report.check_folder(out, outputs)
     names = {"model": cli.default_model(args.model)}
     if args.compare:
         names["base"] = args.compare
     print(f"model: {printable(names['model'])}", file=sys.stderr)
     device = pick_device(args.device)
     amp = pick_amp(args.amp, device)
-    classes, split = load_split(args.data, args.split)
+    run = splits.run_that_split(args.data, args.split, names)
+    classes, split = splits.load_split(args.data, args.split, run)
     models, blocks = load_models(names, args.blocks, args.methods)
     labels = models["model"].labels
     knows_classes = set(classes) <= set(labels)
+    origin = splits.describe_split(args.split, run, names["model"], knows_classes)
     check_gallery(args.gallery, names, knows_classes)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
 
     equal_blocks = 0
     if "base" in models:
@@ -131,15 +134,19 @@ def score(args: argparse.Namespace) -> int:
     split = split.take(measured.photos)
     true_names = [classes[label] for label in split.labels]
     predicted_names = [labels[i] for i in measured.predicted] if knows_classes else None
-    groups = statistics.group_photos(split.paths, true_names, predicted_names)
+    listing = "test" if args.split == "test" else "trainval"
+    groups = statistics.group_photos(split.paths, true_names, predicted_names, listing)
     scores = statistics.summarize(measured.scores, measured.map_keys, groups)
     sentence = report.one_sentence(scores, blocks[-1], names)
     print(*report.overview(names, measured, groups, args.split, blocks), sep="\n")
+    if origin:
+        print(origin)
     print(*report.tables(scores, args.methods), "", sentence, sep="\n")
 
     settings = vars(args) | {"model": names["model"], "device": str(device), "amp": str(amp)}
     summary = {
         "sentence": sentence,
+        "split": origin or f"the {args.split} split",
         "photos": len(split),
         "left_out": measured.left_out,
         "without_head": measured.without_head,
@@ -147,41 +154,24 @@ def score(args: argparse.Namespace) -> int:
         "equal_blocks": measured.equal_blocks,
         "seconds": seconds,
         "peak_gib": peak_gib(device),
+        "files": list(outputs),
         "settings": settings,
     }
-    report.write_scores(out, scores, summary)
-    figure.draw_scores(out / "score.png", scores, names, sentence)
-    written = ["score.csv", "score.json", "score.png"]
-    if args.gallery:
-        preprocess = models["model"].preprocess
-        kinds = gallery.choose_photos(measured, groups.get("right"), args.gallery)
-        captions = gallery.photo_captions(measured, split.paths, true_names, predicted_names)
-        gallery.write_gallery(out, kinds, measured, split.paths, captions, preprocess, blocks[-1])
-        written += ["gallery.png", "gallery.html"]
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, wait=True):
+        report.remove_earlier(out)
+        report.write_scores(out, scores, summary)
+        figure.draw_scores(out / "score.png", scores, names, sentence)
+        if args.gallery:
+            preprocess = models["model"].preprocess
+            kinds = gallery.choose_photos(measured, groups.get("right"), args.gallery)
+            captions = gallery.photo_captions(measured, split.paths, true_names, predicted_names)
+            gallery.write_gallery(
+                out, kinds, measured, split.paths, captions, preprocess, blocks[-1]
+            )
     print(f"{len(split)} photos scored in {seconds:.1f} s", file=sys.stderr)
-    print(*(printable(out / name) for name in written), sep="\n")
+    print(*(printable(out / name) for name in outputs), sep="\n")
     return 0
-
-
-def load_split(root: str, name: str) -> tuple[tuple[str, ...], Split]:
-    """Return the class names of a data set and the split called `name`.
-
-    Raises UserError if no photo of this split has a mask.
-    """
-    from ...data.datasets import Split, load_data
-    from .masks import mask_path
-
-    data = load_data(root, seed=0, only=name)
-    if name == "trainval":
-        split = Split(data.train.paths + data.val.paths, data.train.labels + data.val.labels)
-    else:
-        split = getattr(data, name)
-    if not any(mask_path(path).is_file() for path in split.paths):
-        raise UserError(
-            f"{root}: no photo of the {name} split has a mask; "
-            "score needs Oxford-IIIT Pet's annotations/trimaps"
-        )
-    return data.classes, split
 
 
 def load_models(

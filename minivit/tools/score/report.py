@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...errors import first_few, printable
-from ...system.files import whole_file, write_json
+from ...errors import UserError, first_few, printable
+from ...system.files import read_json, refuse_to_overwrite, whole_file, write_json
 from .statistics import METRICS, REGIONS, Estimate, Score, ScoreKey
 
 if TYPE_CHECKING:
     from .measure import Measured
+
+# Everything that `score` may write; the last two only with a gallery.
+OUTPUTS = ("score.json", "score.csv", "score.png", "gallery.png", "gallery.html")
 
 TableKey = tuple[str, str, int, int | str]  # model, group, block, and head or "mean"
 
@@ -94,7 +97,7 @@ def table(rows: Mapping[TableKey, Score], title: str) -> Iterator[str]:
     for group in groups:
         header += f"{group:>7}"
     if heads:
-        header += "   best head"
+        header += "   highest head"
     yield header
     for block in blocks:
         mean = rows["model", "all", block, "mean"]
@@ -109,8 +112,8 @@ def table(rows: Mapping[TableKey, Score], title: str) -> Iterator[str]:
             line += f"{rows['model', group, block, 'mean'].times_chance.mean:7.2f}"
         if heads:
             by_head = {h: rows["model", "all", block, h].times_chance.mean for h in heads}
-            best = max(heads, key=by_head.__getitem__)
-            line += f"  {best:4}: {by_head[best]:.2f}"
+            highest = max(heads, key=by_head.__getitem__)
+            line += f"  {highest:4}: {by_head[highest]:.2f}"
         yield line
 
 
@@ -153,17 +156,46 @@ def one_sentence(scores: Mapping[ScoreKey, Score], block: int, names: Mapping[st
     )
 
 
+def earlier_outputs(out: Path) -> set[str]:
+    """Return the names of the files in a folder that an earlier `score` wrote there."""
+    try:
+        summary = read_json(out / "score.json")
+    except (UserError, OSError):
+        return set()
+    settings = summary.get("settings")
+    if "scores" not in summary or not isinstance(settings, dict):
+        return set()  # Another program wrote this file.
+    # Older files have no list.
+    usual = OUTPUTS if settings.get("gallery") else OUTPUTS[:3]
+    return set(summary.get("files", usual)) & set(OUTPUTS)
+
+
+def check_folder(out: Path, names: Sequence[str]) -> None:
+    """Raise UserError if writing files of these names would overwrite what no `score` wrote."""
+    earlier = earlier_outputs(out)
+    refuse_to_overwrite(out, [name for name in names if name not in earlier])
+
+
+def remove_earlier(out: Path) -> None:
+    """Remove what an earlier `score` wrote, so that results of two models never lie together."""
+    for name in earlier_outputs(out) - {"score.json"}:  # This one is replaced first.
+        (out / name).unlink(missing_ok=True)
+
+
 def write_scores(
     out: Path, scores: Mapping[ScoreKey, Score], summary: Mapping[str, object]
 ) -> None:
-    """Write score.csv with all scores, and score.json with the summary and the means over heads."""
+    """Write score.csv with all scores, and score.json with the summary and the means over heads.
+
+    The JSON file comes first, because its list says which other files are of a `score`.
+    """
     rows = score_rows(scores)
+    head_means = [row for row in rows if row["head"] == "mean"]
+    write_json(out / "score.json", {**summary, "scores": head_means})
     with whole_file(out / "score.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    head_means = [row for row in rows if row["head"] == "mean"]
-    write_json(out / "score.json", {**summary, "scores": head_means})
 
 
 def score_rows(scores: Mapping[ScoreKey, Score]) -> list[dict[str, object]]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...data.pets import SPLITS, read_listing
+from ...data.pets import read_listing
 
 REGIONS = ("pet", "head box")
 METRICS = ("mass", "times_chance", "pointing", "average_precision")
@@ -50,19 +50,19 @@ class Score:
 
 
 def group_photos(
-    paths: Sequence[Path], true_names: Sequence[str], predicted_names: Sequence[str] | None
+    paths: Sequence[Path],
+    true_names: Sequence[str],
+    predicted_names: Sequence[str] | None,
+    listing: str,
 ) -> dict[str, np.ndarray]:
     """Return a boolean array (n,) for each group of photos: the photos that belong to it.
 
     The groups have the order in which reports show them. Without predicted names there are no
-    groups "right" and "wrong": the model has other classes. Cats and dogs are told apart by
-    Oxford-IIIT Pet's listings.
+    groups "right" and "wrong": the model has other classes. Cats and dogs are told apart by the
+    listing of Oxford-IIIT Pet, "trainval" or "test", that the photos are in.
     """
-    cat_stems = set()
-    for split in SPLITS:
-        for stem, _, species in read_listing(paths[0].parents[1], split):
-            if species == "cat":
-                cat_stems.add(stem)
+    listed = read_listing(paths[0].parents[1], listing)
+    cat_stems = {stem for stem, _, species in listed if species == "cat"}
     cats = np.array([path.stem in cat_stems for path in paths])
     groups = {"all": np.ones(len(paths), bool)}
     if predicted_names is not None:
