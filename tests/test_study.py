@@ -5,21 +5,26 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import os
 import re
+import shutil
 import signal
 
 import pytest
 import torch
 from conftest import run_train
+from PIL import Image
 
-from minivit import __main__, load_pretrained
+from minivit import Preprocess, __main__, cli, load_pretrained, save_pretrained
 from minivit.data.datasets import load_data
 from minivit.data.store import Pixels
+from minivit.errors import UserError
 from minivit.model import freeze_except, working_copy
 from minivit.settings import TrainSettings
 from minivit.tools.study import grid, summary
 from minivit.tools.study.features import StudyFeatures
+from minivit.training import run_photos
 from minivit.training import step as step_module
 from minivit.training.features import FeatureExtractor
 
@@ -57,6 +62,7 @@ def test_every_cell_of_the_grid_is_run_and_told(whole):
     }
     assert {r["photos"] for r in rows if r["shots"] == "3"} == {"9"}
     assert {r["photos"] for r in rows if r["shots"] == "all"} == {"33"}
+    assert {(r["val_photos"], r["test_photos"]) for r in rows} == {("3", "12")}
     assert (whole / "study.png").stat().st_size > 10_000
 
 
@@ -112,7 +118,7 @@ def test_fewer_shots_are_among_more_and_every_class_has_as_many(shapes_data):
     assert cells[0, "all"].settings.epochs == 20  # of three steps
 
 
-def test_shots_that_the_photos_do_not_allow_are_left_out_and_said(shapes_data, capsys):
+def test_shots_for_which_photos_lack_are_left_out_and_said(shapes_data, capsys):
     splits = [load_data(shapes_data, seed=0)]
     cells = grid.plan(splits, {"none": 12}, ["5", "11", "50", "all"], None, TrainSettings())
     assert [cell.shots for cell in cells] == ["5", "all"]
@@ -120,7 +126,7 @@ def test_shots_that_the_photos_do_not_allow_are_left_out_and_said(shapes_data, c
     assert message in capsys.readouterr().err
 
 
-def test_an_interrupted_study_resumes_and_a_finished_one_runs_nothing(
+def test_an_interrupted_study_resumes_and_a_finished_one_rests(
     whole, tiny_saved, shapes_data, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "study"
@@ -151,7 +157,11 @@ def test_a_study_of_other_settings_is_refused_by_name(whole, tiny_saved, shapes_
 
 def test_a_dry_run_says_how_long_and_writes_nothing(tiny_saved, shapes_data, tmp_path, capsys):
     assert run(tiny_saved, shapes_data, tmp_path / "out", *GRID, "--dry-run") == 0
-    assert re.fullmatch(r"12 runs, about \d+ minutes on cpu\n", capsys.readouterr().out)
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"12 runs, about \d+ minutes on cpu", first)
+    assert second == (
+        "each validates on 3 photos besides those that it trains on; 12 photos are the test"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -177,7 +187,7 @@ def test_an_estimate_counts_steps_evaluations_and_the_test(tiny_saved, shapes_da
     assert seconds == pytest.approx((features + work) / (32 * model.flops()))
 
 
-def test_the_model_is_left_as_it_was_and_the_best_epoch_is_one_of_five(
+def test_the_model_stays_as_it_was_and_five_epochs_are_evaluated(
     tiny_saved, shapes_data, monkeypatch
 ):
     model = load_pretrained(tiny_saved, labels=["a", "b", "c"])
@@ -210,41 +220,166 @@ def test_the_model_is_left_as_it_was_and_the_best_epoch_is_one_of_five(
     assert [split for _, split in evaluated[5:]] == [data.train, data.test]
 
 
-def rows(cells):
-    names = ("blocks", "shots", "seed", "photos", "test_accuracy")
-    fixed = {"train_accuracy": "1.0", "val_accuracy": "0.9"}
-    return [fixed | dict(zip(names, map(str, cell))) for cell in cells]
+def table_of(cells, num_val=180):
+    """Summarize runs: blocks, shots, seed, training, validation and test accuracy of each."""
+    names = ("blocks", "shots", "seed", "train_accuracy", "val_accuracy", "test_accuracy")
+    fixed = {"photos": "60", "val_photos": "90", "test_photos": "400"}
+    rows = [fixed | dict(zip(names, map(str, cell))) for cell in cells]
+    return summary.summarize(rows, num_val)
 
 
-def test_the_advice_follows_from_the_table():
-    table = summary.summarize(
-        rows(
-            [
-                ("10-11", "5", 0, 10, 0.70),
-                ("10-11", "5", 1, 10, 0.72),
-                ("10-11", "all", 0, 60, 0.90),
-                ("10-11", "all", 1, 60, 0.92),
-                ("none", "5", 0, 10, 0.60),
-                ("none", "5", 1, 10, 0.62),
-                ("none", "all", 0, 60, 0.70),
-                ("none", "all", 1, 60, 0.71),
-            ]
-        )
+def test_the_advice_is_chosen_by_validation_and_reports_the_test():
+    table = table_of(
+        [
+            ("none", "5", 0, 0.9, 0.50, 0.60),
+            ("none", "all", 0, 0.9, 0.60, 0.99),  # The test would choose this.
+            ("10-11", "5", 0, 1.0, 0.70, 0.71),
+            ("10-11", "5", 1, 1.0, 0.70, 0.71),
+            ("10-11", "all", 0, 1.0, 0.92, 0.90),
+            ("10-11", "all", 1, 1.0, 0.90, 0.92),
+        ]
     )
-    assert table["blocks 10-11"]["all"].test.mean == pytest.approx(0.91)
+    val_error = math.sqrt(165 / 182 * 17 / 182 / 180 + 0.0002 / 2)
+    test_error = math.sqrt(365 / 402 * 37 / 402 / 400 + 0.0002 / 2)
+    assert table["blocks 10-11"]["all"].val_error == pytest.approx(val_error, rel=1e-2)
+    assert table["blocks 10-11"]["all"].test_error == pytest.approx(test_error, rel=1e-2)
     assert summary.advice(table) == (
-        "with all photos per class train blocks 10-11: test accuracy 0.910; +20.0 points since "
-        "5 photos, so more photos would still help; training is 10.0 points above validation there"
+        "With all photos per class, train blocks 10-11: test accuracy 0.910 ± 0.018 "
+        "(one standard error; 400 photos, 2 seeds). Chosen by validation accuracy, 0.910 ± 0.024 "
+        "on 90 more photos for each seed. More photos would still help: +21.0 points since 5 per "
+        "class. Training is 9.0 points above validation."
     )
-    last_line = list(summary.format_table(table))[-1]
+    last_line = list(summary.format_table(table, "test"))[-1]
     assert re.fullmatch(
-        r"the head alone +0\.610 \(0\.600-0\.620\) +0\.705 \(0\.700-0\.710\)", last_line
+        r"blocks 10-11 +0\.710 \(0\.710-0\.710\) +0\.910 \(0\.900-0\.920\)", last_line
     )
+    header, _, first_line, _ = summary.format_table(table, "validation")
+    assert header == "validation accuracy (lowest to highest seed) by photos per class"
+    assert "0.600 (0.600-0.600)" in first_line
 
 
-def test_the_advice_names_equals_and_photos_that_do_not_help():
-    runs = [("11", "5", 0, 10, 0.9), ("11", "all", 0, 60, 0.9), ("none", "all", 0, 60, 0.9)]
-    sentence = summary.advice(summary.summarize(rows(runs)))
-    equals = "the head alone as good within the seeds' spread"
-    assert f"train block 11: test accuracy 0.900 ({equals})" in sentence
-    assert "so more photos would help little" in sentence
+def test_within_the_error_the_fewest_trained_blocks_are_advised():
+    accuracies = {"all": 0.92, "8-11": 0.90, "10-11": 0.90, "11": 0.91, "none": 0.80}
+    runs = [(blocks, "5", 0, 1.0, val, 0.5) for blocks, val in accuracies.items()]
+    # With 90 photos, one standard error of 0.92 is 0.029.
+    chosen, as_good = summary.choose_blocks(
+        {blocks: row["5"] for blocks, row in table_of(runs).items()}
+    )
+    assert chosen == "block 11"
+    assert as_good == ["blocks 10-11", "blocks 8-11", "all blocks"]
+    equals = "blocks 10-11 (0.900), blocks 8-11 (0.900), all blocks (0.920)"
+    assert f"; not better by more than this error: {equals}" in summary.advice(table_of(runs))
+    # Three more seeds make the error smaller.
+    runs = [(*run[:2], seed, *run[3:]) for run in runs for seed in range(20)]
+    table = table_of(runs, num_val=1800)
+    chosen, as_good = summary.choose_blocks({blocks: row["5"] for blocks, row in table.items()})
+    assert (chosen, as_good) == ("all blocks", [])
+
+
+def test_an_accuracy_of_1_has_an_error_and_equals_train_least():
+    runs = [("10-11", "5", 0, 1.0, 1.0, 1.0), ("none", "5", 0, 1.0, 1.0, 0.9)]
+    sentence = summary.advice(table_of(runs, num_val=9))
+    assert "train the head alone: test accuracy 0.900" in sentence
+    assert "Chosen by validation accuracy, 1.000 ± 0.096" in sentence
+
+
+def test_the_error_counts_photos_that_several_seeds_share_once():
+    runs = [("11", "5", seed, 1.0, 0.9, 0.9) for seed in range(3)]
+    errors = [table_of(runs, num_val)["block 11"]["5"].val_error for num_val in (90, 270)]
+    assert errors[0] == pytest.approx(errors[1] * 3**0.5, rel=0.03)
+
+
+def test_photos_that_do_not_help_are_told():
+    runs = [("11", "5", 0, 1.0, 0.90, 0.5), ("11", "all", 0, 1.0, 0.92, 0.9)]
+    sentence = summary.advice(table_of(runs))
+    assert "More photos would help little: +2.0 points since 5 per class." in sentence
+
+
+@pytest.mark.parametrize(
+    "text, spelling",
+    [("11,10", "10-11"), ("0,2-3,2,5", "0,2-3,5"), ("0-11", "all"), ("none", "none"), ("7", "7")],
+)
+def test_blocks_have_one_spelling_however_they_are_named(text, spelling):
+    assert grid.spell_blocks(cli.parse_blocks(text, 12), 12) == spelling
+
+
+def test_the_same_blocks_named_twice_are_one_choice(tiny_saved, shapes_data, tmp_path, capsys):
+    flags = ("--blocks", "10-11", "11,10", "10,11", "--shots", "all", "all", "--seeds", "1")
+    assert run(tiny_saved, shapes_data, tmp_path, *flags, "--dry-run") == 0
+    assert capsys.readouterr().out.startswith("1 runs, ")
+
+
+def test_shots_of_which_none_is_possible_are_refused(tiny_saved, shapes_data, tmp_path, capsys):
+    assert run(tiny_saved, shapes_data, tmp_path, "--shots", "11", "50") == 2
+    message = "expected fewer than the photos that the smallest class has to train on, 11, or all"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["study.csv", "study.png", "study.json"])
+def test_files_that_no_study_wrote_are_kept(tiny_saved, shapes_data, tmp_path, capsys, name):
+    (tmp_path / name).write_text('{"my": "own"}')
+    assert run(tiny_saved, shapes_data, tmp_path, *GRID) == 2
+    assert f"{tmp_path}: holds {name}, which minivit did not write" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == '{"my": "own"}'
+
+
+def test_a_table_with_other_columns_is_not_read_as_runs(whole, tmp_path):
+    (tmp_path / "study.csv").write_text("date,hours\n1,2\n")
+    with pytest.raises(UserError, match="found 'date,hours'; give another --out"):
+        summary.read_rows(tmp_path / "study.csv")
+    assert len(summary.read_rows(whole / "study.csv")) == 12
+
+
+def test_a_model_that_was_trained_on_these_photos_is_refused(
+    tiny_saved, shapes_data, tmp_path, capsys
+):
+    model = shutil.copytree(tiny_saved, tmp_path / "model")
+    photos = run_photos.photos_checksum(load_data(shapes_data, seed=7))
+    for checksum, code in ((photos, 2), ("12345678", 0)):
+        settings = {"seed": 7, "data": "shapes"}
+        summary = {"settings": settings, "base": "demo", "photos_checksum": checksum}
+        (model / "summary.json").write_text(json.dumps(summary))
+        assert run(model, shapes_data, tmp_path / "out", *GRID, "--dry-run") == code
+    message = f"{model}: was trained on these photos, so that few of them are new to it"
+    assert message in capsys.readouterr().err
+
+
+def test_seeds_share_one_test_and_train_on_no_other_split(tmp_path):
+    for name in ("red", "green"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            Image.new("RGB", (8, 8), name).save(tmp_path / name / f"{i}.png")
+    splits = [load_data(tmp_path, seed=seed) for seed in range(3)]
+    (tested,) = {tuple(data.test.paths) for data in splits}
+    for cell in grid.plan(splits, {"none": 12}, ["2", "all"], None, TrainSettings()):
+        validated = splits[cell.settings.seed].val.paths
+        assert not set(cell.train.paths) & {*validated, *tested}
+        assert not set(validated) & set(tested)
+
+
+def test_a_study_of_other_weights_or_photos_is_refused(
+    whole, tiny, tiny_saved, shapes_data, tmp_path, capsys
+):
+    model = shutil.copytree(tiny_saved, tmp_path / "model")
+    data = shutil.copytree(shapes_data, tmp_path / "data")
+    out = shutil.copytree(whole, tmp_path / "study")
+
+    def refusal():
+        assert run(model, data, out, *GRID) == 2
+        return capsys.readouterr().err
+
+    settings = json.loads((out / "study.json").read_text())
+    (out / "study.json").write_text(json.dumps(settings | {"model": str(model)}))
+    assert run(model, data, out, *GRID, "--dry-run") == 0
+    photos = settings["the checksum of the photos"]
+    (data / "train" / "red" / "0.png").rename(data / "test" / "red" / "from train.png")
+    assert f"the checksum of the photos was {photos}, now" in refusal()
+    (data / "test" / "red" / "from train.png").rename(data / "train" / "red" / "0.png")
+    tiny.preprocess = Preprocess((32, 32), mean=(0.1, 0.1, 0.1))
+    save_pretrained(tiny, model)
+    assert "holds another study: its preprocessing was" in refusal()
+    tiny.preprocess = Preprocess((32, 32))
+    tiny.pos_embed.data += 1
+    save_pretrained(tiny, model)
+    assert "holds another study: the checksum of the weights was" in refusal()

@@ -16,7 +16,7 @@ from ... import cli
 from ...errors import UserError, printable
 from ...settings import BASE_MODEL, MIN_STEPS, TrainSettings, list_changes
 from ...system import files
-from .summary import advice, format_table, read_rows, summarize, write_rows
+from .summary import Table, advice, format_table, read_rows, summarize, write_rows
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .grid import Cell
 
 # A study is continued only with the same values of these flags.
-FIXED_FLAGS = ("model", "revision", "epochs", "batch_size", "lr", "views", "amp")
+FIXED_FLAGS = ("model", "revision", "epochs", "batch_size", "lr", "views")
+OUTPUTS = ("study.json", "study.csv", "study.png")
 ROW_FORMAT = (
     "{shots:>4} photos per class, blocks {blocks}, seed {seed}: training {train_accuracy:.3f}, "
     "validation {val_accuracy:.3f}, test {test_accuracy:.3f} · {seconds:.0f} s"
@@ -114,7 +115,8 @@ def study(args: argparse.Namespace) -> int:
     """Run the cells of the grid that are missing in --out, and report on all cells."""
     from ...checkpoints.weights import load_pretrained
     from ...data import store
-    from ...data.datasets import load_data
+    from ...data.datasets import split_data
+    from ...data.listing import list_data
     from ...model import freeze_except, working_copy
     from ...system import device as devices
     from . import grid
@@ -122,42 +124,54 @@ def study(args: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     out = Path(args.out)
+    if not args.dry_run:
+        check_folder(out)
     device = devices.pick_device(args.device)
     amp = devices.pick_amp(args.amp, device)
-    splits = [load_data(args.data, seed=seed) for seed in range(args.seeds)]
-    paths = splits[0].paths()
-    model = load_pretrained(args.model, revision=args.revision, labels=splits[0].classes)
+    listing = list_data(args.data, download=not args.dry_run)
+    splits = [split_data(listing, seed=seed) for seed in range(args.seeds)]
+    first = splits[0]
+    check_photos_are_new(args.model, args.data)
+    model = load_pretrained(args.model, revision=args.revision, labels=first.classes)
     cuts = {}
-    for blocks in args.blocks:
-        cuts[blocks] = freeze_except(model, cli.parse_blocks(blocks, model.config.depth))
+    for text in args.blocks:
+        blocks = cli.parse_blocks(text, model.config.depth)
+        name = grid.spell_blocks(blocks, model.config.depth)
+        cuts[name] = freeze_except(model, blocks)
     settings = TrainSettings(batch_size=args.batch_size, lr=args.lr, cache_views=args.views)
     cells = grid.plan(splits, cuts, args.shots, args.epochs, settings)
     low_model = working_copy(model, device, amp, train=False)
-    train_paths = sorted({path for data in splits for path in data.train.paths})
-    check_memory(low_model, len(paths), len(train_paths), args.views, args.cache_gib)
+    train_paths = sorted({path for each in splits for path in each.train.paths})
+    check_memory(low_model, len(first.paths()), len(train_paths), args.views, args.cache_gib)
     seconds = grid.estimate_seconds(low_model, cells, splits, args.views)
-    print(f"{len(cells)} runs, about {seconds / 60:.0f} minutes on {device}", flush=True)
+    print(f"{len(cells)} runs, about {seconds / 60:.0f} minutes on {device}")
+    print(
+        f"each validates on {len(first.val)} photos besides those that it trains on; "
+        f"{len(first.test)} photos are the test",
+        flush=True,
+    )
     if args.dry_run:
         return 0
 
     out.mkdir(parents=True, exist_ok=True)
     with files.locked(out):
         fixed = {name: getattr(args, name) for name in FIXED_FLAGS}
-        rows = read_earlier_rows(out, fixed | {"photos": store.checksum((paths, ()))})
+        rows = read_earlier_rows(out, fixed | fingerprint(model, first, amp))
         done = {(row["shots"], row["blocks"], row["seed"]) for row in rows}
         missing = [cell for cell in cells if cell.key() not in done]
         if missing:
-            data, file = store.prepare(
-                splits[0], model.preprocess, workers=args.workers, cap_gib=args.store_gib
+            readable, file = store.prepare(
+                first, model.preprocess, workers=args.workers, cap_gib=args.store_gib
             )
-            pixels = store.open_pixels(data, file, model.preprocess, args.workers)
+            pixels = store.open_pixels(readable, file, model.preprocess, args.workers)
             batch = devices.eval_batch(device, 1, 1, amp)
             features = StudyFeatures(low_model, pixels, train_paths, args.views, batch=batch)
             if not run_cells(missing, model, splits, features, amp, out, rows):
                 message = f"interrupted; what is done is in {out}: the same command goes on"
                 print(f"\n{message}", file=sys.stderr)
                 return 130
-    report(out, rows)
+        num_val = len({path for each in splits for path in each.val.paths})
+        report(out, summarize(rows, num_val))
     print(f"{len(rows)} runs in {time.perf_counter() - started:.0f} s", file=sys.stderr)
     print(printable(out / "study.csv"))
     print(printable(out / "study.png"))
@@ -178,18 +192,59 @@ def check_memory(
         )
 
 
+def check_folder(out: Path) -> None:
+    """Raise UserError if the study would overwrite files that no study wrote.
+
+    A study writes study.json before all others.
+    """
+    try:
+        is_study = set(FIXED_FLAGS) <= files.read_json(out / OUTPUTS[0]).keys()
+    except (UserError, OSError):
+        is_study = False
+    if not is_study:
+        files.refuse_to_overwrite(out, OUTPUTS)
+
+
+def check_photos_are_new(model: str, root: str) -> None:
+    """Raise UserError if a run behind the model was trained on photos in `root`."""
+    from ...training.run_photos import runs_behind, was_trained_on
+
+    for run in runs_behind(model):
+        if was_trained_on(run, root):
+            raise UserError(
+                f"{run.folder}: was trained on these photos, so that few of them are new to it; "
+                f"expected the model from before, as {run.base}"
+            )
+
+
+def fingerprint(model: ViT, data: Data, amp: torch.dtype | None) -> dict[str, object]:
+    """Return what the result depends on besides the flags: model, precision and split photos."""
+    from ...checkpoints.tensors import content_hash
+    from ...data import store
+
+    splits = (data.train, data.val, data.test)
+    return {
+        "the checksum of the weights": content_hash(dict(model.named_parameters()))[:16],
+        "the model": str(model.config),
+        "its preprocessing": str(model.preprocess),
+        "precision": str(amp),
+        "the checksum of the photos": store.checksum(*((s.paths, s.labels) for s in splits)),
+    }
+
+
 def read_earlier_rows(out: Path, settings: dict[str, object]) -> list[dict[str, str]]:
     """Return the rows of an interrupted study in the folder; there are none in a new folder.
 
     Raises UserError if the study there has other settings, and names those.
     """
-    file = out / "study.json"
+    file = out / OUTPUTS[0]
     if file.exists():
         changes = list_changes(files.read_json(file), settings)
         if changes:
             raise UserError(f"{out}: holds another study: {'; '.join(changes)}; give another --out")
+    rows = read_rows(out / "study.csv")
     files.write_json(file, settings)
-    return read_rows(out / "study.csv")
+    return rows
 
 
 def run_cells(
@@ -219,11 +274,12 @@ def run_cells(
     return True
 
 
-def report(out: Path, rows: Sequence[dict[str, str]]) -> None:
-    """Draw the figure, and print the table and the advice."""
+def report(out: Path, table: Table) -> None:
+    """Draw the figure, and print the tables and the advice."""
     from .figure import draw_study
 
-    table = summarize(rows)
     sentence = advice(table)
     draw_study(out / "study.png", table, sentence)
-    print("", *format_table(table), "", sentence, sep="\n")
+    for split in ("validation", "test"):
+        print("", *format_table(table, split), sep="\n")
+    print(f"\n{sentence}")

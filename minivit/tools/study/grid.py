@@ -14,10 +14,11 @@ import torch
 
 from ...cli import parse_blocks
 from ...data.datasets import Data, Split
+from ...errors import UserError
 from ...model import ViT, copy_trainable, freeze_except, working_copy
 from ...settings import MIN_STEPS, TrainSettings
 from ...system.device import pick_micro_batch
-from ...system.signals import stop_requests
+from ...system.signals import StopRequested, stop_requests
 from ...training.features import TrainableLayers
 from ...training.state import RunState, new_state, set_trainable
 from ...training.step import (
@@ -60,11 +61,17 @@ def plan(
     `splits` is the data as each seed splits it, `cuts` has the cut for each choice of blocks.
     Without `epochs`, there are as many as MIN_STEPS steps take, and at least MIN_EPOCHS. For one
     seed, the photos of a smaller number of shots are among those of a larger one. A number that
-    is not below the size of the smallest class is left out, with a note on stderr.
+    is not below the size of the smallest class is left out, with a note on stderr. Raises UserError
+    if no number is left.
     """
     smallest = min(min(Counter(data.train.labels).values()) for data in splits)
     counts = list(dict.fromkeys(shots))
     left_out = [count for count in counts if count != "all" and int(count) >= smallest]
+    if left_out == counts:
+        raise UserError(
+            f"--shots {' '.join(counts)}: expected fewer than the photos that the smallest class "
+            f"has to train on, {smallest}, or all"
+        )
     if left_out:
         print(
             f"left out: {', '.join(left_out)} photos per class; "
@@ -85,6 +92,22 @@ def plan(
                 cell_settings = replace(settings, blocks=blocks, seed=seed, epochs=num_epochs)
                 cells.append(Cell(count, cut, train, cell_settings))
     return cells
+
+
+def spell_blocks(blocks: Sequence[int], depth: int) -> str:
+    """Spell sorted blocks of a model in one way, however a user names them: 11,10 is 10-11."""
+    if not blocks:
+        return "none"
+    if len(blocks) == depth:
+        return "all"
+    ranges: list[list[int]] = []
+    for block in blocks:
+        if ranges and block == ranges[-1][-1] + 1:
+            ranges[-1].append(block)
+        else:
+            ranges.append([block])
+    parts = [f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in ranges]
+    return ",".join(parts)
 
 
 def choose_photos(train: Split, shots: str, seed: int) -> Split:
@@ -154,7 +177,10 @@ def run_cell(
     )
     weights_before = state.trainable_weights()
     eval_model = working_copy(state.model, device, amp, train=False)
-    val_accuracy = train_cell(cell, state, eval_model, data.val, features)
+    try:
+        val_accuracy = train_cell(cell, state, eval_model, data.val, features)
+    except StopRequested:
+        state.stopped = True
     if state.stopped:
         return None
     set_trainable(state.model, state.best)
@@ -168,6 +194,8 @@ def run_cell(
         "blocks": settings.blocks,
         "seed": settings.seed,
         "photos": len(cell.train),
+        "val_photos": len(data.val),
+        "test_photos": len(data.test),
         "epochs": settings.epochs,
         "train_accuracy": train_accuracy,
         "val_accuracy": val_accuracy,

@@ -1,14 +1,17 @@
-"""What a study found: study.csv, the table of accuracies over all seeds, and the advice."""
+"""What a study found: study.csv, the tables of accuracies over all seeds, and the advice."""
 
 from __future__ import annotations
 
 import csv
 import math
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ...cli import parse_blocks
+from ...errors import UserError, printable
 from ...system.files import whole_file
 
 
@@ -23,42 +26,77 @@ class Spread(NamedTuple):
 class Summary(NamedTuple):
     """What the runs of all seeds came to, for one number of shots and one choice of blocks."""
 
+    num_blocks: float  # trained blocks; infinity for all of them
     photos: float  # training photos in all
     seeds: int
+    val: Spread  # validation accuracy
+    val_error: float  # the standard error of its mean
+    val_photos: int  # validation photos of a run
     test: Spread  # test accuracy
+    test_error: float
+    test_photos: int
     gap: Spread  # training accuracy minus validation accuracy
 
 
 # The summaries by the name of the blocks, then by shots in increasing order.
 Table = Mapping[str, Mapping[str, Summary]]
 
+COLUMNS = (
+    "shots",
+    "blocks",
+    "seed",
+    "photos",
+    "val_photos",
+    "test_photos",
+    "epochs",
+    "train_accuracy",
+    "val_accuracy",
+    "test_accuracy",
+    "seconds",
+)
+
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read the rows of study.csv; there are none if there is no such file."""
+    """Read the rows of study.csv; there are none if there is no such file.
+
+    Raises UserError if the file is not one of a study.
+    """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise UserError(
+                f"{path}: expected the columns of a study ({', '.join(COLUMNS)}), found "
+                f"{printable(','.join(reader.fieldnames or ()))[:80]!r}; give another --out"
+            )
+        return list(reader)
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Write study.csv, whose columns are the keys of each row."""
+    """Write study.csv."""
     with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def summarize(rows: Sequence[Mapping[str, str]]) -> Table:
-    """Summarize the rows of study.csv over the seeds."""
+def summarize(rows: Sequence[Mapping[str, str]], num_val: int) -> Table:
+    """Summarize the rows of study.csv over the seeds; fewer blocks come first.
+
+    `num_val` is how many different photos the seeds validate on: those of one seed if the data has
+    a validation split of its own, and nearly those of all seeds added up if it has not.
+    """
     groups: dict[str, dict[str, list[Mapping[str, str]]]] = {}
     for row in rows:
-        rows_of_blocks = groups.setdefault(_name_blocks(row["blocks"]), {})
+        rows_of_blocks = groups.setdefault(row["blocks"], {})
         rows_of_blocks.setdefault(row["shots"], []).append(row)
     table = {}
-    for name, rows_of_blocks in groups.items():
+    for blocks, rows_of_blocks in sorted(groups.items(), key=lambda group: _count_blocks(group[0])):
         shots_in_order = sorted(rows_of_blocks, key=_shots_as_number)
-        table[name] = {shots: _summarize_seeds(rows_of_blocks[shots]) for shots in shots_in_order}
+        table[_name_blocks(blocks)] = {
+            shots: _summarize_seeds(rows_of_blocks[shots], num_val) for shots in shots_in_order
+        }
     return table
 
 
@@ -74,60 +112,110 @@ def _name_blocks(blocks: str) -> str:
     return f"block {blocks}" if blocks.isdecimal() else f"blocks {blocks}"
 
 
-def _summarize_seeds(rows: Sequence[Mapping[str, str]]) -> Summary:
+def _count_blocks(blocks: str) -> float:
+    return math.inf if blocks == "all" else len(parse_blocks(blocks, sys.maxsize))
+
+
+def _summarize_seeds(rows: Sequence[Mapping[str, str]], num_val: int) -> Summary:
+    val_photos = int(rows[0]["val_photos"])
+    test_photos = int(rows[0]["test_photos"])
+    train, val, test = (
+        [float(row[f"{split}_accuracy"]) for row in rows] for split in ("train", "val", "test")
+    )
     return Summary(
+        num_blocks=_count_blocks(rows[0]["blocks"]),
         photos=statistics.mean(int(row["photos"]) for row in rows),
         seeds=len(rows),
-        test=_spread([float(row["test_accuracy"]) for row in rows]),
-        gap=_spread([float(row["train_accuracy"]) - float(row["val_accuracy"]) for row in rows]),
+        val=_spread(val),
+        val_error=standard_error(val, min(num_val, val_photos * len(rows))),
+        val_photos=val_photos,
+        test=_spread(test),
+        test_error=standard_error(test, test_photos),
+        test_photos=test_photos,
+        gap=_spread([of_train - of_val for of_train, of_val in zip(train, val)]),
     )
+
+
+def standard_error(accuracies: Sequence[float], num_photos: int) -> float:
+    """Return the standard error of the mean of each seed's accuracy.
+
+    `num_photos` is how many different photos these were measured on. Other photos and other seeds
+    would both give another mean, so the variances of the two are added.
+    """
+    # With a right and a wrong answer more, an accuracy of 1 has an error, too.
+    right = statistics.mean(accuracies) * num_photos
+    rate = (right + 1) / (num_photos + 2)
+    variance = rate * (1 - rate) / num_photos
+    if len(accuracies) > 1:
+        variance += statistics.variance(accuracies) / len(accuracies)
+    return math.sqrt(variance)
 
 
 def _spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.mean(values), min(values), max(values))
 
 
-def format_table(table: Table) -> Iterator[str]:
-    """Yield lines of text with the test accuracies, one line for each choice of blocks."""
+def format_table(table: Table, split: str) -> Iterator[str]:
+    """Yield lines of text with the accuracies on a split, "validation" or "test".
+
+    There is one line for each choice of blocks.
+    """
     columns = {shots for summaries in table.values() for shots in summaries}
     columns_in_order = sorted(columns, key=_shots_as_number)
-    yield "test accuracy (lowest to highest seed) by photos per class"
+    yield f"{split} accuracy (lowest to highest seed) by photos per class"
     yield f"{'trained':14}" + "".join(f"{shots:>22}" for shots in columns_in_order)
     for name, summaries in table.items():
         line = f"{name:14}"
         for shots in columns_in_order:
             text = ""
             if shots in summaries:
-                test = summaries[shots].test
-                text = f"{test.mean:.3f} ({test.low:.3f}-{test.high:.3f})"
+                summary = summaries[shots]
+                accuracy = summary.val if split == "validation" else summary.test
+                text = f"{accuracy.mean:.3f} ({accuracy.low:.3f}-{accuracy.high:.3f})"
             line += f"{text:>22}"
         yield line
 
 
-def advice(table: Table) -> str:
-    """Say in a sentence which blocks to train, and whether more photos would help.
+def choose_blocks(summaries: Mapping[str, Summary]) -> tuple[str, list[str]]:
+    """Return which choice of blocks to train, and the others that are not clearly better or worse.
 
-    The blocks are those that are best with the most photos. Others are as good if they lie within
-    half the range of the seeds.
+    Only validation decides. The test accuracy of the chosen blocks would be too high by chance if
+    they were chosen by it. Of all choices within one standard error of the best one, the one that
+    trains fewest blocks is taken.
+    Source: the 1-SE rule of Breiman et al. 1984, Classification and Regression Trees, section 3.4.3
+    """
+    best = max(summaries.values(), key=lambda summary: summary.val.mean)
+    enough = best.val.mean - best.val_error
+    good = [name for name, summary in summaries.items() if summary.val.mean >= enough]
+    good.sort(key=lambda name: (summaries[name].num_blocks, -summaries[name].val.mean))
+    return good[0], good[1:]
+
+
+def advice(table: Table) -> str:
+    """Say which blocks to train with the most photos, and whether more photos would help.
+
+    Validation decides both; the test accuracy is only reported.
     """
     most = max((shots for row in table.values() for shots in row), key=_shots_as_number)
     with_most = {name: row[most] for name, row in table.items() if most in row}
-    best = max(with_most, key=lambda name: with_most[name].test.mean)
-    test = with_most[best].test
-    half_range = (test.high - test.low) / 2
-    sentence = f"with {most} photos per class train {best}: test accuracy {test.mean:.3f}"
-    as_good = []
-    for name, summary in with_most.items():
-        if name != best and summary.test.mean >= test.mean - half_range:
-            as_good.append(name)
+    chosen, as_good = choose_blocks(with_most)
+    summary = with_most[chosen]
+    seeds = "1 seed" if summary.seeds == 1 else f"{summary.seeds} seeds"
+    text = (
+        f"With {most} photos per class, train {chosen}: test accuracy {summary.test.mean:.3f} "
+        f"± {summary.test_error:.3f} (one standard error; {summary.test_photos} photos, {seeds}). "
+        f"Chosen by validation accuracy, {summary.val.mean:.3f} ± {summary.val_error:.3f} "
+        f"on {summary.val_photos} more photos for each seed"
+    )
     if as_good:
-        sentence += f" ({' and '.join(as_good)} as good within the seeds' spread)"
-    fewer = list(table[best])[:-1]
+        accuracies = [f"{name} ({with_most[name].val.mean:.3f})" for name in as_good]
+        text += f"; not better by more than this error: {', '.join(accuracies)}"
+    fewer = list(table[chosen])[:-1]
     if fewer:
-        gain = test.mean - table[best][fewer[-1]].test.mean
+        gain = summary.val.mean - table[chosen][fewer[-1]].val.mean
         helps = "would help little"
-        if gain > max(half_range, 0.01):
+        if gain > max(summary.val_error, 0.01):
             helps = "would still help"
-        sentence += f"; {100 * gain:+.1f} points since {fewer[-1]} photos, so more photos {helps}"
-    gap = 100 * with_most[best].gap.mean
-    return f"{sentence}; training is {gap:.1f} points above validation there"
+        text += f". More photos {helps}: {100 * gain:+.1f} points since {fewer[-1]} per class"
+    gap = 100 * summary.gap.mean
+    return f"{text}. Training is {gap:.1f} points above validation."
