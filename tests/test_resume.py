@@ -543,11 +543,11 @@ def test_a_figure_that_fails_costs_a_figure(
     assert_same_end(out, straight)
 
 
-def test_figures_of_workers_that_were_killed_are_named(shapes_data, tmp_path, capsys):
-    with worker_pool(1, "minivit.no_such_module") as pool:  # They cannot start.
-        figures = {}
-        for name in ("curves.png", "confusion.png"):
-            figures[name] = report.submit(pool, print, name)
+def test_figures_of_workers_that_were_killed_are_named(tmp_path, capsys):
+    with worker_pool(1, "json") as pool:
+        figures = {"curves.png": report.submit(pool, os._exit, 1)}
+        figures["curves.png"].exception()
+        figures["confusion.png"] = report.submit(pool, print, "too late")
         assert not report.wait_for_figures(figures, tmp_path)
     lines = capsys.readouterr().err.splitlines()
     assert sum("cannot be drawn" in line for line in lines) == 2
