@@ -12,6 +12,7 @@ import pytest
 from conftest import BREEDS, draw_photo, make_pets, run_train
 from PIL import Image
 
+from minivit import commands
 from minivit.data.datasets import load_data, split_data
 from minivit.data.folder import FORMATS, read_folder
 from minivit.data.listing import list_data
@@ -19,6 +20,7 @@ from minivit.data.survey import quick_findings
 from minivit.errors import UserError
 from minivit.figures.drawing import new_figure
 from minivit.figures.drawing import save as save_figure
+from minivit.infer import find_photos
 from minivit.settings import TrainSettings
 from minivit.tools import describe, doctor
 from minivit.train import load_data as load_to_train
@@ -68,7 +70,9 @@ def test_pets_under_another_name_are_not_their_parents_class_folders(tmp_path):
     make_pets(tmp_path)
     mine = (tmp_path / "oxford-iiit-pet").rename(tmp_path / "mypets")
     assert load_data(mine, seed=0).classes == ("Zorro Cat", "Alpha Dog", "Beta Cat")
-    with pytest.raises(UserError, match=r"mypets/?: a class without photos"):
+    with pytest.raises(
+        UserError, match="mypets: no photo of this class is read: 70 photos lie in folders inside"
+    ):
         load_data(tmp_path, seed=0)
 
 
@@ -292,7 +296,10 @@ LOST = {
     ),
     "other extension": (lambda folder: save_photo(folder / "1.dat"), "1 photos have another"),
     "hidden": (lambda folder: save_photo(folder / ".1.png"), "1 photos are hidden by a dot"),
-    "nested": (lambda folder: save_photo(folder / "a" / "b" / "1.png"), r"1 photos lie in .*a/b/1"),
+    "nested": (
+        lambda folder: save_photo(folder / "a" / "b" / "1.png"),
+        r"1 photos lie in folders inside .*a/b/1",
+    ),
     "empty": (lambda folder: folder.mkdir(), "an empty folder where a class is expected"),
     "empty inside": (lambda folder: (folder / "a").mkdir(parents=True), "an empty folder where"),
 }
@@ -434,10 +441,11 @@ def test_photos_whose_names_differ_in_case_alone_are_noted(tmp_path):
     assert found(tmp_path) == {"case": ["cat/0.png"]}
 
 
-def test_a_photo_of_pets_under_another_case_is_named(tmp_path):
+@pytest.mark.parametrize("other", ["alpha_dog_3.JPG", "Alpha_dog_3.jpg", "alpha_dog_3.png"])
+def test_a_photo_of_pets_under_another_name_is_named(tmp_path, other):
     images = make_pets(tmp_path) / "oxford-iiit-pet" / "images"
-    (images / "alpha_dog_3.jpg").rename(images / "alpha_dog_3.JPG")
-    with pytest.raises(UserError, match="alpha_dog_3.jpg is there as alpha_dog_3.JPG: rename it"):
+    (images / "alpha_dog_3.jpg").rename(images / other)
+    with pytest.raises(UserError, match=f"alpha_dog_3.jpg is there as {other}: rename it"):
         load_data(tmp_path, seed=0)
 
 
@@ -479,6 +487,52 @@ def test_a_run_inside_its_own_data_changes_nothing(tmp_path, no_figures):
     assert run_train("demo", data, data / "mine", *flags) == 0
     assert load_data(data, seed=0) == before
     assert found(data) == {"own": ["mine"]}
+
+
+# Folders of photos for infer.py
+
+
+def test_infer_names_what_it_leaves_out_of_a_folder(tmp_path, capsys):
+    for name in ("b.JFIF", "a.png", "1.heic", "2.heic", "x.dat", "inside/1.png"):
+        save_photo(tmp_path / name)
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "Thumbs.db").touch()
+    (tmp_path / "dangling.jpg").symlink_to("nowhere")
+    (tmp_path / "folder.jpg").mkdir()
+    draw_figure(tmp_path / "a-2.png")
+    photos, num_unread = find_photos([str(tmp_path), str(tmp_path / "a-2.png"), "absent.jpg"])
+    names = ["a.png", "b.JFIF", "dangling.jpg", "folder.jpg", "a-2.png", "absent.jpg"]
+    assert [path.name for path in photos] == names
+    assert num_unread == 3
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path}: {line}"
+        for line in (
+            "2 .heic files are not read (1.heic, 2.heic): "
+            "minivit cannot open them, so convert them to JPEG",
+            "1 photo is not read because of the extension (x.dat): "
+            "rename it to what it is, as .jpg or .png",
+            "1 file or folder is left out (a-2.png): minivit wrote it",
+            "1 file or folder without photos is not used (notes.txt)",
+            "photos in folders inside it are left out (inside)",
+        )
+    ]
+
+
+@pytest.mark.parametrize("other, code", [("notes.txt", 0), ("1.heic", 2), ("1.dat", 2)])
+def test_infer_ends_with_2_if_a_photo_cannot_be_read(
+    tmp_path, tiny_saved, no_figures, capsys, other, code
+):
+    save_photo(tmp_path / "photos" / "a.png")
+    save_photo(tmp_path / "photos" / other)
+    flags = ["--model", str(tiny_saved), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert commands.infer([str(tmp_path / "photos"), *flags]) == code
+    assert other in capsys.readouterr().err
+
+
+def test_a_folder_of_unreadable_photos_is_refused_with_the_reason(tmp_path):
+    save_photo(tmp_path / "1.heic")
+    with pytest.raises(UserError, match="no photos in this folder; 1 .heic file is not read"):
+        find_photos([str(tmp_path)])
 
 
 # The test split

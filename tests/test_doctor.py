@@ -18,6 +18,7 @@ from minivit.data import survey
 from minivit.data.listing import list_data
 from minivit.errors import UserError
 from minivit.tools import doctor
+from minivit.tools.demo.drawings import draw_pets
 
 
 def photo(seed, size=(96, 72)):
@@ -157,6 +158,42 @@ def test_unusual_modes_are_named(folder, mode, suffix):
 def test_every_suffix_that_is_read_goes_with_its_format(folder, suffix):
     photo(7).save(folder / "train" / "cat" / f"odd{suffix}")
     assert found(folder) == {}
+
+
+def grey16(values):
+    """Return a greyscale image of 16 bits a pixel."""
+    return Image.fromarray(values.astype(np.uint16))
+
+
+ONE_COLOUR = {
+    "black": lambda: Image.new("RGB", (96, 72)),
+    "sensor noise": lambda: Image.fromarray(
+        np.random.default_rng(0).normal(9, 2, (72, 96, 3)).astype(np.uint8)
+    ),
+    "12 bits in 16": lambda: grey16(np.asarray(photo(7).convert("L")).astype(int) * 16),
+    "8 bits in 16": lambda: grey16(np.asarray(photo(7).convert("L"))),
+    "transparent": lambda: Image.merge("RGBA", (*photo(7).split(), Image.new("L", (96, 72)))),
+}
+
+
+@pytest.mark.parametrize("make", ONE_COLOUR.values(), ids=ONE_COLOUR)
+def test_a_photo_that_comes_out_in_one_colour_is_found(folder, make):
+    make().save(folder / "train" / "cat" / "odd.png")
+    assert found(folder).get("one-colour") == ["train/cat/odd.png"]
+    assert "1 photo comes out in nearly one colour everywhere" in message(folder, "one-colour")
+
+
+def test_drawings_are_not_taken_for_one_colour(tmp_path):
+    for c, name in enumerate(("cat", "dog")):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            drawn = Image.new("RGB", (96, 72), "white")
+            ImageDraw.Draw(drawn).line((10 + i, 20, 60, 50 + 4 * c), "black")
+            drawn.save(tmp_path / name / f"{i}.png")
+    draw_pets(tmp_path / "scenes", per_breed=(1, 1), seed=0, workers=1)
+    assert "one-colour" not in found(tmp_path / "scenes")
+    shutil.rmtree(tmp_path / "scenes")
+    assert "one-colour" not in found(tmp_path)
 
 
 @pytest.mark.parametrize(

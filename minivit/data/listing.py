@@ -104,7 +104,9 @@ def _list_pets(folder: DataFolder) -> Listing:
     assert pets is not None
     images = pets / "images"
     contents = read_folder(images) if images.is_dir() else FolderContents()
-    problems = _problems_of_pets(contents)
+    problems = dict.fromkeys(contents.photos, "") | contents.broken
+    problems |= dict.fromkeys(contents.folders, "is a folder")
+    by_stem = {Path(name).stem.lower(): name for name in contents.photos}
     listing = Listing(folder, {split: [] for split in SPLITS})
     listed: set[str] = set()
     for split in SPLITS:
@@ -116,9 +118,9 @@ def _list_pets(folder: DataFolder) -> Listing:
         for stem, number, _ in lines:
             name = f"{stem}.jpg"
             listed.add(name)
-            problem = problems.get(name)
-            if problem is None:
-                problem = _problem_of_absent(name, contents)
+            problem = problems.get(name, MISSING)
+            if problem == MISSING and stem.lower() in by_stem:
+                problem = f"is there as {by_stem[stem.lower()]}: rename it"
             breed = stem.rsplit("_", 1)[0]
             photo = ListedPhoto(name, images / name, breed, number - 1, split, problem)
             listing.splits[split].append(photo)
@@ -130,19 +132,6 @@ def _list_pets(folder: DataFolder) -> Listing:
     _note_unread(listing, images, contents)
     _note_beside_pets(listing, pets)
     return listing
-
-
-def _problems_of_pets(contents: FolderContents) -> dict[str, str]:
-    """Return the problem of each photo in images/: "" if it is a file."""
-    problems = dict.fromkeys(contents.photos, "") | contents.broken
-    return problems | dict.fromkeys(contents.folders, "is a folder")
-
-
-def _problem_of_absent(name: str, contents: FolderContents) -> str:
-    for other in contents.photos:
-        if other.lower() == name.lower():
-            return f"is there as {other}: rename it"
-    return MISSING
 
 
 def _note_beside_pets(listing: Listing, pets: Path) -> None:
@@ -201,7 +190,8 @@ def _list_class_folders(folder: DataFolder) -> Listing:
                 path = class_folder / name
                 photo = ListedPhoto(f"{place}/{name}", path, class_name, label, split, problem)
                 listing.splits[split].append(photo)
-        if not listing.splits[split]:
+        has_errors = any(Path(place).parent == split_folder for place in listing.errors)
+        if not listing.splits[split] and not has_errors:
             _note_empty_split(listing, split_folder, contents)
     if folder.has_split_folders:
         _note_beside_splits(listing, set(labels))
@@ -272,7 +262,7 @@ def _list_class(listing: Listing, folder: Path) -> dict[str, str]:
     if problems:
         return problems
     if lost:
-        listing.errors[str(folder)] = UserError(f"{folder}: a class without photos to read: {lost}")
+        listing.errors[str(folder)] = UserError(f"{folder}: no photo of this class is read: {lost}")
     elif is_own_folder(folder):
         listing.unused[OWN].append(folder)
     elif any(files for _, _, files in os.walk(folder)):
@@ -292,14 +282,18 @@ def _describe_lost_photos(contents: FolderContents, nested: Sequence[Path], fold
     misnamed = contents.names(MISNAMED)
     hidden = contents.names(HIDDEN)
     if unread:
-        reasons.append(f"{count_extensions(unread)} files cannot be opened: save as JPEG")
+        reasons.append(
+            f"{count_extensions(unread)} files cannot be opened, so convert them to JPEG"
+        )
     if misnamed:
-        reasons.append(f"{len(misnamed):,} photos have another extension ({first_few(misnamed)})")
+        names = first_few(misnamed)
+        reasons.append(f"{len(misnamed):,} photos have another extension ({names}), so rename them")
     if hidden:
-        reasons.append(f"{len(hidden):,} photos are hidden by a dot ({first_few(hidden)})")
+        names = first_few(hidden)
+        reasons.append(f"{len(hidden):,} photos are hidden by a dot ({names}), so rename them")
     if nested:
         place = nested[0].relative_to(folder).as_posix()
-        reasons.append(f"{len(nested):,} photos lie in folders inside it ({place}): move them up")
+        reasons.append(f"{len(nested):,} photos lie in folders inside ({place}), so move them up")
     return "; ".join(reasons)
 
 

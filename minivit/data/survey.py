@@ -56,12 +56,12 @@ KINDS = {
     ),
     "nested": (
         "warning",
-        "{n} photo{s} {are} not read, in folders inside class folders ({names})",
+        "{n} photo{s} in folders inside class folders {are} not read ({names})",
         "move {them} up into the class folders",
     ),
     "outside": (
         "warning",
-        "{n} photo{s} {are} not read, outside of class folders ({names})",
+        "{n} photo{s} outside of class folders {are} not read ({names})",
         "move {them} into the class folders",
     ),
     "beside": (
@@ -151,8 +151,8 @@ KINDS = {
     ),
     "other": (
         "note",
-        "{n} file{s} or folder{s} {are} not used ({names})",
-        "no photo{s}",
+        "{n} file{s} or folder{s} without photos {are} not used ({names})",
+        "",
     ),
     "case": (
         "note",
