@@ -18,8 +18,9 @@ from PIL import Image
 from minivit import load_pretrained, open_photo, query_maps
 from minivit.checkpoints.hub import DEMO
 from minivit.data.datasets import load_data
+from minivit.errors import UserError
 from minivit.tools.demo import command as demo
-from minivit.tools.demo import scenes
+from minivit.tools.demo import drawings, scenes
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from pretrain_demo import random_breed
@@ -152,3 +153,14 @@ def test_what_fails_inside_ends_the_story_with_its_exit_code(tmp_path, monkeypat
     for name in demo.COMMANDS:
         monkeypatch.setitem(demo.COMMANDS, name, lambda flags: next(codes))
     assert demo.main(["--out", str(tmp_path / "out"), "--workers", "1"]) == 2
+
+
+def test_drawings_take_the_place_of_drawings_only(tmp_path):
+    pets = tmp_path / "oxford-iiit-pet"
+    (pets / "annotations").mkdir(parents=True)
+    (pets / "annotations" / "trainval.txt").write_text("Abyssinian_1 1 1 1\n")
+    with pytest.raises(UserError, match="holds oxford-iiit-pet, which minivit did not write"):
+        drawings.draw_pets(tmp_path, per_breed=(1, 1), seed=0, workers=1)
+    (pets / "annotations" / "trainval.txt").write_text("Ginger_Tabby_1 1 1 1\n")
+    drawings.draw_pets(tmp_path, per_breed=(1, 1), seed=0, workers=1)
+    assert len(list((pets / "images").iterdir())) == 2 * len(drawings.NAMES)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ...system.files import whole_folder
+from ...data.pets import PETS_FOLDER
+from ...system.files import refuse_to_overwrite, whole_folder
 from . import animals, scenes
 
 # With eight breeds, test accuracy stayed below 0.95.
@@ -37,12 +38,15 @@ def draw_pets(root: Path, *, per_breed: tuple[int, int], seed: int, workers: int
 
     `per_breed` is each breed's number of photos in trainval and in test. The same seed gives the
     same data set, whatever `workers`, which takes the place of an earlier one when it is whole.
+    Raises UserError if there is another data set.
     """
+    if not _is_drawn(root / PETS_FOLDER):
+        refuse_to_overwrite(root, [PETS_FOLDER])
     num_trainval, num_test = per_breed
     numbers = range(1, num_trainval + num_test + 1)
     photos = [(breed, number) for breed in BREEDS for number in numbers]
     root.mkdir(parents=True, exist_ok=True)
-    with whole_folder(root / "oxford-iiit-pet") as folder:
+    with whole_folder(root / PETS_FOLDER) as folder:
         for part in ("images", "annotations/trimaps", "annotations/xmls"):
             (folder / part).mkdir(parents=True)
         draw = partial(_draw_pet, folder, seed, num_trainval)
@@ -52,6 +56,12 @@ def draw_pets(root: Path, *, per_breed: tuple[int, int], seed: int, workers: int
             list(executor.map(draw, *zip(*photos)))
         _write_listing(folder, "trainval", numbers[:num_trainval])
         _write_listing(folder, "test", numbers[num_trainval:])
+
+
+def _is_drawn(folder: Path) -> bool:
+    """Return whether a data set is one of our drawings: whether it begins with our first breed."""
+    listing = folder / "annotations" / "trainval.txt"
+    return listing.is_file() and listing.read_bytes().startswith(NAMES[0].encode())
 
 
 def _draw_pet(folder: Path, seed: int, num_trainval: int, breed: str, number: int) -> None:
