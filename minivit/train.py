@@ -36,7 +36,7 @@ from .model import ViT, copy_trainable, freeze_except, trainable, working_copy
 from .settings import MIN_STEPS, TrainSettings
 from .system import device as devices
 from .system import distributed, files
-from .system.signals import held_back, stop_requests
+from .system.signals import StopRequested, held_back, stop_requests
 from .system.workers import worker_pool, write_behind
 from .training import metrics, publishing, report, run_folder
 from .training.features import (
@@ -106,7 +106,12 @@ def train(settings: TrainSettings) -> int:
                 recorder = Recorder(settings, model, data, write_later)
                 recorder.begin(state, started, lock)
                 with stop_requests() as stop_requested:
-                    run_epochs(state, train_split, val_split, settings, stop_requested, recorder)
+                    try:
+                        run_epochs(
+                            state, train_split, val_split, settings, stop_requested, recorder
+                        )
+                    except StopRequested:
+                        state.stopped = True
             recorder.end(state)
         if state.stopped:
             if is_rank_0:

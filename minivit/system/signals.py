@@ -23,6 +23,7 @@ HANDLER_LIMIT = 0.5
 STEP_LIMIT = 1.5
 
 _ending_thread: int | None = None
+_run: StopRequests | None = None  # the requests that the run under way has received
 
 
 def end_now(*_: object) -> None:
@@ -75,6 +76,10 @@ def _enforce(number: int) -> None:
         run.wait_until_seen()
 
 
+class StopRequested(Exception):
+    """A run is left in the middle of a step or of an evaluation, because a stop was requested."""
+
+
 class StopRequests:
     """The requests to stop that a run has received; call it to ask whether there is one.
 
@@ -83,11 +88,10 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.received: list[int] = []
-        self.is_asked = False
         self.is_seen = False
         self.is_over = False
         self.earlier_handlers = {number: signal.getsignal(number) for number in SIGNALS}
-        self.asked_at = time.monotonic()
+        self.asked_at: float | None = None
         self.longest_step = 0.0  # seconds between two questions
 
     def __call__(self) -> bool:
@@ -95,11 +99,7 @@ class StopRequests:
 
         from .distributed import all_reduce_sum
 
-        now = time.monotonic()
-        if self.is_asked:
-            self.longest_step = max(self.longest_step, now - self.asked_at)
-        self.asked_at = now
-        self.is_asked = True
+        self._measure_step()
         any_rank = all_reduce_sum(torch.tensor(float(bool(self.received))))
         self.is_seen = bool(any_rank.item())
         return self.is_seen
@@ -112,6 +112,21 @@ class StopRequests:
         if self.received and number == signal.SIGINT and world_size() == 1 and callable(earlier):
             earlier(number, frame)
         self.received.append(number)
+
+    def stop_here(self) -> None:
+        """Raise StopRequested if a stop was requested, unless other ranks would not notice."""
+        from .distributed import world_size
+
+        self._measure_step()
+        if self.received and world_size() == 1:
+            self.is_seen = True
+            raise StopRequested
+
+    def _measure_step(self) -> None:
+        now = time.monotonic()
+        if self.asked_at is not None:
+            self.longest_step = max(self.longest_step, now - self.asked_at)
+        self.asked_at = now
 
     def wait_until_seen(self) -> None:
         """End the process if the run does not ask for a request within two steps or so.
@@ -130,17 +145,31 @@ class StopRequests:
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Turn SIGINT and SIGTERM into requests to stop, and yield a function that asks for one.
 
-    That function returns the same answer on all ranks, which must call it at the same points. A
-    signal that comes after the last question is handled at the end as it was before.
+    That function returns the same answer on all ranks, which must call it at the same points. In
+    between, stop_here() raises StopRequested. A signal that comes after the last question is
+    handled at the end as it was before.
     """
+    global _run
     requests = StopRequests()
     with _handling_signals(requests.handle):
+        _run = requests
         try:
             yield requests
         finally:
+            _run = None
             requests.is_over = True
     if requests.received and not requests.is_seen:
         signal.raise_signal(requests.received[0])
+
+
+def stop_here() -> None:
+    """Leave a run, by raising StopRequested, if it is alone and was asked to stop.
+
+    This is called wherever a long computation can be left without harm. With several ranks, or
+    without a run, it does nothing.
+    """
+    if _run is not None:
+        _run.stop_here()
 
 
 @contextlib.contextmanager

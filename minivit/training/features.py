@@ -22,6 +22,7 @@ from ..data.augment import augment
 from ..data.datasets import Data
 from ..data.store import Pixels
 from ..model import ViT
+from ..system.signals import stop_here
 from ..system.workers import map_ahead
 
 # For batches up to this size, a GPU waits for the host to launch its kernels one by one.
@@ -94,8 +95,8 @@ class FeatureExtractor:
     ) -> Tensor | None:
         """Compute the features of the photos `indices` (n,) into host memory: (n, N, D).
 
-        They are augmented by `draws` (n, 5) if there are any. Returns None if a stop was
-        requested in the meantime.
+        They are augmented by `draws` (n, 5) if there are any. If a stop was requested in the
+        meantime, returns None or raises StopRequested.
         """
         weight = self.model.cls_token
         shape = (len(indices), *features_shape(self.model, self.cut))
@@ -113,6 +114,7 @@ class FeatureExtractor:
         on_device = to_device_ahead(read, batches, weight.device)
         progress = tqdm(on_device, "frozen blocks", len(batches), unit="batch", leave=False)
         for tensors, rows in zip(progress, batches):
+            stop_here()
             features[rows].copy_(self(*tensors))
             if stop_requested is not None and stop_requested():
                 return None

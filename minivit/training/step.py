@@ -27,6 +27,7 @@ from ..errors import UserError
 from ..model import ViT
 from ..settings import TrainSettings
 from ..system import distributed
+from ..system.signals import StopRequested, stop_here
 from .features import Source, gather_rows, to_device_ahead
 from .metrics import confusion_matrix, summarize
 from .optimizer import AdamW, lr_at
@@ -183,7 +184,8 @@ def train_epoch(
 ) -> None:
     """Take the steps that are left of the epoch under way.
 
-    Ends early, with state.stopped set, after the step during which a stop was requested.
+    Ends early, with state.stopped set, after the step during which a stop was requested. Raises
+    StopRequested in the middle of a step, which is then left out.
     """
     steps_per_epoch = math.ceil(len(photos.labels) / settings.batch_size)
     total_steps = settings.epochs * steps_per_epoch
@@ -197,21 +199,26 @@ def train_epoch(
         unit="step",
         leave=False,
     )
-    for batch in progress:
-        state.lr = lr_at(state.step, peak=settings.lr, total=total_steps)
-        for group in state.optimizer.param_groups:
-            group["lr"] = state.lr * group["lr_scale"]
-        loss, norm = train_step_that_fits(network, state, batch, settings.label_smoothing)
-        # Looking at the norm makes the host wait for the device, so only fp16 does it.
-        was_skipped = state.scaler.is_enabled() and not bool(norm.isfinite())
-        if was_skipped:
-            state.skipped.append(first_step + len(losses))
-        else:
-            state.step += 1
-        losses.append(loss)
-        state.stopped = stop_requested()
-        if state.stopped:
-            break
+    try:
+        for batch in progress:
+            state.lr = lr_at(state.step, peak=settings.lr, total=total_steps)
+            for group in state.optimizer.param_groups:
+                group["lr"] = state.lr * group["lr_scale"]
+            loss, norm = train_step_that_fits(network, state, batch, settings.label_smoothing)
+            # Looking at the norm makes the host wait for the device, so only fp16 does it.
+            was_skipped = state.scaler.is_enabled() and not bool(norm.isfinite())
+            if was_skipped:
+                state.skipped.append(first_step + len(losses))
+            else:
+                state.step += 1
+            losses.append(loss)
+            state.stopped = stop_requested()
+            if state.stopped:
+                break
+    except StopRequested:
+        # The step under way is left out. This process is alone, so no other one waits for it.
+        state.losses += [loss.item() for loss in losses]
+        raise
     if losses:
         state.losses += distributed.all_reduce_sum(torch.stack(losses)).tolist()
 
@@ -242,6 +249,7 @@ class _Inputs:
     draws: Tensor
 
     def __call__(self, part: slice) -> Tensor:
+        stop_here()
         return self.to_features(self.rows[part], self.draws[part])
 
 
@@ -272,8 +280,15 @@ def mean_loss(state: RunState, n: int, settings: TrainSettings) -> float:
 
 @torch.no_grad()
 def predict(model: ViT, batches: Iterable[Tensor], *, cut: int) -> Tensor:
-    """Return the logits, float32 (n, C) on the CPU, of batches of features (B, N, D)."""
-    return torch.cat([model.logits(batch, start=cut).float() for batch in batches]).cpu()
+    """Return the logits, float32 (n, C) on the CPU, of batches of features (B, N, D).
+
+    Raises StopRequested if a stop was requested.
+    """
+    logits = []
+    for batch in batches:
+        stop_here()
+        logits.append(model.logits(batch, start=cut).float())
+    return torch.cat(logits).cpu()
 
 
 @torch.no_grad()
