@@ -484,7 +484,10 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing, say what differs")
     args = parser.parse_args()
-    rows = read_rows()
+    try:
+        rows = read_rows()
+    except ValueError as error:
+        sys.exit(f"{error}")
     differences = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
