@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from ..data.preprocess import Preprocess
     from ..model import ViT
 
+DESCRIPTION = (
+    "Describe what a model and a data set are, and where each fact comes from. Of a model on "
+    "the Hub, only the config is downloaded."
+)
 Row = tuple[str, str, str]  # a name, a fact, and where the fact comes from
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser("describe", description=__doc__)
+    parser = cli.Parser("describe", description=DESCRIPTION)
     parser.add_argument(
         "model",
         nargs="?",

@@ -30,6 +30,10 @@ from ..errors import UserError, first_few
 from ..system.workers import read_ahead
 from .score.masks import PET, mask_path, read_mask
 
+DESCRIPTION = (
+    "The doctor: find what is wrong or odd in a folder of photos, before hours go into "
+    "training. It reads every photo and mask, and changes nothing."
+)
 MD5_OF_ARCHIVES = {
     "images.tar.gz": "5c4f3ee8e5d25df40f4fd59a7f44e54c",
     "annotations.tar.gz": "95a8c909bbe2e81eed6a22bccdf3f68f",
@@ -67,7 +71,7 @@ class ReadPhoto:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser("doctor", description=__doc__)
+    parser = cli.Parser("doctor", description=DESCRIPTION)
     parser.add_argument(
         "--data",
         default="data",

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from .. import cli
 
+DESCRIPTION = "Export a model under the names that another library reads."
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser("export", description=__doc__)
+    parser = cli.Parser("export", description=DESCRIPTION)
     parser.add_argument("model", metavar="DIR", help="a run, or any model that minivit reads")
     parser.add_argument("--to", choices=("timm",), required=True, help="the library to export to")
     parser.add_argument("--out", metavar="DIR", help="folder to write to; default: DIR/timm")

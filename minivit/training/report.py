@@ -36,7 +36,7 @@ def draw_figures(
     data: Data,
     logits: Tensor,
     confusion: Tensor,
-) -> dict[str, Future[None]]:
+) -> dict[str, Future[str]]:
     """Start drawing predictions.png, confusion.png and curves.png, and return a future for each.
 
     `rows` are those of metrics.jsonl; `logits` (n, C) and `confusion` (C, C) are the test photos'.
@@ -62,17 +62,17 @@ def draw_figures(
     return figures
 
 
-def submit(executor: Executor, draw: Callable[..., None], *args: object) -> Future[None]:
+def submit(executor: Executor, draw: Callable[..., str], *args: object) -> Future[str]:
     """Start drawing, and return a future that holds the error, too, if drawing cannot start."""
     try:
         return executor.submit(draw, *args)
     except BrokenProcessPool as error:  # A worker was killed, or could not start.
-        failed: Future[None] = Future()
+        failed: Future[str] = Future()
         failed.set_exception(error)
         return failed
 
 
-def wait_for_figures(figures: Mapping[str, Future[None]], out: Path) -> bool:
+def wait_for_figures(figures: Mapping[str, Future[str]], out: Path) -> bool:
     """Wait until all figures are drawn or have failed, and return whether all are drawn.
 
     If the cause of a failure lies outside of minivit, a line on stderr names the figure. Any other
@@ -83,6 +83,7 @@ def wait_for_figures(figures: Mapping[str, Future[None]], out: Path) -> bool:
     for name, figure in figures.items():
         error = figure.exception()
         if error is None:
+            _report_lacking(figure.result())
             continue
         all_are_drawn = False
         if not _lies_outside(error):
@@ -99,6 +100,14 @@ def wait_for_figures(figures: Mapping[str, Future[None]], out: Path) -> bool:
     return all_are_drawn
 
 
+def _report_lacking(characters: str | None) -> None:
+    """Report the characters that a figure cannot show."""
+    if characters:
+        from ..figures.fonts import report_lacking  # This imports matplotlib.
+
+        report_lacking(characters)
+
+
 def _lies_outside(error: BaseException) -> bool:
     """Return whether an error has its cause in the machine: its disk, memory, photos or fonts."""
     if isinstance(error, (OSError, MemoryError, ImportError, UserError, BrokenProcessPool)):
@@ -107,11 +116,14 @@ def _lies_outside(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("font" in words or "latex" in words)
 
 
-def _draw(name: str, path: Path, *args) -> None:
-    """Draw one figure. This runs in a worker, so that only workers import matplotlib."""
+def _draw(name: str, path: Path, *args) -> str:
+    """Draw one figure, and return the characters that it cannot show.
+
+    This runs in a worker, so that only workers import matplotlib.
+    """
     from ..figures import plots
 
-    getattr(plots, f"draw_{name}")(path, *args)
+    return getattr(plots, f"draw_{name}")(path, *args)
 
 
 def _choose_predictions(

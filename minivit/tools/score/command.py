@@ -19,12 +19,15 @@ from ...errors import UserError, printable
 if TYPE_CHECKING:
     from ...model import ViT
 
+DESCRIPTION = (
+    "Measure how much of a model's attention falls on the pet in Oxford-IIIT Pet's photos."
+)
 METHODS = ("attention", "rollout", "relevance")  # those of attention.py, which imports torch
 MAX_GALLERY = 50
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser("score", description=__doc__.partition("\n")[0])
+    parser = cli.Parser("score", description=DESCRIPTION)
     parser.add_argument(
         "--model",
         metavar="ID|DIR|demo",

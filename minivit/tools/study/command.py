@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .features import StudyFeatures
     from .grid import Cell
 
+DESCRIPTION = "How many photos, how many blocks? Test accuracy over a grid of both."
 # A study is continued only with the same values of these flags.
 FIXED_FLAGS = ("model", "revision", "epochs", "batch_size", "lr", "views")
 OUTPUTS = ("study.json", "study.csv", "study.png")
@@ -36,7 +37,7 @@ ROW_FORMAT = (
 
 
 def make_parser() -> cli.Parser:
-    parser = cli.Parser("study", description=__doc__.partition("\n")[0])
+    parser = cli.Parser("study", description=DESCRIPTION)
     add = parser.add_argument
     add("--model", default=BASE_MODEL, metavar="ID|DIR|FILE|demo", help="as in train.py")
     add("--revision", metavar="REV", help="Hub revision; default: the repository's main branch")
