@@ -40,6 +40,7 @@ from minivit.checkpoints.weights import read_configs
 from minivit.cli import cores
 from minivit.data import store
 from minivit.data.datasets import Data, load_data
+from minivit.errors import UserError
 from minivit.system.device import pick_amp
 from minivit.tools.demo.drawings import BREEDS, draw_pets
 
@@ -221,7 +222,10 @@ def main() -> None:
         if source is None:
             source = Path(folder) / "drawn"
             draw_photos(source, counts)
-        make_folders(source, photos, counts)
+        try:
+            make_folders(source, photos, counts)
+        except UserError as error:
+            parser.error(str(error))
         decode_photos(photos, args.model)
         # This fills the disk's cache with the libraries.
         run([sys.executable, str(OTHER_PROGRAM), "--help"])
