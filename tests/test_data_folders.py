@@ -512,7 +512,7 @@ def test_infer_names_what_it_leaves_out_of_a_folder(tmp_path, capsys):
             "1 photo is not read because of the extension (x.dat): "
             "rename it to what it is, as .jpg or .png",
             "1 file or folder is left out (a-2.png): minivit wrote it",
-            "1 file or folder without photos is not used (notes.txt)",
+            "1 file or folder is not used (notes.txt): there is no photo in it",
             "photos in folders inside it are left out (inside)",
         )
     ]

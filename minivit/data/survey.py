@@ -151,8 +151,8 @@ KINDS = {
     ),
     "other": (
         "note",
-        "{n} file{s} or folder{s} without photos {are} not used ({names})",
-        "",
+        "{n} file{s} or folder{s} {are} not used ({names})",
+        "there is no photo in {them}",
     ),
     "case": (
         "note",
