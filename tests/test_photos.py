@@ -293,6 +293,9 @@ ACCOMPANIED = {
     "a profile of EXIF": lambda: in_png(chunk(b"zTXt", b"Raw profile type exif\0\0" + LONG)),
     "compressed XMP": lambda: in_png(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LONG)),
     "a project behind a PNG": lambda: in_png(b"") + SCANS,
+    "a chunk of no known kind": lambda: webp_of(draw_photo(60, 40)).replace(
+        b"VP8L", b"mine\3\0\0\0abc\0VP8L", 1
+    ),
     "anything behind a WebP": lambda: webp_of(draw_photo(60, 40)) + SCANS,
 }
 
@@ -413,6 +416,38 @@ def test_other_formats_without_their_ends_are_read_if_no_pixel_is_missing(tmp_pa
         path.write_bytes(data[form][: len(data[form]) * 9 // 10])
         with pytest.raises(PhotoError):
             open_photo(path)
+
+
+def test_a_webp_that_has_lost_its_orientation_is_refused(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    path = tmp_path / "photo"
+    draw_photo(60, 40).save(path, "WEBP", exif=exif)
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + bytes(4) + data[8:])
+    assert open_photo(path).size == (40, 60)
+    path.write_bytes(data[: data.index(b"EXIF")])
+    with pytest.raises(PhotoError, match="its orientation is missing"):
+        open_photo(path)
+
+
+def test_of_a_damaged_scan_all_is_left_to_the_decoder(tmp_path):
+    """What looks like metadata, an end or the next image may be a byte that went wrong."""
+    path = tmp_path / "photo"
+    data = jpeg(draw_photo(200, 100), restart_marker_blocks=1)
+    restart = data.index(b"\xff\xd3", data.index(b"\xff\xda"))
+    for marker in (0xE5, 0xFE, 0xD9, 0x3C, 0x01):
+        damaged = data[: restart - 4] + bytes([0xFF, marker]) + data[restart - 2 :]
+        path.write_bytes(damaged)
+        assert np.array_equal(open_photo(path), Image.open(io.BytesIO(damaged))), hex(marker)
+
+
+def test_metadata_between_scans_may_hold_an_image(tmp_path):
+    path = tmp_path / "photo"
+    data = jpeg(draw_photo(60, 40), progressive=True)
+    second = data.index(b"\xff\xc4", data.index(b"\xff\xda"))
+    path.write_bytes(data[:second] + app(2, jpeg(draw_photo(8, 8))) + data[second:])
+    assert np.array_equal(open_photo(path), Image.open(io.BytesIO(data)))
 
 
 def test_a_photo_that_may_not_be_read_is_named(tmp_path, monkeypatch):

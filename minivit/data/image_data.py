@@ -24,15 +24,16 @@ MAX_METADATA_BYTES = 65_535
 
 JPEG_START = b"\xff\xd8"
 JPEG_END = b"\xff\xd9"
-# A marker between the segments of a JPEG, and one that ends the data of a scan. Within a scan,
-# FF 00 stands for the byte FF, and D0 to D7 are restarts, which belong to the scan.
+# A marker between the segments of a JPEG, and one from the first scan on. Within a scan, FF 00
+# stands for the byte FF, and D0 to D7 are restarts, which belong to the scan.
 MARKER = re.compile(rb"\xff[^\x00\xff]")
-MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 START, END, SCAN = 0xD8, 0xD9, 0xDA
-# What a decoder reads before and between the scans.
+# What a decoder reads before the first scan.
 TABLE_MARKERS = frozenset((0xC4, 0xCC, 0xDB, 0xDC, 0xDD))
 FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-APPLICATION_MARKERS = range(0xE0, 0xF0)
+# Segments of applications, and comments.
+METADATA_MARKERS = frozenset((*range(0xE0, 0xF0), 0xFE))
 # The application segments that matter. Two give the colour space, two the orientation.
 JFIF, ADOBE = b"JFIF\0", b"Adobe"
 EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
@@ -42,6 +43,7 @@ RESTART_AT_END = re.compile(rb"\xff[\xd0-\xd7]\Z")
 RESERVED_SPACE = re.compile(rb"(\xff?\x00{16,}|\xff+)\Z")
 
 WEBP_START = re.compile(rb"RIFF....WEBP", re.DOTALL)
+WEBP_KIND = re.compile(rb"[ -~]{4}")
 WEBP_CHUNKS = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF", b"ICCP", b"EXIF", b"XMP ")
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -135,34 +137,56 @@ class _JpegReader:
     def read(self) -> ImageData:
         """Return the image up to its end marker, or up to where it breaks off."""
         scans = 0
-        seen: set[bytes] = set()  # kinds of application segments
-        self._take(len(JPEG_START))
-        self.kept.write(JPEG_START)
-        marker = self._next_marker(MARKER)
+        self.kept.write(self._take(len(JPEG_START)))
+        marker = self._copy_header()
         while marker is not None and marker != END:
             self.kept.count()
+            if marker == START and self._peek(1) == b"\xff":
+                marker = None  # The next image begins, and this one has no end marker.
+                break
+            self._keep_marker(marker)
             if marker == SCAN:
                 scans += 1
-                self._note_scan(self._copy_segment(marker))
-                marker = self._next_marker(MARKER_AFTER_SCAN, keep=True)
-                if marker is None or marker == START:  # of the next image
-                    return self._broken_off(scans)
-                continue
-            if marker in FRAME_MARKERS:
-                self.components = int.from_bytes(self._copy_segment(marker)[7:8], "big")
-            elif marker in TABLE_MARKERS:
-                self._copy_segment(marker)
-            elif marker in APPLICATION_MARKERS:
-                self._copy_application_segment(marker, seen)
-            elif marker == 0xFE:  # a comment
-                self._read_segment()
-            else:
-                # The decoder has to say what it makes of any other marker.
-                self.kept.write(bytes((0xFF, marker)))
-            marker = self._next_marker(MARKER)
+                self._note_scan(self._peek(self._segment_size()))
+            elif marker in METADATA_MARKERS:
+                self._copy_metadata()
+            marker = self._next_marker(MARKER_IN_SCAN, keep=True)
+        if marker is None and scans:
+            return self._broken_off(scans)
         if marker == END:
             self.kept.write(JPEG_END)
         return ImageData(self.kept.buffer.getvalue(), scans)
+
+    def _copy_header(self) -> int | None:
+        """Copy what a decoder needs before the first scan; return the marker that comes then."""
+        seen: set[bytes] = set()  # kinds of metadata
+        marker = self._next_marker(MARKER)
+        while marker is not None and marker not in (SCAN, END):
+            self.kept.count()
+            if marker in METADATA_MARKERS:
+                segment = self._take(self._segment_size())
+                for kind in (JFIF, ADOBE, EXIF, XMP):
+                    if segment.startswith(kind, 2) and kind not in seen:
+                        seen.add(kind)
+                        self._keep_marker(marker)
+                        self.kept.write(segment)
+            else:
+                self._keep_marker(marker)
+            if marker in FRAME_MARKERS:
+                self.components = int.from_bytes(self._peek(8)[7:], "big")
+            if marker in (*FRAME_MARKERS, *TABLE_MARKERS):
+                self.kept.write(self._take(self._segment_size()))
+            marker = self._next_marker(MARKER)
+        return marker
+
+    def _copy_metadata(self) -> None:
+        """Copy a segment of metadata between scans, so that no marker is looked for in it.
+
+        In a damaged scan, what looks like such a segment is not: no marker follows it.
+        """
+        size = self._segment_size()
+        if self._peek(size + 1)[size:] == b"\xff":
+            self.kept.write(self._take(size))
 
     def _broken_off(self, scans: int) -> ImageData:
         data = RESERVED_SPACE.sub(b"", self.kept.buffer.getvalue())
@@ -191,40 +215,35 @@ class _JpegReader:
                 self.position = match.end()
                 return match[0][1]
             # A marker may begin with the last byte of this block.
-            rest = self.block[max(end, self.position) :]
-            more = self.file.read(BLOCK_BYTES)
-            if not more:
+            self.position = max(end, self.position)
+            if not self._read_on():
                 return None
-            self.block = rest + more
-            self.position = 0
+
+    def _keep_marker(self, marker: int) -> None:
+        self.kept.write(bytes((0xFF, marker)))
+
+    def _segment_size(self) -> int:
+        """Return the size of the segment that comes next, which begins with its size."""
+        return max(2, int.from_bytes(self._peek(2), "big"))
 
     def _take(self, size: int) -> bytes:
         """Return the next bytes of the file, fewer at its end."""
-        taken = self.block[self.position : self.position + size]
+        taken = self._peek(size)
         self.position += len(taken)
-        if len(taken) < size:
-            taken += self.file.read(size - len(taken))
         return taken
 
-    def _read_segment(self) -> bytes:
-        """Return a segment's length and contents."""
-        length = self._take(2)
-        size = int.from_bytes(length, "big")
-        if size < 2:
-            raise ValueError(f"a segment of {size} bytes")
-        return length + self._take(size - 2)
+    def _peek(self, size: int) -> bytes:
+        """Return the next bytes of the file without taking them."""
+        while len(self.block) < self.position + size and self._read_on():
+            pass
+        return self.block[self.position : self.position + size]
 
-    def _copy_segment(self, marker: int) -> bytes:
-        segment = self._read_segment()
-        self.kept.write(bytes((0xFF, marker)) + segment)
-        return segment
-
-    def _copy_application_segment(self, marker: int, seen: set[bytes]) -> None:
-        segment = self._read_segment()
-        for kind in (JFIF, ADOBE, EXIF, XMP):
-            if segment.startswith(kind, 2) and kind not in seen:
-                seen.add(kind)
-                self.kept.write(bytes((0xFF, marker)) + segment)
+    def _read_on(self) -> bool:
+        """Read more behind what is left of the block; return False at the end of the file."""
+        more = self.file.read(BLOCK_BYTES)
+        self.block = self.block[self.position :] + more
+        self.position = 0
+        return bool(more)
 
 
 def _read_png(file: BinaryIO, max_bytes: int) -> ImageData:
@@ -279,16 +298,29 @@ def _read_webp(file: BinaryIO, max_bytes: int) -> ImageData:
     """Return the chunks of a WebP. Its header may give them another size, which decoders mind."""
     start = file.read(12)
     kept = _Kept(max_bytes)
-    while True:
-        header = file.read(8)
-        if header[:4] not in WEBP_CHUNKS or len(header) < 8:
-            break
+    kinds: set[bytes] = set()
+    header = file.read(8)
+    # Chunks of other kinds are allowed, and ignored.
+    while len(header) == 8 and WEBP_KIND.match(header):
         kept.count()
-        kept.write(header)
-        length = int.from_bytes(header[4:], "little")
-        kept.copy(file, length)
-        if length % 2 == 1:
-            file.read(1)
-            kept.write(b"\0")
+        kind, length = header[:4], int.from_bytes(header[4:], "little")
+        padding = length % 2
+        if kind in WEBP_CHUNKS:
+            kinds.add(kind)
+            kept.write(header)
+            kept.copy(file, length)
+            kept.write(bytes(padding))
+            file.seek(padding, io.SEEK_CUR)
+        else:
+            file.seek(length + padding, io.SEEK_CUR)
+        header = file.read(8)
     chunks = kept.buffer.getvalue()
+    is_cut = len(header) < 8 and file.tell() < 8 + int.from_bytes(start[4:8], "little")
+    if is_cut and _announces_exif(chunks) and b"EXIF" not in kinds:
+        raise ValueError("image file is truncated, and its orientation is missing")
     return ImageData(b"RIFF" + struct.pack("<I", 4 + len(chunks)) + start[8:] + chunks)
+
+
+def _announces_exif(chunks: bytes) -> bool:
+    """Return whether the first chunk of a WebP says that one of EXIF follows."""
+    return chunks.startswith(b"VP8X") and len(chunks) > 8 and bool(chunks[8] & 8)
