@@ -447,6 +447,12 @@ def test_photos_that_vanish_before_they_are_decoded_are_named(pets, capsys):
     assert f"left out: {path}: no such photo" in capsys.readouterr().err
 
 
+def test_a_rank_that_does_not_see_the_store_decodes_the_same_pixels(pets):
+    data, file = store.prepare(load_data(pets, seed=0), PREPROCESS, workers=2, cap_gib=1)
+    file.unlink()
+    assert_aligned(data, store.open_splits(data, file, PREPROCESS, 2))
+
+
 def test_a_photo_that_vanishes_is_named_where_there_is_no_store(pets):
     data, decoded = decode_all(load_data(pets, seed=0), cap_gib=1e-9)
     data.train.paths[1].unlink()

@@ -138,9 +138,14 @@ def open_splits(
 
 
 def open_pixels(data: Data, file: Path | None, preprocess: Preprocess, workers: int) -> Pixels:
-    """Return the pixels of all photos. `data` and `file` are what prepare() returned."""
+    """Return the pixels of all photos.
+
+    `data` and `file` are what prepare() returned. Without the file, photos are decoded when they
+    are needed.
+    """
     stored = None
-    if file is not None:
+    # A rank on another machine may not see a temporary folder of rank 0's, and then decodes.
+    if file is not None and _is_complete(file):
         # Copy on write: torch wants memory that it may write to.
         stored = torch.from_numpy(np.load(file, mmap_mode="c"))
     return Pixels(data.paths(), preprocess, workers, stored)
