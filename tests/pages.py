@@ -132,7 +132,7 @@ def source_text() -> str:
 def source_messages() -> list[list[str]]:
     """Return what the package can print, as lists of words, with "*" for each placeholder.
 
-    These are its string literals without the docstrings, cut at · and parentheses as quotes are,
+    These are its string literals without the docstrings, in the parts that a quote is cut into,
     and what the operating system says of a full disk.
     """
     found = [words_of(os.strerror(errno.ENOSPC))]
@@ -141,8 +141,14 @@ def source_messages() -> list[list[str]]:
         docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
             if id(node) not in docstrings:
-                found += [words_of(piece) for piece in re.split("[()·]", literal(node))]
+                for part in parts_of(literal(node)):
+                    found += [words_of(part), *map(words_of, part.split(";"))]
     return [words for words in found if words]
+
+
+def parts_of(text: str) -> list[str]:
+    """Cut a message or a quote where the code often puts messages together."""
+    return re.split(r"\.\.\.|[()·]", text)
 
 
 def words_of(text: str) -> list[str]:
@@ -161,12 +167,18 @@ def literal(node: ast.AST) -> str:
 
 
 def is_printed(quote: str) -> bool:
-    """Tell whether the source has each part of a quote, cut at "...", "·" and parentheses."""
-    parts = re.split(r"\.\.\.|[()·]", quote)
-    return all(_is_in_a_message(words_of(part)) for part in parts if re.search(r"\w", part))
+    """Tell whether the source has each part of a quote, as a whole or clause by clause."""
+    for part in parts_of(quote):
+        clauses = [words_of(clause) for clause in part.split(";")]
+        is_whole = _is_in_a_message(words_of(part))
+        if not is_whole and not all(_is_in_a_message(clause) for clause in clauses):
+            return False
+    return True
 
 
 def _is_in_a_message(words: list[str]) -> bool:
+    if not words:
+        return True
     for message in source_messages():
         common = [word for word in words if word in message]
         # A message that is little but placeholders would fit anything.
