@@ -111,6 +111,12 @@ WRONG = {
         lambda root: make_classes(root / "my" / "pets", "a", "b"),
         r"photos in folders further down, as my/pets/a/0.png",
     ),
+    "train a level too deep": (
+        lambda root: [
+            make_classes(root / name, "a", "b") for name in ("train/animals", "val", "test")
+        ],
+        "no class folders in train/, whose photos lie further down, as train/animals/a/0.png",
+    ),
     "other split names": (
         lambda root: [make_classes(root / name, "a", "b") for name in ("fit", "check")],
         r"several data folders \(check/ and fit/\): call them train/",
@@ -149,6 +155,20 @@ def test_a_folder_that_may_not_be_read_is_not_taken_for_absent(tmp_path, monkeyp
     monkeypatch.setattr(os, "scandir", refuse)
     assert doctor.main(["--data", str(root)]) == 2
     assert capsys.readouterr().err.endswith("/cat: Permission denied\n")
+
+
+def test_a_locked_folder_beside_the_data_is_named_and_stops_nothing(tmp_path, monkeypatch):
+    make_classes(make_pets(tmp_path), "private")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == "private":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert load_data(tmp_path, seed=0).is_pets
+    assert found(tmp_path)["locked"] == ["private"]
 
 
 # Download
@@ -619,11 +639,11 @@ def test_incomplete_pets_are_refused_with_what_to_do(tmp_path, make, message):
 
 def test_a_folder_is_read_as_names_and_kinds(tmp_path):
     make_classes(tmp_path, "cat", n=1)
-    save_photo(tmp_path / "b.png")
-    save_photo(tmp_path / "a.heic")
+    for name in ("b.JPG", "a.png", "a.heic"):
+        save_photo(tmp_path / name)
     (tmp_path / "c.jpg").symlink_to("nowhere")
     contents = read_folder(tmp_path)
-    assert contents.photos == ["b.png"]
+    assert contents.photos == ["a.png", "b.JPG"]
     assert contents.folders == ["cat"]
     assert contents.unread == {"a.heic": "format"}
     assert contents.broken == {"c.jpg": "is a link that leads nowhere"}

@@ -20,7 +20,6 @@ from PIL import Image, ImageCms, ImageFile
 
 from minivit import Preprocess, open_photo
 from minivit.data import photos
-from minivit.data.folder import list_photos
 from minivit.data.image_data import PNG_START
 from minivit.data.modes import check_mode
 from minivit.data.photos import PhotoError
@@ -728,13 +727,6 @@ def test_decoding_takes_at_most_20_bytes_a_pixel_and_is_silent(tmp_path):
 def test_a_photo_of_another_format_than_its_name_says_is_read(tmp_path):
     draw_photo(20, 20).save(tmp_path / "photo.jpg", "WEBP")
     assert open_photo(tmp_path / "photo.jpg").size == (20, 20)
-
-
-def test_the_photos_of_a_folder_are_listed_by_name(tmp_path):
-    assert list_photos(tmp_path) == []
-    for name in ("b.JPG", "a.png", ".hidden.jpg", "notes.txt"):
-        (tmp_path / name).touch()
-    assert [path.name for path in list_photos(tmp_path)] == ["a.png", "b.JPG"]
 
 
 @pytest.mark.parametrize("size", [(500, 375), (333, 500), (1, 8000), (8000, 3), (1, 1)])

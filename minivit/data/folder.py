@@ -103,18 +103,13 @@ def read_folder(folder: str | os.PathLike[str]) -> FolderContents:
     return contents
 
 
-def list_photos(folder: Path) -> list[Path]:
-    """Return the photos directly inside a folder, sorted by name."""
-    return [folder / name for name in read_folder(folder).photos]
-
-
 def photos_below(folder: Path) -> Iterator[Path]:
     """Yield what is a photo, or would be if it could be read, in a folder and all folders in it.
 
     If the folder is a link, which could lead in a circle, only what lies directly in it counts.
     Other links to folders are not followed.
     """
-    for path, folders, _ in os.walk(folder):
+    for path, folders, _ in os.walk(folder, onerror=_raise):
         if folder.is_symlink():
             folders.clear()
         folders[:] = sorted(
@@ -130,7 +125,7 @@ def is_own_folder(folder: Path) -> bool:
     Photos of other origin below the folder make it the user's.
     """
     is_marked = False
-    for path, folders, files in os.walk(folder):
+    for path, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if name[0] != "."]
         contents = read_folder(path)
         if contents.like_photos():
@@ -144,6 +139,10 @@ def count_extensions(names: Iterable[str]) -> str:
     """Return how many of these files have each extension: "12 .heic and 3 .cr2"."""
     counts = Counter(Path(name).suffix.lower() or "extensionless" for name in names)
     return " and ".join(f"{n:,} {extension}" for extension, n in sorted(counts.items()))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:

@@ -173,6 +173,13 @@ def _describe_what_is_there(root: Path, contents: FolderContents) -> str:
             f", but {len(alike):,} photos directly in it ({first_few(alike)}), whose classes are "
             "not known: move them into a folder for each class"
         )
+    for name in contents.folders:
+        deeper = next(photos_below(root / name), None)
+        if name.lower() in SPLIT_NAMES["train"] and deeper is not None:
+            return (
+                f", and no class folders in {name}/, whose photos lie further down, "
+                f"as {deeper.relative_to(root)}"
+            )
     inner = [root / name for name in contents.folders if _is_data_folder(root / name)]
     if len(inner) == 1:
         return f", but {inner[0]} is one"

@@ -45,6 +45,7 @@ MISSING = "missing"  # the problem of a listed photo that does not exist
 NESTED = "nested"  # It is a photo in a folder inside a class folder.
 OUTSIDE = "outside"  # It is a photo outside of class folders.
 BESIDE = "beside"  # It is a folder of photos beside those that are read.
+LOCKED = "locked"  # It is a folder that the user may not read.
 UNLISTED = "unlisted"  # It is a photo that no listing of Oxford-IIIT Pet names.
 
 
@@ -164,13 +165,16 @@ def _note_unread(
 
 
 def _note_folder(listing: Listing, folder: Path) -> None:
-    """Note a folder that is not read."""
-    if is_own_folder(folder):
-        reason = OWN
-    elif next(photos_below(folder), None) is not None:
-        reason = BESIDE
-    else:
-        reason = OTHER
+    """Note a folder that is not read, and the reason."""
+    try:
+        if is_own_folder(folder):
+            reason = OWN
+        elif next(photos_below(folder), None) is not None:
+            reason = BESIDE
+        else:
+            reason = OTHER
+    except PermissionError:
+        reason = LOCKED
     listing.unused[reason].append(folder)
 
 
@@ -308,8 +312,10 @@ def _note_beside_splits(listing: Listing, classes: set[str]) -> None:
         if path in splits.values():
             continue
         _note_folder(listing, path)
+        if path not in listing.unused[BESIDE] or not has_class_folders(path):
+            continue
         inner = {unicodedata.normalize("NFC", name) for name in read_folder(path).folders}
-        if missing and classes & inner and has_class_folders(path):
+        if missing and classes & inner:
             listing.errors[str(path)] = UserError(
                 f"{path}: looks like a split, since it has folders of the same classes, but is not "
                 f"read; call it {' or '.join(missing)}, or move it away"

@@ -37,7 +37,7 @@ def read_listing(pets: Path, split: str) -> list[ListedPet]:
     if not listing.is_file():
         raise UserError(f"{listing}: no such file; {how_to_complete(pets, 'annotations')}")
     photos = []
-    for line in listing.read_text("utf-8", "backslashreplace").splitlines():
+    for line in listing.read_text("utf-8-sig", "backslashreplace").splitlines():
         if not line.strip() or line.startswith("#"):
             continue
         try:

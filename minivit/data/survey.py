@@ -69,6 +69,11 @@ KINDS = {
         "{n} folder{s} of photos {are} not read ({names})",
         "if {they} {are} meant, name {them} with --data",
     ),
+    "locked": (
+        "warning",
+        "{n} folder{s} {are} not read ({names})",
+        "you lack the permission to look into {them}",
+    ),
     "untested": (
         "warning",
         "{n} class{es} {have} training photos, but none in another split ({names})",
