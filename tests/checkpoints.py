@@ -26,6 +26,17 @@ SQUASH = {
     "image_mean": [0.5] * 3,
     "image_std": [0.5] * 3,
 }
+DEIT = {  # from facebook's repository; it is so old that its size is a number
+    "feature_extractor_type": "DeiTFeatureExtractor",
+    "crop_size": 224,
+    "do_center_crop": True,
+    "do_normalize": True,
+    "do_resize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "resample": 3,
+    "size": 256,
+}
 SMALL = {
     "hidden_size": 384,
     "num_hidden_layers": 3,
@@ -93,15 +104,20 @@ def google_npz(hub: dict[str, torch.Tensor], num_heads: int) -> dict[str, np.nda
     return {name: tensor.contiguous().numpy() for name, tensor in flax.items()}
 
 
-def fine_tune(base, folder, **options):
-    """Write the checkpoint and the tail of a model whose last two blocks changed, and return it."""
-    model = load_pretrained(base, labels=TUNED_LABELS, **options).eval()
-    freeze_except(model, [model.config.depth - 2, model.config.depth - 1])
+def add_noise(model) -> None:
+    """Change the trainable weights of a model, as training does."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def fine_tune(base, folder, labels=TUNED_LABELS, **options):
+    """Write the checkpoint and the tail of a model whose last two blocks changed, and return it."""
+    model = load_pretrained(base, labels=labels, **options).eval()
+    freeze_except(model, [model.config.depth - 2, model.config.depth - 1])
+    add_noise(model)
     folder.mkdir()
     save_pretrained(model, folder)
     save_tail(model, folder / "tail.safetensors")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL, SQUASH, google_npz, needs_timm, write_by_transformers
+from checkpoints import DEIT, SMALL, SQUASH, google_npz, needs_timm, write_by_transformers
 from conftest import DINOV2_PREPROCESSOR, draw_photo, randomize
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -23,17 +23,6 @@ from minivit.errors import UserError
 
 # transformers and timm have deprecation warnings of their own.
 pytestmark = pytest.mark.filterwarnings("default")
-DEIT = {  # from facebook's repository; it is so old that its size is an int
-    "feature_extractor_type": "DeiTFeatureExtractor",
-    "crop_size": 224,
-    "do_center_crop": True,
-    "do_normalize": True,
-    "do_resize": True,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-    "resample": 3,
-    "size": 256,
-}
 BASE = {
     "hidden_size": 768,
     "num_hidden_layers": 3,
@@ -153,28 +142,6 @@ def test_transformers_families_agree_and_round_trips_are_lossless(
     after = load_file(tmp_path / "again" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-@pytest.mark.parametrize(
-    "preprocessor", [SQUASH, DEIT, DINOV2_PREPROCESSOR], ids=["vit", "deit", "dinov2"]
-)
-def test_pixels_are_those_of_transformers_pillow_processors(preprocessor, tiny_folder, photos):
-    from transformers import AutoImageProcessor
-
-    from minivit import Preprocess, open_photo
-
-    (tiny_folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    preprocess = Preprocess.from_config(preprocessor)
-    for processor_source in (tiny_folder, "again"):
-        if processor_source == "again":
-            (tiny_folder / "preprocessor_config.json").write_text(
-                json.dumps(preprocess.to_config())
-            )
-        processor = AutoImageProcessor.from_pretrained(tiny_folder, backend="pil")
-        for path in photos:
-            photo = open_photo(path)
-            theirs = processor(photo, return_tensors="pt")["pixel_values"][0]
-            assert_close(preprocess(photo), theirs, rtol=0, atol=1e-5)  # a level of 255 is 1e-2
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
+from .image_processors import read_steps
 from .photos import PhotoError, open_photo
 
 if TYPE_CHECKING:
@@ -193,35 +194,14 @@ class Preprocess:
         return replace(self, resize=int(self.resize * scale), crop=size)
 
     @classmethod
-    def from_config(cls, config: dict) -> Preprocess:
+    def from_config(cls, config: Mapping, model_type: str = "vit") -> Preprocess:
         """Read a preprocessor_config.json in any of the forms that transformers has written.
 
-        Raises UserError for steps that minivit does not support and for values that make no sense.
+        A file that names no image processor is read as transformers does for `model_type`. Raises
+        UserError for steps that minivit does not support and for values that make no sense.
         """
-        for step in ("do_resize", "do_rescale", "do_normalize"):
-            if not config.get(step, True):
-                raise UserError(
-                    f"preprocessor_config.json: {step} is off; "
-                    "minivit always resizes, rescales and normalizes"
-                )
-        if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
-            raise UserError(
-                "preprocessor_config.json: "
-                f"rescale_factor is {config['rescale_factor']}; expected 1/255"
-            )
-        processor = config.get("image_processor_type") or config.get("feature_extractor_type")
-        is_deit = str(processor).startswith("DeiT")
-        resize, crop = _read_sizes(config, is_deit)
-        # A mean and std of 0.5 are those of Google's checkpoints, whose configs leave them out.
-        mean = tuple(map(float, config.get("image_mean", (0.5, 0.5, 0.5))))
-        std = tuple(map(float, config.get("image_std", (0.5, 0.5, 0.5))))
-        resample = config.get("resample", 3 if is_deit else 2)
-        if resample not in list(Image.Resampling):
-            raise UserError(
-                f"preprocessor_config.json: resample is {resample!r}; "
-                "expected one of Pillow's filters, 0 to 5"
-            )
-        return cls(resize, crop, int(resample), mean, std)
+        steps = read_steps(config, model_type)
+        return cls(steps.resize, steps.crop, steps.resample, steps.mean, steps.std)
 
     def to_config(self) -> dict:
         """Return a preprocessor_config.json that transformers reads as the same steps.
@@ -283,36 +263,6 @@ def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
 
     with torch.inference_mode(False):
         return torch.tensor(values, device=device).view(3, 1, 1)
-
-
-def _read_sizes(
-    config: dict, is_deit: bool
-) -> tuple[tuple[int, int] | int, tuple[int, int] | None]:
-    """Read `resize` and `crop` from a preprocessor_config.json."""
-    size = config.get("size", 256 if is_deit else 224)
-    has_edge = isinstance(size, dict) and "shortest_edge" in size
-    crop = None
-    if config.get("do_center_crop", is_deit or has_edge):
-        crop = _size_from_config(config.get("crop_size", 224))
-    if has_edge:
-        edge = int(size["shortest_edge"])
-        if crop and max(crop) > edge:
-            raise UserError(
-                f"preprocessor_config.json: a crop of {crop} does not fit a shortest edge of {edge}"
-            )
-        return edge, crop
-    h, w = _size_from_config(size)
-    if crop and (crop[0] > h or crop[1] > w):
-        raise UserError(
-            f"preprocessor_config.json: a crop of {crop} does not fit a size of {(h, w)}"
-        )
-    return (h, w), crop
-
-
-def _size_from_config(size: int | dict) -> tuple[int, int]:
-    if isinstance(size, dict):
-        return int(size["height"]), int(size["width"])
-    return int(size), int(size)
 
 
 def _size_to_config(size: tuple[int, int]) -> dict[str, int]:
