@@ -515,14 +515,7 @@ def write_weights(model: ViT, out: Path) -> None:
     """
     weights.save_tail(model, out / run_folder.TAIL)
     weights.save_pretrained(model, out)
-    reread = weights.load_pretrained(out)
-    written = dict(model.named_parameters()) | {"pos_embed": model.positions()}
-    read_back = dict(reread.named_parameters()) | {"pos_embed": reread.positions()}
-    changed = [name for name, weight in written.items() if not torch.equal(weight, read_back[name])]
-    if changed:
-        raise RuntimeError(
-            f"{out}: read back, weights are not those that were tested: {', '.join(changed)}"
-        )
+    weights.check_written(model, out)
 
 
 def summarize_run(

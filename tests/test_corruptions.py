@@ -165,7 +165,7 @@ def break_another_setting(path, rng):
     key, values = rng.choice(
         [
             ("layer_norm_eps", [None, -1, 0, 2, "1e-6", float("nan")]),
-            ("architectures", [None, [], ["SwinModel"], "ViTModel", ["ViTModel"], 7]),
+            ("architectures", [["SwinModel"], "ViTModel", ["ViTModel"], 7]),
             ("hidden_act", ["relu", None, 3]),
             ("id2label", [[1], {"a": "b"}, {"0": "x", "2": "y"}, {"0": "only"}, 7]),
             ("qkv_bias", [False]),
@@ -176,18 +176,9 @@ def break_another_setting(path, rng):
 
 
 def drop_a_setting(path, rng):
-    needed = [
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "patch_size",
-        "layer_norm_eps",
-    ]
-    edit_config(
-        path.parent / "config.json",
-        lambda c: c.pop(rng.choice([*needed, "architectures", "model_type"])),
-    )
+    # transformers' defaults take the place of those that are sizes, and do not fit.
+    needed = ("hidden_size", "num_hidden_layers", "intermediate_size", "patch_size", "model_type")
+    edit_config(path.parent / "config.json", lambda c: c.pop(rng.choice(needed)))
 
 
 def config_of_another_family(path, rng):
@@ -207,12 +198,13 @@ def config_of_another_family(path, rng):
 def break_preprocessing(path, rng):
     key, values = rng.choice(
         [
-            ("size", [0, -5, "224", {"height": 32}, {"shortest_edge": "x"}, [32, 32], None]),
+            ("size", [0, -5, "224", {"height": 32}, {"shortest_edge": "x"}, [32], None]),
             ("image_mean", [[0.5], "half", None, [0.5, 0.5, float("nan")]]),
             ("image_std", [[0, 0, 0], [0.5] * 4, -1]),
             ("resample", [9, "bicubic", None, []]),
-            ("do_normalize", [False]),
-            ("rescale_factor", [1, "x", None]),
+            ("do_resize", [False, None]),
+            ("rescale_factor", [0, "x", None]),
+            ("image_processor_type", ["SwinImageProcessor", 7, []]),
         ]
     )
     edit_config(

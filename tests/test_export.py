@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import SMALL, TUNED_LABELS, fine_tune, needs_timm, write_by_transformers
+from checkpoints import (
+    SMALL,
+    TUNED_LABELS,
+    add_noise,
+    fine_tune,
+    needs_timm,
+    write_by_transformers,
+)
 from conftest import DINOV2_PREPROCESSOR, draw_photo, randomize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from minivit import ViT, ViTConfig, load_pretrained, save_pretrained
+from minivit.checkpoints import weights
 from minivit.checkpoints.configs import timm_config
-from minivit.checkpoints.weights import save_tail
+from minivit.checkpoints.weights import check_written, differences, hash_frozen, save_tail
 from minivit.data.preprocess import Preprocess
 from minivit.errors import UserError
+from minivit.model import freeze_except
 from minivit.tools import export
 
 
@@ -146,14 +156,118 @@ def test_a_tail_of_before_with_a_key_for_each_fact_is_read(run, tmp_path):
     assert torch.equal(load_pretrained(old).head.weight, run[0].head.weight)
 
 
-def test_what_is_frozen_is_hashed_once(tiny_folder, tmp_path, monkeypatch):
-    from minivit.checkpoints import weights
+@pytest.mark.parametrize("change", ["in place", "by its data", "replaced"])
+def test_the_hash_is_that_of_the_frozen_weights_as_they_are_now(change, run):
+    model = run[0]
+    before = hash_frozen(model)
+    weight = model.blocks[0].mlp.fc1.weight
+    if change == "in place":
+        with torch.no_grad():
+            weight += 1
+    elif change == "by its data":
+        weight.data.add_(1)
+    else:
+        model.blocks[0].mlp.fc1.weight = torch.nn.Parameter(weight + 1, requires_grad=False)
+    assert hash_frozen(model) != before
 
-    calls = []
-    monkeypatch.setattr(weights, "content_hash", lambda tensors: calls.append(1) or "0" * 64)
-    model = fine_tune(tiny_folder, tmp_path / "run")
-    save_tail(model, tmp_path / "run" / "tail.safetensors")
-    assert len(calls) == 1
+
+@pytest.mark.parametrize("labels", [TUNED_LABELS, ("cat", "dog")], ids=["same", "other"])
+def test_a_tail_of_a_tail_has_the_first_ones_base(labels, run, tiny_folder, tmp_path):
+    first = run[1] / "tail.safetensors"
+    model = load_pretrained(first, labels=labels)
+    freeze_except(model, [3])  # The first one trained blocks 10 and 11.
+    add_noise(model)
+    second = tmp_path / "second.safetensors"
+    save_tail(model, second)
+    names = {name.split(".")[1] for name in load_file(second) if name.startswith("blocks")}
+    assert names == {"3", "10", "11"}
+    shutil.rmtree(run[1])  # The first tail is not needed any more.
+    again = load_pretrained(second)
+    assert differences(again, model) == []
+    assert again.origin.base == str(tiny_folder)
+    third = tmp_path / "third.safetensors"
+    freeze_except(again, [])
+    save_tail(again, third)
+    assert differences(load_pretrained(third), again) == []
+
+
+def test_what_is_written_is_compared_as_a_whole(run):
+    model, folder = run
+    check_written(model, folder)
+
+
+def edit_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+WRITTEN_WRONG = {
+    "a frozen weight": (lambda f: spoil_base(f, None), "blocks.3.mlp.fc2.bias"),
+    "labels": (
+        lambda f: edit_json(f / "config.json", lambda c: c["id2label"].update({"0": "Abessinian"})),
+        "those that were tested: labels",
+    ),
+    "an epsilon": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(layer_norm_eps=1e-6)),
+        "those that were tested: eps",
+    ),
+    "heads": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(num_attention_heads=6)),
+        "those that were tested: num_heads",
+    ),
+    "the mean": (
+        lambda f: edit_json(
+            f / "preprocessor_config.json", lambda c: c.update(image_mean=[0.4] * 3)
+        ),
+        "those that were tested: preprocessing",
+    ),
+    "the tail's labels": (
+        lambda f: retag(f / "tail.safetensors", lambda m: m["labels"].reverse()),
+        "tail.safetensors: read back, these are not those that were tested: labels",
+    ),
+    "a weight of the tail": (
+        lambda f: retensor(f / "tail.safetensors", lambda t: t["head.bias"].add_(1)),
+        "tail.safetensors: .*: head.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil, message", WRITTEN_WRONG.values(), ids=WRITTEN_WRONG)
+def test_whatever_is_written_wrong_is_noticed(spoil, message, run):
+    model, folder = run
+    spoil(folder)
+    with pytest.raises(RuntimeError, match=message):
+        check_written(model, folder)
+
+
+def test_a_tail_without_its_base_is_told_but_is_no_failure(run, tiny_folder, capsys):
+    model, folder = run
+    shutil.rmtree(tiny_folder)
+    capsys.readouterr()
+    check_written(model, folder)
+    err = capsys.readouterr().err
+    assert "tail.safetensors needs its base" in err
+    assert f"{folder / 'model.safetensors'} holds the whole model" in err
+
+
+def test_a_timm_model_trained_with_its_head_is_written_as_it_was_tested(
+    tiny, tiny_folder, tmp_path, capsys
+):
+    # timm rounds a margin of half a pixel to the nearest; transformers, which is written, down.
+    tiny.preprocess = Preprocess(36, (32, 32))
+    (tmp_path / "base").mkdir()
+    save_pretrained(tiny, tmp_path / "base")
+    exported(tmp_path / "base", capsys)
+    base = tmp_path / "base" / "timm"
+    assert load_pretrained(base).preprocess.round_margins
+    model = fine_tune(base, tmp_path / "run", labels=tiny.labels)
+    assert model.head.weight.abs().max() > 0  # the base's head, trained
+    assert capsys.readouterr().err == ""
+    check_written(model, tmp_path / "run")
+    # Written without being prepared for training, it says so.
+    save_pretrained(load_pretrained(base), tmp_path / "run")
+    assert "transformers rounds the margins of a crop down" in capsys.readouterr().err
 
 
 def exported(folder, capsys, *args):
@@ -173,6 +287,44 @@ def test_an_export_to_timm_comes_back_the_same(run, tmp_path, capsys):
     )
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_an_export_is_read_back(run, capsys, monkeypatch):
+    read = weights.load_pretrained
+
+    def misread(source, **options):
+        model = read(source, **options)
+        if str(source).endswith("timm"):
+            model.labels = model.labels[::-1]
+        return model
+
+    monkeypatch.setattr(weights, "load_pretrained", misread)
+    with pytest.raises(
+        RuntimeError, match="timm: read back, .* not those that were tested: labels"
+    ):
+        exported(run[1], capsys)
+
+
+@pytest.mark.parametrize(
+    "preprocess, message",
+    [
+        (Preprocess((40, 60), (32, 32)), "timm cannot squash photos to 40 x 60 pixels"),
+        (Preprocess(40, (32, 24)), "timm cannot crop 32 x 24 pixels from a photo"),
+    ],
+    ids=["squash", "edge"],
+)
+def test_preprocessing_that_timm_lacks_is_refused_by_name(preprocess, message, tiny):
+    tiny.preprocess = preprocess
+    tiny.config = replace(tiny.config, img_size=preprocess.size)
+    with pytest.raises(UserError, match=message):
+        timm_config(tiny)
+
+
+def test_a_squashed_crop_of_the_whole_photo_is_exported(tiny, tmp_path, capsys):
+    tiny.preprocess = Preprocess((32, 32), (32, 32))
+    save_pretrained(tiny, tmp_path)
+    exported(tmp_path, capsys)
+    assert load_pretrained(tmp_path / "timm").preprocess.crop is None
 
 
 def test_what_timm_cannot_hold_is_refused_and_nothing_is_written(tmp_path, capsys):

@@ -8,8 +8,11 @@ models/dinov2, models/dinov2_with_registers), timm 1.0 (models/vision_transforme
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from ..errors import UserError, first_few
 from ..model import ViT
@@ -179,6 +182,59 @@ KINDS = (VIT.kind, DINOV2.kind, REGISTERS.kind, TIMM.kind)
 
 _BLOCK_NUMBER = re.compile(r"(?<=[._])\d+(?=[./])")  # its first match in a tensor's name
 
+# Modules that hold a whole model. Their attribute's name comes before all names of tensors:
+# DistributedDataParallel, torch.compile, Lightning and self-supervised training have these.
+WRAPPERS = ("module", "_orig_mod", "model", "net", "network", "backbone", "student", "teacher")
+# torch.compile, FSDP and activation checkpointing wrap parts of a model, too.
+WRAPPED_PARTS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def without_wrappers(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return tensors by the names that they have in the model itself, without wrappers'.
+
+    A note on stderr says what is left out of the names. Raises UserError if two get one name.
+    """
+    removed = [part for part in WRAPPED_PARTS if any(part in name for name in tensors)]
+    renamed = {}
+    for name, tensor in tensors.items():
+        for part in removed:
+            name = name.replace(part, "")
+        renamed[name] = tensor
+    prefix = _common_wrapper(renamed)
+    renamed = {name.removeprefix(prefix): tensor for name, tensor in renamed.items()}
+    if prefix:
+        removed.insert(0, prefix)
+    if len(renamed) < len(tensors):
+        raise UserError(
+            f"{source}: without {' and '.join(map(repr, removed))}, some names of tensors are equal"
+        )
+    if removed:
+        print(
+            f"{source}: reading the tensors' names without {' and '.join(map(repr, removed))}",
+            file=sys.stderr,
+        )
+    return renamed
+
+
+def _common_wrapper(names: Collection[str]) -> str:
+    """Return the names of wrappers that all names begin with, such as "model.module."."""
+    prefix = ""
+    while True:
+        longer = [f"{prefix}{wrapper}." for wrapper in WRAPPERS]
+        common = [start for start in longer if all(name.startswith(start) for name in names)]
+        if len(common) != 1:  # none, or no names at all
+            return prefix
+        prefix = common[0]
+
+
+def _partly_wrapped(names: Collection[str]) -> str:
+    """Say that most of the names begin with a wrapper's and which do not, or return ""."""
+    for wrapper in WRAPPERS:
+        others = [name for name in names if not name.startswith(f"{wrapper}.")]
+        if others and len(others) < len(names) / 2:
+            return f"; most names begin with '{wrapper}.', but not {first_few(others)}"
+    return ""
+
 
 def recognise(kind: str, names: Collection[str], source: str) -> Family:
     """Return the family of a checkpoint from the kind in its config and its tensors' names.
@@ -197,6 +253,7 @@ def recognise(kind: str, names: Collection[str], source: str) -> Family:
     of_this_kind = [family for family in FAMILIES if family.kind == kind]
     best = min(of_this_kind, key=distance, default=None)
     mismatch = f"nearest is {nearest.title}: {mismatches(*differences[nearest])}"
+    mismatch += _partly_wrapped(names)
     if best is None:
         problem = (
             f"config.json has model_type {kind!r}; expected one of {', '.join(KINDS)}; "
@@ -207,16 +264,38 @@ def recognise(kind: str, names: Collection[str], source: str) -> Family:
             f"config.json is that of {best.title}, but the tensors have the names of "
             f"{nearest.title}; one of the two files belongs to another model"
         )
-    elif distance(best) > distance(nearest):
-        problem = (
-            f"the tensors have the names of {nearest.title}, which minivit reads from a folder "
-            "with a config.json; write one with timm.models.save_for_hf(model, FOLDER)"
-        )
-    elif distance(best) > 0 and not kind:
+        problem += _partly_wrapped(names)
+    elif distance(nearest) > 0 and not kind:
         problem = f"not a ViT that minivit reads; {mismatch}"
+    elif distance(best) > distance(nearest):
+        problem = f"the tensors have the names of {nearest.title}, {_how_to_add_a_config(nearest)}"
     else:
         return best
     raise UserError(f"{source}: {problem}")
+
+
+def _how_to_add_a_config(family: Family) -> str:
+    """Say what a file of weights lacks that lies alone but needs a config."""
+    if family.kind == TIMM.kind:
+        return (
+            "which minivit reads from a folder with a config.json; "
+            "write one with timm.models.save_for_hf(model, FOLDER)"
+        )
+    return (
+        "whose sizes and preprocessing stand in config.json and preprocessor_config.json; "
+        "put the file back beside those two, which lay in its folder"
+    )
+
+
+def needs_config(names: Collection[str]) -> bool:
+    """Return whether a file of weights needs a config, which those of torchvision and Google lack.
+
+    Returns True for names of no family, too.
+    """
+    for family in FAMILIES:
+        if not family.kind and _differences(family, names) == ([], []):
+            return False
+    return True
 
 
 def num_blocks(names: Collection[str]) -> int:
@@ -225,10 +304,19 @@ def num_blocks(names: Collection[str]) -> int:
     return len({match[0] for match in matches if match})
 
 
-def layout(model: ViT, family: Family) -> dict[str, tuple[str, ...]]:
-    """Return for each parameter of a model the names of the tensors that it is made of."""
+def backbone_prefix(family: Family, names: Collection[str]) -> str:
+    """Return the prefix that the names of a checkpoint's backbone have, or ""."""
+    if family.prefix and any(name.startswith(family.prefix) for name in names):
+        return family.prefix
+    return ""
+
+
+def layout(model: ViT, family: Family, prefix: str) -> dict[str, tuple[str, ...]]:
+    """Return for each parameter of a model the names of the tensors that it is made of.
+
+    The names of the backbone get a prefix.
+    """
     table = family.names | family.head
-    prefix = family.prefix if model.config.num_classes else ""
     names = {}
     for ours in model.state_dict():
         match = re.match(r"blocks\.(\d+)\.", ours)

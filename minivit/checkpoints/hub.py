@@ -19,9 +19,19 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"  # names the shards of a large checkpoint
 WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin")  # in order of preference
-SUFFIXES = (".safetensors", ".npz", ".bin", ".pth", ".pt", ".tar")  # timm writes .pth.tar
+# The files of weights that can be named by themselves. timm writes .pth.tar, Lightning .ckpt.
+SUFFIXES = (".safetensors", ".npz", ".bin", ".pth", ".pt", ".tar", ".ckpt")
+PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"  # may hold the settings of an image processor, too
 DEMO = Path(__file__).with_name("demo_model")  # the checkpoint that comes with minivit
 TIMEOUT_S = 6  # how long to wait for the Hub's first answer
+# Where folders of checkpoints lie in a folder of Trainer's or in the Hub's cache.
+BELOW = (
+    "*/config.json",
+    "snapshots/*/config.json",
+    "models--*/snapshots/*/config.json",
+    "hub/models--*/snapshots/*/config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,8 @@ class Files:
     preprocessor: Path | None  # None for timm, which keeps preprocessing in config.json
     weights: tuple[Path, ...]
     commit: str | None = None
+    # Whether the user named a file of weights that need not belong to the config beside it.
+    is_lone: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,8 +55,9 @@ class Origin:
     family: str = ""  # the title of the checkpoint's layout
     # Tensors that classification does not use. They are written back unchanged.
     unused: dict[str, Tensor] = field(default_factory=dict)
-    # Hashes of the frozen weights, by the names of the trainable ones (see hash_frozen).
-    hashes: dict[frozenset[str], str] = field(default_factory=dict)
+    # If the model came from a tail: the base's source, and the names of the weights in the tail.
+    base: str = ""
+    tail: frozenset[str] = frozenset()
 
 
 def fetch(source: str, revision: str | None, *, weights: bool = True) -> Files:
@@ -55,36 +68,91 @@ def fetch(source: str, revision: str | None, *, weights: bool = True) -> Files:
     """
     path = DEMO if source == "demo" else Path(os.path.expanduser(source))
     if path.is_file():
-        if path.name in WEIGHTS:
-            path = path.parent
-        elif path.suffix in SUFFIXES:
-            return Files(None, None, (path,))
+        return _files_beside(path, source)
     if path.exists() and not path.is_dir():
-        endings = ", ".join(SUFFIXES)
-        raise UserError(f"{source}: expected a Hub id, a folder, or a file ending in {endings}")
-
+        raise _not_a_checkpoint(source)
     place: _Folder | _Hub = _Folder(path) if path.is_dir() else _Hub(source, revision)
-
-    def need(*names: str) -> Path:
-        for name in names:
-            file = place.get(name)
-            if file is not None:
-                return file
-        raise UserError(
-            f"{source}: no {' or '.join(names)} {place.where}; "
-            "expected a ViT in the layout of transformers or timm"
-        )
-
-    config = need("config.json")
+    config = place.get("config.json")
+    if config is None:
+        raise _missing(source, place, "config.json", place.hint_at_config())
     preprocessor = None
-    if "model_type" in read_json(config):
-        preprocessor = need("preprocessor_config.json")
+    settings = read_json(config)
+    if "model_type" in settings:
+        preprocessor = _find_preprocessor(place)
+        if preprocessor is None:
+            raise _missing(source, place, PREPROCESSOR, _hint_at_preprocessor(settings))
     paths: list[Path] = []
     if weights:
-        paths = [need(*WEIGHTS)]
-        if paths[0].name == INDEX:
-            paths = [need(name) for name in _shards(paths[0])]
+        paths = _find_weights(source, place)
     return Files(config, preprocessor, tuple(paths), place.revision)
+
+
+def _files_beside(path: Path, source: str) -> Files:
+    """Return a file of weights that the user named, with the config files in its folder if any."""
+    if path.name != INDEX and path.suffix not in SUFFIXES:
+        raise _not_a_checkpoint(source)
+    place = _Folder(path.parent)
+    paths: tuple[Path, ...] = (path,)
+    if path.name == INDEX:
+        paths = tuple(_find_shard(source, place, name) for name in _shards(path))
+    config = place.get("config.json")
+    is_lone = path.name not in WEIGHTS
+    if config is None or path.suffix == ".npz":
+        return Files(None, None, paths, is_lone=is_lone)
+    settings = read_json(config)
+    preprocessor = None
+    if "model_type" in settings:
+        preprocessor = _find_preprocessor(place)
+        if preprocessor is None and is_lone:
+            return Files(None, None, paths, is_lone=True)
+        if preprocessor is None:
+            raise _missing(source, place, PREPROCESSOR, _hint_at_preprocessor(settings))
+    return Files(config, preprocessor, paths, is_lone=is_lone)
+
+
+def _not_a_checkpoint(source: str) -> UserError:
+    endings = ", ".join(SUFFIXES)
+    return UserError(f"{source}: expected a Hub id, a folder, or a file ending in {endings}")
+
+
+def _missing(source: str, place: _Folder | _Hub, name: str, hint: str) -> UserError:
+    return UserError(f"{source}: no {name} {place.where}; {hint}")
+
+
+def _find_preprocessor(place: _Folder | _Hub) -> Path | None:
+    """Return the file with the settings of the image processor, where transformers looks first."""
+    path = place.get(PROCESSOR)
+    if path is not None and "image_processor" in read_json(path):
+        return path
+    return place.get(PREPROCESSOR)
+
+
+def _hint_at_preprocessor(config: dict) -> str:
+    """Say what preprocessor_config.json is for, and where to get it."""
+    base = config.get("_name_or_path")
+    where = "the checkpoint that this one was fine-tuned from"
+    if isinstance(base, str) and base.count("/") == 1 and not base.startswith(("/", ".")):
+        where = f"{base}, which config.json names as the base"
+    return f"it says how photos become pixels; copy it from {where}"
+
+
+def _find_weights(source: str, place: _Folder | _Hub) -> list[Path]:
+    """Return the files of weights in a place."""
+    for name in WEIGHTS:
+        path = place.get(name)
+        if path is None:
+            continue
+        if name != INDEX:
+            return [path]
+        return [_find_shard(source, place, shard) for shard in _shards(path)]
+    raise _missing(source, place, " or ".join(WEIGHTS), place.hint_at_weights())
+
+
+def _find_shard(source: str, place: _Folder | _Hub, name: str) -> Path:
+    path = place.get(name)
+    if path is None:
+        raise _missing(source, place, name, f"{INDEX} lists it; get it from where the others are")
+    return path
 
 
 def _shards(index: Path) -> list[str]:
@@ -114,6 +182,43 @@ class _Folder:
         """Return the path of a file, or None if the folder has no such file."""
         path = self.path / name
         return path if path.is_file() else None
+
+    def hint_at_config(self) -> str:
+        """Say which folder below this one to give, or which file in it."""
+        configs = [path for pattern in BELOW for path in self.path.glob(pattern)]
+        if configs:
+            folder = max(configs, key=_how_late).parent
+            count = "one folder" if len(configs) == 1 else f"{len(configs)} folders"
+            return f"{count} below it hold one; give the latest, {folder}, or another of them"
+        files = self._files_of_weights()
+        if files:
+            return f"without it, give a file of weights itself: {first_few(files)}"
+        return "expected a ViT in the layout of transformers or timm"
+
+    def hint_at_weights(self) -> str:
+        """Say which other files of weights are in the folder."""
+        files = self._files_of_weights()
+        if files:
+            return f"to read one of another name, give the file itself: {first_few(files)}"
+        return "expected a ViT in the layout of transformers or timm"
+
+    def _files_of_weights(self) -> list[Path]:
+        return sorted(path for path in self.path.iterdir() if path.suffix in SUFFIXES)
+
+
+def _how_late(config: Path) -> tuple[int, bool, float]:
+    """Return what grows from earlier to later checkpoints, given their config files.
+
+    Trainer numbers its checkpoints by steps. In the Hub's cache, refs/main names the latest commit.
+    """
+    folder = config.parent
+    number = folder.name.removeprefix("checkpoint-")
+    steps = int(number) if number.isdecimal() and number != folder.name else -1
+    main = folder.parent.parent / "refs" / "main"
+    is_main = False
+    if folder.parent.name == "snapshots" and main.is_file():
+        is_main = main.read_text(encoding="utf-8", errors="replace").strip() == folder.name
+    return steps, is_main, config.stat().st_mtime
 
 
 class _Hub:
@@ -154,6 +259,11 @@ class _Hub:
         except Exception as error:  # The HTTP library's exceptions have no common base.
             return explain_failure(error, self.endpoint)
         return ""
+
+    def hint_at_config(self) -> str:
+        return "expected a ViT in the layout of transformers or timm"
+
+    hint_at_weights = hint_at_config
 
     def get(self, name: str) -> Path | None:
         """Return the path of a file in the cache, after downloading it if needed.

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -16,8 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, first_few
 from ..system.files import dict_of_unique_keys, whole_file
+from ..system.stand_ins import stand_in
+
+# The types that weights may have in a file. All are computed with in float32, which holds each
+# number of the first three exactly.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAX_INFLATION = 2  # how much larger than its file a state dict may be
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -33,7 +40,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             # right away, keeps the peak low.
             with safe_open(path, "pt") as file:
                 tensor = file.get_tensor(name)
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        if tensor.dtype in FLOATS and not _is_finite(tensor):
             raise UserError(f"{path}: {name} holds NaN or infinity; get the file again")
     return tensors
 
@@ -51,25 +58,83 @@ def _read(path: Path) -> dict[str, Tensor]:
             tensors = load_file(path)
             _check_header(path)
             return tensors
+        _check_archive(path)
         if path.suffix == ".npz":
             return _read_npz(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: holds more than tensors, which could execute code, or is damaged; "
-            "save only the weights, as safetensors"
-        ) from error
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, path.suffix[1:], error) from error
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Broken zip files and pickles raise all kinds of exceptions.
-        raise UserError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}); is the file complete?"
-        ) from error
-    if not isinstance(tensors, dict) or not all(map(_is_entry, tensors.items())):
+        raise UserError(f"{path}: {_why_unreadable(path, error)}") from error
+    tensors = _state_dict(content, path)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if size > MAX_INFLATION * path.stat().st_size:  # for example, views of one number
+        raise UserError(f"{path}: {_inflation(size, path)}")
+    return tensors
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """Say why a file of tensors could not be read, and what to do."""
+    explanation = stand_in(path)
+    if explanation:
+        return explanation
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "holds more than tensors, which could execute code, or is damaged; "
+            "save only the weights, as safetensors"
+        )
+    if isinstance(error, (SafetensorError, OSError)):
+        return f"cannot be read as {path.suffix[1:]} ({error}); is the file complete?"
+    return f"cannot be read ({type(error).__name__}: {error}); is the file complete?"
+
+
+def _check_archive(path: Path) -> None:
+    """Raise UserError if a zip archive would unpack to much more than its size.
+
+    npz files and those of torch.save are such archives.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(part.file_size for part in archive.infolist())
+    if size > MAX_INFLATION * path.stat().st_size:
+        raise UserError(_inflation(size, path))
+
+
+def _inflation(size: int, path: Path) -> str:
+    return (
+        f"{path.stat().st_size:,} bytes would unpack to {size:,}; "
+        "save the weights without compression, as safetensors"
+    )
+
+
+def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
+    """Return the state dict that a file holds, alone or as an entry, as trainers save it.
+
+    If it is an entry, a note on stderr names it. Raises UserError if there is none or several.
+    """
+    if _is_state_dict(content):
+        return content
+    found = {}
+    if isinstance(content, dict):
+        found = {str(key): value for key, value in content.items() if _is_state_dict(value)}
+    if not found:
         raise UserError(
             f"{path}: expected a state dict of names and tensors; save only model.state_dict()"
         )
+    if len(found) > 1:
+        raise UserError(
+            f"{path}: holds several state dicts, {first_few(found)}; "
+            "save the one that you want by itself, as safetensors"
+        )
+    ((key, tensors),) = found.items()
+    print(f"{path}: reading the state dict {key!r} in it", file=sys.stderr)
     return tensors
+
+
+def _is_state_dict(content: object) -> TypeGuard[dict[str, Tensor]]:
+    """Return whether this is a dict, not empty, of names and dense tensors on the CPU."""
+    return isinstance(content, dict) and bool(content) and all(map(_is_entry, content.items()))
 
 
 def _is_entry(item: tuple[object, object]) -> bool:
@@ -91,17 +156,9 @@ def _check_header(path: Path) -> None:
         json.loads(file.read(length), object_pairs_hook=dict_of_unique_keys)
 
 
-def _unreadable(path: Path, kind: str, error: Exception) -> UserError:
-    return UserError(f"{path}: cannot be read as {kind} ({error}); is the file complete?")
-
-
 def _read_npz(path: Path) -> dict[str, Tensor]:
     """Read the arrays of a Flax ViT, and lay them out as PyTorch does."""
-    with zipfile.ZipFile(path) as archive:
-        size = sum(part.file_size for part in archive.infolist())
-    if size > 2 * path.stat().st_size:
-        raise ValueError("it would unpack to more than twice its size")
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         tensors = {name: _from_flax(name, arrays[name]) for name in arrays.files}
     if "pre_logits/kernel" in tensors:
         # Google's checkpoints from ImageNet-21k have another layer in front of the head.
@@ -147,7 +204,7 @@ def tail_metadata(path: Path) -> dict[str, str] | None:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise _unreadable(path, "safetensors", error) from error
+        raise UserError(f"{path}: {_why_unreadable(path, error)}") from error
     is_tail = TAIL_KEY in metadata or "base" in metadata
     return metadata if is_tail else None
 

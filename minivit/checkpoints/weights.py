@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -27,9 +28,20 @@ from .configs import (
     spec_from_tensors,
     spec_from_timm,
 )
-from .families import KINDS, TIMM_REGISTERS, Family, layout, mismatches, num_blocks, recognise
-from .hub import Files, Origin, fetch
-from .tensors import TAIL_KEY, content_hash, read_tensors, save_tensors, tail_metadata
+from .families import (
+    KINDS,
+    TIMM_REGISTERS,
+    Family,
+    backbone_prefix,
+    layout,
+    mismatches,
+    needs_config,
+    num_blocks,
+    recognise,
+    without_wrappers,
+)
+from .hub import PROCESSOR, Files, Origin, fetch
+from .tensors import FLOATS, TAIL_KEY, content_hash, read_tensors, save_tensors, tail_metadata
 
 
 def load_pretrained(
@@ -42,68 +54,78 @@ def load_pretrained(
 ) -> ViT:
     """Load a ViT in float32 on the CPU.
 
-    `source` is a Hub id, a folder in the layout of transformers or timm, "demo", a state dict of
-    torchvision, an npz file of Google's, or the tail.safetensors of a run, whose base is then found
-    or downloaded. families.py lists the layouts.
+    `source` is a Hub id, a folder in the layout of transformers or timm, "demo", a file of weights
+    from such a folder, a state dict of torchvision, an npz file of Google's, or the
+    tail.safetensors of a run, whose base is then found or downloaded. families.py lists the
+    layouts.
 
     The model carries what belongs to its weights: `labels` (class names in index order),
     `preprocess` and `origin`. A checkpoint without a classifier gives a backbone without labels.
     If `labels`, or the number `num_classes`, differ from the checkpoint's, the model gets a new
-    head, and a note on stderr says so. `img_size` (h, w) selects another input size; positions are
-    then resampled as transformers does (bicubic).
+    head, and a note on stderr says so. With `labels` the model is meant to be trained and written:
+    its preprocessing becomes one that transformers has, too. `img_size` (h, w) selects another
+    input size; positions are then resampled as transformers does (bicubic).
 
     No parameter is ever left random: raises UserError if tensors are missing, unexpected,
-    misshapen or not finite, and names them.
+    misshapen or not finite, and names them. Raises UserError, too, for whatever a config asks that
+    minivit does not do.
     """
     source = str(source)
     metadata = tail_metadata(Path(os.path.expanduser(source)))
+    spec = None
     if metadata is None:
-        model = _load(source, revision, img_size)
+        model, spec = _load(source, revision, img_size)
     else:
         model = _load_with_tail(source, metadata, img_size)
     _align(model)
+    wanted = None
     if labels is not None:
-        if tuple(labels) != model.labels:
-            _replace_head(model, tuple(labels))
+        wanted = tuple(labels)
     elif num_classes is not None and num_classes != len(model.labels):
-        _replace_head(model, tuple(f"class {i}" for i in range(num_classes)))
+        wanted = tuple(f"class {i}" for i in range(num_classes))
+    if wanted is not None and wanted != model.labels:
+        _replace_head(model, wanted)
+    elif spec is not None and spec.head_problem:
+        raise UserError(f"{source}: {spec.head_problem}")
+    if labels is not None:
+        _prepare_for_training(model, spec)
     return model
 
 
 def read_configs(source: str, revision: str | None) -> tuple[CheckpointSpec, Files] | None:
     """Return what a checkpoint's config files say, and where they lie, without its weights.
 
-    Returns None for a file, which has no config. Raises UserError like load_pretrained.
+    Returns None for a file that need not belong to a config. Raises UserError like load_pretrained.
     """
     files = fetch(source, revision, weights=False)
-    if files.config is None:
+    if files.config is None or files.is_lone:
         return None
     config = read_json(files.config)
-    kind = _kind(config)
+    kind = _kind(config, source)
     if kind not in KINDS:
         raise UserError(
             f"{source}: config.json has model_type {kind!r}; expected one of {', '.join(KINDS)}"
         )
     with _config_errors(source):
-        return _read_spec(files, config), files
+        return _read_spec(files, config, None), files
 
 
-def _load(source: str, revision: str | None, img_size: tuple[int, int] | None) -> ViT:
+def _load(
+    source: str, revision: str | None, img_size: tuple[int, int] | None
+) -> tuple[ViT, CheckpointSpec]:
+    """Load a model with the head that its checkpoint has, and return what its configs say."""
     files = fetch(source, revision)
-    tensors: dict[str, Tensor] = {}
-    for path in files.weights:
-        shard = read_tensors(path)
-        repeated = sorted(tensors.keys() & shard.keys())
-        if repeated:
-            raise UserError(f"{path}: repeats tensors of another shard: {first_few(repeated)}")
-        tensors |= shard
-    config = read_json(files.config) if files.config else {}
-    family = recognise(_kind(config), tensors, source)
-    with _config_errors(source):
-        if files.config:
-            spec = _read_spec(files, config)
-        else:
-            spec = spec_from_tensors(family, tensors, source)
+    tensors = without_wrappers(_read_shards(files.weights), source)
+    # What lies beside a file that needs no config belongs to something else.
+    if files.config is None or (files.is_lone and not needs_config(tensors)):
+        family = recognise("", tensors, source)
+        with _config_errors(source):
+            spec = spec_from_tensors(family, tensors)
+    else:
+        config = read_json(files.config)
+        family = recognise(_kind(config, source), tensors, source)
+        with _config_errors(source):
+            spec = _read_spec(files, config, tensors)
     sizes = spec.sizes
     preprocess = spec.preprocess
     if img_size is not None:
@@ -114,29 +136,62 @@ def _load(source: str, revision: str | None, img_size: tuple[int, int] | None) -
         raise UserError(
             f"{source}: config.json says {sizes.depth} blocks, but there are tensors of {depth}"
         )
+    is_double = any(tensor.dtype == torch.float64 for tensor in tensors.values())
     with torch.device("meta"):
         model = ViT(sizes)
     unused = _fill(model, family, tensors, files.weights[0])
     model.labels = spec.labels
     model.preprocess = preprocess
     model.origin = Origin(source, files.commit, family.title, unused)
-    return model
+    notes = list(spec.notes)
+    if img_size is None and spec.size_note:
+        notes.append(spec.size_note)
+    if is_double:
+        notes.append("the weights are float64, and rounded to float32")
+    for note in notes:
+        print(f"{source}: {note}", file=sys.stderr)
+    return model, spec
 
 
-def _kind(config: dict) -> str:
+def _read_shards(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """Read the tensors of all files that hold a checkpoint together."""
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        shard = read_tensors(path)
+        repeated = sorted(tensors.keys() & shard.keys())
+        if repeated:
+            raise UserError(f"{path}: repeats tensors of another shard: {first_few(repeated)}")
+        tensors |= shard
+    return tensors
+
+
+def _kind(config: dict, source: str) -> str:
     """Return a config's kind, as in Family.kind."""
-    if "architecture" in config and "model_type" not in config:
+    if config.get("model_type"):
+        return str(config["model_type"])
+    if "architecture" in config:
         return "timm"
-    return str(config.get("model_type", ""))
+    raise UserError(
+        f"{source}: config.json has neither transformers' model_type ({', '.join(KINDS[:-1])}) "
+        "nor timm's architecture"
+    )
 
 
-def _read_spec(files: Files, config: dict) -> CheckpointSpec:
-    if files.preprocessor:
-        return spec_from_hub(config, read_json(files.preprocessor))
-    return spec_from_timm(config)
+def _read_spec(files: Files, config: dict, names: Collection[str] | None) -> CheckpointSpec:
+    """Read the config files; the tensors' names tell whether there is a head, if they are known."""
+    if files.preprocessor is None:
+        return spec_from_timm(config)
+    settings = read_json(files.preprocessor)
+    if files.preprocessor.name == PROCESSOR:
+        settings = settings["image_processor"]
+    try:
+        preprocess = Preprocess.from_config(settings, config["model_type"])
+    except UserError as error:
+        raise UserError(f"{files.preprocessor.name}: {error}") from error
+    return spec_from_hub(config, preprocess, names)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _config_errors(source: str) -> Iterator[None]:
     """Turn any error that a broken config can cause into a UserError."""
     try:
@@ -157,7 +212,7 @@ def _fill(model: ViT, family: Family, tensors: dict[str, Tensor], path: Path) ->
     Returns the tensors that classification does not use, by their names without the prefix.
     Raises UserError if tensors are missing, misshapen or left over; `path` is for the message.
     """
-    prefix = family.prefix if model.config.num_classes else ""
+    prefix = backbone_prefix(family, tensors)
     unused = {}
     for name in family.unused:
         if prefix + name in tensors:
@@ -170,7 +225,7 @@ def _fill(model: ViT, family: Family, tensors: dict[str, Tensor], path: Path) ->
     state: dict[str, Tensor] = {}
     missing = []
     misshapen = []
-    names = layout(model, family)
+    names = layout(model, family, prefix)
     for name, parameter in model.state_dict().items():
         # Several tensors, such as query, key and value, have equal parts of the first dimension.
         shape = (parameter.shape[0] // len(names[name]), *parameter.shape[1:])
@@ -179,7 +234,7 @@ def _fill(model: ViT, family: Family, tensors: dict[str, Tensor], path: Path) ->
             tensor = tensors.pop(part, None)
             if tensor is None:
                 missing.append(part)
-            elif tensor.shape != shape or not tensor.is_floating_point():
+            elif tensor.shape != shape or tensor.dtype not in FLOATS:
                 misshapen.append(
                     f"{part}: expected {shape}, found {tuple(tensor.shape)} {tensor.dtype}"
                 )
@@ -217,15 +272,15 @@ def _load_with_tail(
             f"{source}: its metadata is not that of a minivit tail ({error}); train again"
         ) from error
     try:
-        model = _load(base, commit, img_size or preprocess.size)
+        model, _ = _load(base, commit, img_size or preprocess.size)
     except UserError as error:
         raise UserError(f"{source} needs its base: {error}") from error
     model.reset_head(len(labels))
     model.labels = labels
     model.preprocess = preprocess if img_size is None else preprocess.at(img_size)
-    model.origin = replace(model.origin, source=source)
-
     tensors = read_tensors(Path(os.path.expanduser(source)))
+    model.origin = replace(model.origin, source=source, base=base, tail=frozenset(tensors))
+
     parameters = dict(model.named_parameters())
     missing = [name for name in parameters if name.startswith("head.") and name not in tensors]
     unexpected = sorted(tensors.keys() - parameters.keys())
@@ -272,18 +327,30 @@ def _align(model: ViT) -> None:
 
 def _replace_head(model: ViT, labels: tuple[str, ...]) -> None:
     """Give a model a new head for other classes, and say so on stderr."""
+    if len(labels) == 1:
+        raise UserError(f"a head for one class, {labels[0]!r}, has nothing to choose from")
     old = f"the checkpoint's {len(model.labels)}" if model.labels else "none"
     print(f"new head for {len(labels)} classes, in place of {old}", file=sys.stderr)
     model.reset_head(len(labels))
     model.labels = labels
+
+
+def _prepare_for_training(model: ViT, spec: CheckpointSpec | None) -> None:
+    """Make a model one that can be written as it was trained, and say what training leaves out."""
     # The model will be saved for transformers, which does not round the margins of a crop.
     model.preprocess = replace(model.preprocess, round_margins=False)
+    if spec is not None and spec.drop_rates:
+        print(
+            f"{model.origin.source}: its config has {', '.join(spec.drop_rates)}; "
+            "minivit trains without dropout",
+            file=sys.stderr,
+        )
 
 
 def save_pretrained(model: ViT, folder: str | os.PathLike[str]) -> None:
     """Write model.safetensors, config.json and preprocessor_config.json as transformers does.
 
-    Each file is written whole or not at all.
+    Each file is written whole or not at all. A note on stderr says what transformers does not have.
     """
     folder = Path(folder)
     config = model.config
@@ -298,16 +365,100 @@ def save_pretrained(model: ViT, folder: str | os.PathLike[str]) -> None:
         # transformers expects a mask token here. It starts as zeros.
         mask_token = torch.zeros(1, config.embed_dim)
         tensors.setdefault(f"{prefix}embeddings.mask_token", mask_token)
-    tensors |= tensors_as(model, family, resample=not keeps_positions(config))
+    tensors |= tensors_as(model, family, prefix=prefix, resample=not keeps_positions(config))
     use_mask_token = "embeddings.mask_token" in origin.unused
+    settings = hub_config(model, use_mask_token=use_mask_token)
+    if isinstance(settings.get("mlp_ratio"), float):
+        print(
+            f"{folder}: mlp_ratio {settings['mlp_ratio']} is no whole number; minivit and "
+            "transformers 4 read it, transformers 5 does not",
+            file=sys.stderr,
+        )
+    if model.preprocess.round_margins and model.preprocess.crop:
+        print(
+            f"{folder}: transformers rounds the margins of a crop down, not to the nearest as this "
+            "model does; some photos are seen a pixel further to the left or the top",
+            file=sys.stderr,
+        )
     save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    write_json(folder / "config.json", hub_config(model, use_mask_token=use_mask_token))
+    write_json(folder / "config.json", settings)
     write_json(folder / "preprocessor_config.json", model.preprocess.to_config())
 
 
+def check_written(model: ViT, folder: Path) -> None:
+    """Read back what save_pretrained and save_tail wrote, and compare all of it with the model.
+
+    Raises RuntimeError if anything differs. A tail whose base cannot be read any more, or has
+    changed, is no defect of what was written: a note on stderr says so.
+    """
+    tail = folder / "tail.safetensors"
+    # What loading says on stderr was said when the model was loaded.
+    with contextlib.redirect_stderr(io.StringIO()):
+        whole = load_pretrained(folder)
+        problem = ""
+        with_tail = None
+        if tail.exists():
+            try:
+                with_tail = load_pretrained(tail)
+            except UserError as error:
+                problem = str(error)
+    require_same(model, whole, folder)
+    if with_tail is not None:
+        require_same(model, with_tail, tail)
+    if problem:
+        print(f"{problem}; {folder / 'model.safetensors'} holds the whole model", file=sys.stderr)
+
+
+def require_same(model: ViT, reread: ViT, path: Path) -> None:
+    """Raise RuntimeError unless what was read back from a path is the model that was written."""
+    changed = differences(model, reread)
+    if changed:
+        raise RuntimeError(
+            f"{path}: read back, these are not those that were tested: {', '.join(changed)}"
+        )
+
+
 @torch.no_grad()
-def tensors_as(model: ViT, family: Family, *, resample: bool) -> dict[str, Tensor]:
-    """Return a model's tensors on the CPU under a family's names.
+def differences(model: ViT, other: ViT) -> list[str]:
+    """Return the names of what differs between two models that should be one and the same.
+
+    Compared are weights, sizes, labels and preprocessing. Positions count as they are added to the
+    tokens: after resampling, and together with the class token.
+    """
+    changed = []
+    # Where the positions come from does not matter, because they are compared themselves.
+    ours = replace(model.config, pos_grid=None, pos_antialias=False)
+    theirs = replace(other.config, pos_grid=None, pos_antialias=False)
+    for field in fields(ours):
+        if getattr(ours, field.name) != getattr(theirs, field.name):
+            changed.append(field.name)
+    if model.labels != other.labels:
+        changed.append("labels")
+    if model.preprocess != other.preprocess:
+        changed.append("preprocessing")
+    if changed:
+        return changed
+    state = _state_as_computed(model)
+    for name, tensor in _state_as_computed(other).items():
+        if not torch.equal(tensor, state[name]):
+            changed.append(name)
+    return changed
+
+
+def _state_as_computed(model: ViT) -> dict[str, Tensor]:
+    """Return a model's parameters, with the positions as they are added to the tokens."""
+    state: dict[str, Tensor] = dict(model.named_parameters())
+    positions = model.positions()
+    state["cls_token"] = state["cls_token"] + positions[:, :1]
+    state["pos_embed"] = positions[:, 1:]
+    return state
+
+
+@torch.no_grad()
+def tensors_as(
+    model: ViT, family: Family, *, prefix: str = "", resample: bool
+) -> dict[str, Tensor]:
+    """Return a model's tensors on the CPU under a family's names, those of the backbone prefixed.
 
     With `resample`, the positions are those of the model's own input size.
     """
@@ -321,7 +472,7 @@ def tensors_as(model: ViT, family: Family, *, resample: bool) -> dict[str, Tenso
         positions = positions[:, 1:]
     state["pos_embed"] = positions
     tensors = {}
-    for name, names in layout(model, family).items():
+    for name, names in layout(model, family, prefix).items():
         for part_name, part in zip(names, state[name].chunk(len(names))):
             tensors[part_name] = part.contiguous()
     return tensors
@@ -331,30 +482,32 @@ def save_tail(model: ViT, path: Path) -> None:
     """Write the trainable weights alone, under our names.
 
     The metadata holds what load_pretrained needs to complete the model: its base, the hash of the
-    frozen weights, the labels and the preprocessing.
+    other weights, the labels and the preprocessing. The tail of a model that was loaded from a tail
+    holds the weights of both, and has the same base.
     """
-    source = model.origin.source
+    source = model.origin.base or model.origin.source
     base = Path(os.path.expanduser(source))
     if source != "demo" and base.exists():
         source = str(base.resolve())
+    names = model.origin.tail | trainable(model).keys()
     about = {
         "base": source,
         "commit": model.origin.commit or "",
-        "sha256": hash_frozen(model),
+        "sha256": _hash_except(model, names),
         "labels": model.labels,
         "preprocess": model.preprocess.to_config(),
     }
-    tail = {name: tensor.detach().cpu().contiguous() for name, tensor in trainable(model).items()}
+    tail = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if name in names
+    }
     save_tensors(path, tail, {TAIL_KEY: json.dumps(about, sort_keys=True)})
 
 
 def hash_frozen(model: ViT) -> str:
-    """Return the hash of the frozen weights; it is computed once for each set of trainable ones."""
-    hashes = model.origin.hashes
-    tail = frozenset(trainable(model))
-    if tail not in hashes:
-        hashes[tail] = _hash_except(model, tail)
-    return hashes[tail]
+    """Return the hash of the frozen weights as they are now."""
+    return _hash_except(model, trainable(model))
 
 
 def _hash_except(model: ViT, names: Container[str]) -> str:

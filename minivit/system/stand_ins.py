@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 # How such a file begins, in lower case, what it then is, and what to do.
 STAND_INS = (
@@ -25,16 +25,22 @@ STAND_INS = (
 )
 
 
-def stand_in(path: Path) -> str:
+def stand_in(path: str | os.PathLike[str]) -> str:
     """Say what a file is if it only stands in for another, and what to do; "" for any other file.
 
-    Never raises: it is called to explain why a file could not be read.
+    Never raises and never waits: it is called to explain why a file could not be read.
     """
     try:
-        with path.open("rb") as file:
-            start = file.read(200).lstrip().lower()
+        # Without this flag, opening a named pipe would wait for somebody to write to it.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError:
         return ""
+    try:
+        start = os.read(descriptor, 200).lstrip().lower()
+    except OSError:  # a folder, for example
+        return ""
+    finally:
+        os.close(descriptor)
     for beginning, explanation in STAND_INS:
         if start.startswith(beginning):
             return explanation

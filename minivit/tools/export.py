@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .. import cli
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export(args: argparse.Namespace) -> int:
     from ..checkpoints import weights
-    from ..checkpoints.configs import timm_config, timm_family
+    from ..checkpoints.configs import as_timm_crops, timm_config, timm_family
     from ..checkpoints.tensors import save_tensors
     from ..errors import UserError
     from ..system.files import write_json
@@ -41,6 +42,10 @@ def export(args: argparse.Namespace) -> int:
     tensors = weights.tensors_as(model, timm_family(sizes), resample=True)
     save_tensors(path, tensors, {"format": "pt"})
     write_json(out / "config.json", config)
+    # What timm does not have is read back as timm has it.
+    model.config = replace(sizes, eps=1e-6)
+    model.preprocess = as_timm_crops(model.preprocess)
+    weights.require_same(model, weights.load_pretrained(out), out)
     if sizes.eps != 1e-6:
         print(
             f"timm's norms have an eps of 1e-6, this model's {sizes.eps}: "
