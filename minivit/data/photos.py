@@ -21,6 +21,7 @@ from typing import BinaryIO
 from PIL import ExifTags, Image, ImageChops, ImageFile, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 
 from ..errors import UserError
+from ..system.stand_ins import stand_in
 from .image_data import JPEG_END, MAX_METADATA_BYTES, ImageData, next_restart, own_data
 from .modes import check_mode, load_rgb
 
@@ -126,6 +127,9 @@ def _photo_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except FileNotFoundError:
         raise PhotoError(f"{path}: no such photo") from None
     except Exception as error:
+        explanation = stand_in(path)
+        if explanation:
+            raise PhotoError(f"{path}: {explanation}") from error
         raise PhotoError(f"{path}: cannot be read as a photo ({_reason(error)})") from error
 
 
