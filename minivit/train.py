@@ -55,8 +55,8 @@ from .training.views import TrainingPhotos
 
 PixelsAndLabels = tuple[Pixels | Tensor, Tensor]  # pixels, uint8 (n, 3, h, w), and labels (n,)
 
-# From this many test photos on, drawing the figures takes as long as testing, so that worker
-# processes draw them meanwhile.
+# From this many test photos on, the figures are drawn in worker processes, which start while the
+# photos are tested.
 DRAW_IN_WORKERS_FROM = 64
 
 
@@ -530,6 +530,7 @@ def summarize_run(
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "base": model.origin.source,
         "base_commit": model.origin.commit,
+        "tail_base": model.origin.base or None,  # if the base is a tail: what it is a tail of
         "is_pets": data.is_pets,
         "processes": distributed.launched_world_size(),
         "precision": precision_name(state.amp),
