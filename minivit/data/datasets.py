@@ -173,8 +173,6 @@ def _leave_out_bad(
             f"({first_few(described)}); replace or remove them, or add --skip-bad to train "
             "without them"
         )
-    for photo in bad:
-        print(f"left out: {printable(photo.path)}: {photo.problem}", file=sys.stderr)
     kept = {
         split: [photo for photo in photos if not (photo.problem and split in needed)]
         for split, photos in listing.splits.items()
@@ -187,6 +185,8 @@ def _leave_out_bad(
                 f"{root}: no photos are left of {', '.join(lost)} in {split}: "
                 "replace those that cannot be read"
             )
+    for photo in bad:
+        print(f"left out: {printable(photo.path)}: {photo.problem}", file=sys.stderr)
     return kept
 
 
