@@ -72,6 +72,7 @@ class Answer:
     figure: Future[str]  # the characters that it cannot show
 
 
+@devices.own_defaults()
 def infer(settings: InferSettings) -> int:
     """Do the whole job: name photos and draw figures, and return the exit code."""
     photos, num_unread = find_photos(settings.photos)

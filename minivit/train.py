@@ -60,6 +60,7 @@ PixelsAndLabels = tuple[Pixels | Tensor, Tensor]  # pixels, uint8 (n, 3, h, w), 
 DRAW_IN_WORKERS_FROM = 64
 
 
+@devices.own_defaults()
 def train(settings: TrainSettings) -> int:
     """Do the whole job, and return its exit code."""
     started = time.perf_counter()

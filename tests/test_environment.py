@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, draw_photo, run_train
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
+from safetensors.torch import load_file
 
+from minivit import cli
 from minivit.figures import drawing, fonts, plots
 from minivit.figures.mpl import font_manager, matplotlib
 from minivit.tools.score import figure as score_figure
@@ -306,3 +312,139 @@ def test_a_figure_says_that_minivit_drew_it(tmp_path):
         drawing.save(figure, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert image.info["Software"] == "minivit"
+
+
+# Sessions, streams and interpreters
+
+
+def test_a_session_goes_on_after_a_command(monkeypatch):
+    """`%run infer.py` in a notebook must not end its kernel."""
+    monkeypatch.setattr(sys, "ps1", "In [1]: ", raising=False)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert cli.start(lambda: 0) is None
+    with pytest.raises(SystemExit) as ended:
+        cli.start(lambda: 2)
+    assert ended.value.code == 2
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_command_in_another_thread_does_not_end_the_program():
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(cli.start(lambda: 0)))
+    thread.start()
+    thread.join()
+    assert codes == [None]
+
+
+STREAMS = """
+import os, sys
+from minivit import cli
+def main():
+    print("lost")
+    print("lost", file=sys.stderr)
+    with open("file", "w") as file:
+        os.write(1, b"lost")
+        os.write(2, b"lost")
+        file.write("kept")
+    return 3
+cli.start(main)
+"""
+
+
+def test_what_is_printed_to_closed_streams_lands_in_no_file(tmp_path):
+    command = f"exec {sys.executable} -c '{STREAMS}' <&- >&- 2>&-"
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 3
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+ODD = {
+    "PYTHONOPTIMIZE": "2",
+    "PYTHONWARNINGS": "error",
+    "PYTHONIOENCODING": "ascii",
+    "LC_ALL": "C",
+    "TZ": "Nowhere/None",
+    "COLUMNS": "1",
+    "TERM": "dumb",
+    "TMPDIR": "/nonexistent",
+    "CUDA_VISIBLE_DEVICES": "none",
+    "MPLBACKEND": "garbage",
+    "RANK": "1",
+    "LOCAL_RANK": "7",
+}
+
+
+def test_odd_variables_change_no_answer_and_no_figure(tiny_saved, tmp_path):
+    photo = tmp_path / "café.png"
+    draw_photo(60, 50).save(photo)
+    answers = []
+    for name, variables in (("plain", {}), ("odd", ODD)):
+        flags = ["--model", tiny_saved, "--layers", "11", "--device", "cpu", "--amp", "off"]
+        done = subprocess.run(
+            [sys.executable, ROOT / "infer.py", photo, *flags, "--out", tmp_path / name, "--json"],
+            capture_output=True,
+            text=True,
+            env={key: value for key, value in os.environ.items() if key not in ODD} | variables,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        answers.append(json.loads(done.stdout)["predictions"])
+    assert answers[0] == answers[1]
+    plain, odd = (tmp_path / name / "café.png" for name in ("plain", "odd"))
+    assert plain.read_bytes() == odd.read_bytes()
+    assert done.stderr.count("ignored, because torchrun sets all of them") == 1
+
+
+HELP = """
+import contextlib, io
+from minivit import __main__
+assert not __main__.__doc__
+for name in __main__.COMMANDS:
+    printed = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(printed):
+        __main__.main([name, "--help"])
+    usage, description, *_ = printed.getvalue().split("\\n\\n")
+    assert usage.startswith("usage: ") and len(description.split()) > 5, printed.getvalue()
+"""
+
+
+def test_help_is_whole_without_docstrings():
+    command = [sys.executable, "-OO", "-c", HELP]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_no_promise_hangs_on_an_assert():
+    """python -O leaves them out; those that are left only tell a type checker what is known."""
+    count = 0
+    for path in (ROOT / "minivit").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Assert):
+                test = ast.unparse(node.test)
+                assert test.endswith("is not None") or test.startswith("isinstance("), (path, test)
+                count += 1
+    assert count > 0
+
+
+# torch's settings
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_calling_programs_defaults_of_torch_change_no_run(tiny_saved, shapes_data, tmp_path):
+    assert run_train(tiny_saved, shapes_data, tmp_path / "plain", "--epochs", "2") == 0
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+        torch.set_grad_enabled(False)
+        assert run_train(tiny_saved, shapes_data, tmp_path / "odd", "--epochs", "2") == 0
+        assert torch.get_default_dtype() == torch.bfloat16
+        assert torch.get_default_device().type == "meta"
+        assert not torch.is_grad_enabled()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+        torch.set_grad_enabled(True)
+    plain, odd = (tmp_path / name / "tail.safetensors" for name in ("plain", "odd"))
+    assert load_file(plain)["head.weight"].equal(load_file(odd)["head.weight"])

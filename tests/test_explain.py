@@ -30,6 +30,7 @@ from minivit.attention import METHODS, class_relevance, query_maps, rollout
 from minivit.checkpoints.hub import Origin
 from minivit.errors import UserError
 from minivit.figures import plots
+from minivit.figures.marks import is_ours
 
 CPU = ["--device", "cpu", "--amp", "off"]
 
@@ -744,3 +745,50 @@ def test_torchrun_shares_the_photos_out_and_waits_for_all(tiny_folder, many, tmp
     assert done.returncode == 1  # torchrun's own, where a process ended with 2
     assert done.stderr.count("model: ") == 1
     assert done.stderr.count("5.png: cannot be read") == 3
+
+
+# Files of the user's
+
+
+def test_no_file_takes_the_place_of_one_that_is_not_minivits(tiny_folder, photo, tmp_path, capsys):
+    """Whichever of the three is there, all three of that photo get another name."""
+    out = tmp_path / "out"
+    out.mkdir()
+    flags = ("--model", tiny_folder, "--layers", "11", "--html", "--npz", "--out", out)
+    theirs = [out / "photo.png", out / "photo-2.html", out / "photo-3.npz"]
+    for number, path in enumerate(theirs, start=2):
+        path.write_text("mine")
+        (answer,) = answers(photo, *flags, capsys=capsys)
+        written = [Path(answer[name]) for name in ("figure", "html", "npz")]
+        assert written == [out / f"photo-{number}{kind}" for kind in (".png", ".html", ".npz")]
+        for file in written:
+            file.unlink()
+    assert sorted(out.iterdir()) == sorted(theirs)
+    assert [path.read_text() for path in theirs] == ["mine"] * 3
+
+
+def test_minivits_own_files_are_written_again(tiny_folder, photo, tmp_path, capsys):
+    flags = ("--model", tiny_folder, "--layers", "11", "--html", "--npz", "--out", tmp_path / "out")
+    first = answers(photo, *flags, capsys=capsys)
+    assert answers(photo, *flags, capsys=capsys) == first
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_photos_of_one_stem_get_figures_of_their_own(tiny_folder, tmp_path, capsys):
+    """On a disk that does not tell apart A and a, the second would replace the first."""
+    paths = [tmp_path / name / f"{stem}.png" for name, stem in (("1", "cat"), ("2", "Cat"))]
+    for path in paths:
+        path.parent.mkdir()
+        draw_photo(30, 20).save(path)
+    flags = ("--model", tiny_folder, "--layers", "11", "--out", tmp_path / "out")
+    written = [Path(answer["figure"]).name for answer in answers(*paths, *flags, capsys=capsys)]
+    assert written == ["cat.png", "Cat-2.png"]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".html", ".npz", ".txt"])
+def test_a_broken_file_is_the_users_own_and_an_empty_one_is_not(suffix, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(b"\x89PNG broken")
+    assert not is_ours(path)
+    path.write_bytes(b"")
+    assert is_ours(path)

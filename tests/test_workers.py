@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -138,3 +139,30 @@ def test_processes_start_for_many_or_large_photos_only(tmp_path):
     assert processes_worth_starting([large] * 15, workers=4) == 0
     assert processes_worth_starting([large] * 17, workers=4) == 2
     assert processes_worth_starting([large] * 100, workers=4) == 4
+
+
+FROM_STDIN = """
+from minivit.system.workers import worker_pool
+with worker_pool(1, "minivit.data.photos") as pool:  # without a main guard
+    print(pool.submit(abs, -3).result())
+"""
+
+
+def test_workers_do_not_run_the_users_script_again(tmp_path):
+    (tmp_path / "script.py").write_text(FROM_STDIN)
+    for arguments, script in (([], FROM_STDIN), ([tmp_path / "script.py"], "")):
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            input=script,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")
+
+
+def test_a_module_that_cannot_be_imported_is_the_jobs_error():
+    with worker_pool(1, "minivit.no_such_module") as pool:
+        assert pool.submit(abs, -1).result() == 1
+        with pytest.raises(ModuleNotFoundError):
+            pool.submit(importlib.import_module, "minivit.no_such_module").result()

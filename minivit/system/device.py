@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -130,6 +132,22 @@ def peak_gib(device: torch.device) -> float:
 
     units_per_gib = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, else KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_gib
+
+
+@contextlib.contextmanager
+def own_defaults() -> Iterator[None]:
+    """Make new tensors in float32 on the CPU, with gradients, whatever the calling program does.
+
+    It may have chosen other defaults of torch for its own work, to which they return.
+    """
+    earlier = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, earlier)
+        torch.set_default_dtype(torch.float32)
+        stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 def be_deterministic() -> None:
