@@ -179,6 +179,17 @@ def test_what_no_step_of_ours_does_is_refused_by_name(preprocessor, message):
         Preprocess.from_config(preprocessor)
 
 
+@pytest.mark.parametrize("name", IMAGE_PROCESSORS)
+@pytest.mark.parametrize("ending", ["", "Pil"])
+def test_what_transformers_writes_is_read_as_its_class(name, ending, tmp_path):
+    import transformers
+
+    (path,) = getattr(transformers, name + ending)().save_pretrained(tmp_path)
+    assert Path(path).name == "preprocessor_config.json"
+    written = Preprocess.from_config(json.loads(Path(path).read_text()))
+    assert written == Preprocess.from_config(of(name))
+
+
 def test_the_defaults_of_each_class_are_those_of_transformers():
     import transformers
 

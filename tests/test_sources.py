@@ -294,6 +294,35 @@ def test_a_refusal_names_the_model_and_the_file(tiny_folder):
         load_pretrained(tiny_folder)
 
 
+INSTEAD = {
+    "an unfinished run": ("config.json", "state.safetensors", "is not finished; go on with --res"),
+    "an adapter": ("config.json", "adapter_config.json", "an adapter; merge it into its base"),
+    "pickles in parts": (
+        "model.safetensors",
+        "pytorch_model.bin.index.json",
+        "pickles in parts are not read; load and save it with transformers 5",
+    ),
+    "TensorFlow": ("model.safetensors", "tf_model.h5", "weights for TensorFlow are not read"),
+    "Flax": ("model.safetensors", "flax_model.msgpack", "weights for Flax are not read"),
+    "Trainer's state": ("model.safetensors", "optimizer.pt", "expected a ViT in the layout"),
+}
+
+
+@pytest.mark.parametrize("missing, there, message", INSTEAD.values(), ids=INSTEAD)
+def test_what_a_folder_holds_instead_is_said(missing, there, message, tiny_folder):
+    (tiny_folder / missing).unlink()
+    (tiny_folder / there).touch()
+    with pytest.raises(UserError, match=f"no {missing} .*{message}"):
+        load_pretrained(tiny_folder)
+
+
+def test_a_link_that_leads_nowhere_is_named(tiny_folder):
+    (tiny_folder / "model.safetensors").unlink()
+    (tiny_folder / "model.safetensors").symlink_to("../blobs/abc")
+    with pytest.raises(UserError, match=r"safetensors: a link to \.\./blobs/abc, which is not"):
+        load_pretrained(tiny_folder)
+
+
 BASES = {
     "an id": ({"_name_or_path": "google/vit-base-patch16-224"}, "copy it from google/vit-base-pat"),
     "a path": ({"_name_or_path": "/home/x/y"}, "copy it from the checkpoint that this one was"),
@@ -309,6 +338,9 @@ def test_without_its_preprocessing_a_checkpoint_names_its_base(change, message, 
     for source in (tiny_folder, tiny_folder / "model.safetensors"):
         with pytest.raises(UserError, match=f"no preprocessor_config.json .*{message}"):
             load_pretrained(source)
+    (tiny_folder.parent / "preprocessor_config.json").touch()
+    with pytest.raises(UserError, match="copy it from the folder above, which has one"):
+        load_pretrained(tiny_folder)
 
 
 def test_a_file_that_holds_no_weights_is_refused_by_its_ending(tiny_folder):

@@ -25,6 +25,18 @@ PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"  # may hold the settings of an image processor, too
 DEMO = Path(__file__).with_name("demo_model")  # the checkpoint that comes with minivit
 TIMEOUT_S = 6  # how long to wait for the Hub's first answer
+# What else may lie in a folder without a config.json, and without weights that are read.
+WITHOUT_CONFIG = {
+    "state.safetensors": "it holds a run that is not finished; go on with --resume",
+    "adapter_config.json": "it holds an adapter; merge it into its base with PEFT, and save that",
+}
+WITHOUT_WEIGHTS = {
+    "pytorch_model.bin.index.json": "its pickles in parts",
+    "tf_model.h5": "its weights for TensorFlow",
+    "flax_model.msgpack": "its weights for Flax",
+}
+# What Trainer writes beside weights, in files with the same endings.
+NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 # Where folders of checkpoints lie in a folder of Trainer's or in the Hub's cache.
 BELOW = (
     "*/config.json",
@@ -80,7 +92,7 @@ def fetch(source: str, revision: str | None, *, weights: bool = True) -> Files:
     if "model_type" in settings:
         preprocessor = _find_preprocessor(place)
         if preprocessor is None:
-            raise _missing(source, place, PREPROCESSOR, _hint_at_preprocessor(settings))
+            raise _missing(source, place, PREPROCESSOR, _hint_at_preprocessor(settings, place))
     paths: list[Path] = []
     if weights:
         paths = _find_weights(source, place)
@@ -106,7 +118,7 @@ def _files_beside(path: Path, source: str) -> Files:
         if preprocessor is None and is_lone:
             return Files(None, None, paths, is_lone=True)
         if preprocessor is None:
-            raise _missing(source, place, PREPROCESSOR, _hint_at_preprocessor(settings))
+            raise _missing(source, place, PREPROCESSOR, _hint_at_preprocessor(settings, place))
     return Files(config, preprocessor, paths, is_lone=is_lone)
 
 
@@ -127,13 +139,17 @@ def _find_preprocessor(place: _Folder | _Hub) -> Path | None:
     return place.get(PREPROCESSOR)
 
 
-def _hint_at_preprocessor(config: dict) -> str:
+def _hint_at_preprocessor(config: dict, place: _Folder | _Hub) -> str:
     """Say what preprocessor_config.json is for, and where to get it."""
     base = config.get("_name_or_path")
-    where = "the checkpoint that this one was fine-tuned from"
+    where = "from the checkpoint that this one was fine-tuned from"
     if isinstance(base, str) and base.count("/") == 1 and not base.startswith(("/", ".")):
-        where = f"{base}, which config.json names as the base"
-    return f"it says how photos become pixels; copy it from {where}"
+        where = f"from {base}, which config.json names as the base"
+    if isinstance(place, _Folder) and (place.path.parent / PREPROCESSOR).is_file():
+        where = "from the folder above, which has one"
+    if isinstance(place, _Hub):
+        where += ", into a local copy of the repository"
+    return f"it says how photos become pixels; copy it {where}"
 
 
 def _find_weights(source: str, place: _Folder | _Hub) -> list[Path]:
@@ -181,6 +197,10 @@ class _Folder:
     def get(self, name: str) -> Path | None:
         """Return the path of a file, or None if the folder has no such file."""
         path = self.path / name
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"{path}: a link to {path.readlink()}, which is not there; copy it again"
+            )
         return path if path.is_file() else None
 
     def hint_at_config(self) -> str:
@@ -190,6 +210,9 @@ class _Folder:
             folder = max(configs, key=_how_late).parent
             count = "one folder" if len(configs) == 1 else f"{len(configs)} folders"
             return f"{count} below it hold one; give the latest, {folder}, or another of them"
+        for name, explanation in WITHOUT_CONFIG.items():
+            if (self.path / name).exists():
+                return explanation
         files = self._files_of_weights()
         if files:
             return f"without it, give a file of weights itself: {first_few(files)}"
@@ -197,13 +220,20 @@ class _Folder:
 
     def hint_at_weights(self) -> str:
         """Say which other files of weights are in the folder."""
+        for name, description in WITHOUT_WEIGHTS.items():
+            if (self.path / name).exists():
+                return f"{description} are not read; load and save it with transformers 5"
         files = self._files_of_weights()
         if files:
             return f"to read one of another name, give the file itself: {first_few(files)}"
         return "expected a ViT in the layout of transformers or timm"
 
     def _files_of_weights(self) -> list[Path]:
-        return sorted(path for path in self.path.iterdir() if path.suffix in SUFFIXES)
+        return sorted(
+            path
+            for path in self.path.iterdir()
+            if path.suffix in SUFFIXES and not path.name.startswith(NOT_WEIGHTS)
+        )
 
 
 def _how_late(config: Path) -> tuple[int, bool, float]:
