@@ -215,12 +215,6 @@ def test_a_cache_that_cannot_be_written_to_is_one_line_that_says_what_to_do(hub,
     assert_one_line(done, "set HF_HOME to a folder that you may write to")
 
 
-def test_a_cache_that_cannot_be_written_to_is_one_line_that_says_what_to_do(hub, tmp_path):
-    (tmp_path / "home").write_text("a file stands for a folder that may not be written to")
-    done = get(hub, tmp_path / "home" / "cache")
-    assert_one_line(done, "set HF_HOME to a folder that you may write to")
-
-
 def test_a_hub_id_that_is_none_is_one_line(hub, tmp_path):
     assert_one_line(
         get(hub, tmp_path / "cache", "a/b/c/d"), "neither a folder or file here nor a Hub id"
