@@ -399,3 +399,17 @@ def test_a_model_that_timm_lacks_is_refused_by_name(config):
     model.preprocess = Preprocess((32, 32))
     with pytest.raises(UserError, match="timm has no ViT with qkv_bias"):
         timm_config(model)
+
+
+def test_an_export_replaces_an_earlier_one_and_no_other_files(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "timm"
+    command = [str(tiny_folder), "--to", "timm", "--out", str(out)]
+    assert export.main(command) == 0
+    written = (out / "model.safetensors").read_bytes()
+    assert export.main(command) == 0
+    assert (out / "model.safetensors").read_bytes() == written
+    (out / "config.json").write_text('{"architecture": "mine"}')
+    (out / "model.safetensors").write_text("mine")
+    assert export.main(command) == 2
+    assert "holds model.safetensors, config.json, which minivit did not" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_text() == "mine"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ def export(args: argparse.Namespace) -> int:
     from ..checkpoints.configs import as_timm_crops, timm_config, timm_family
     from ..checkpoints.tensors import save_tensors
     from ..errors import UserError
-    from ..system.files import write_json
+    from ..system.files import refuse_to_overwrite, write_json
 
     if args.out:
         out = Path(args.out)
@@ -38,6 +39,8 @@ def export(args: argparse.Namespace) -> int:
     sizes = model.config
     config = timm_config(model)
     path = out / "model.safetensors"
+    if not _holds_export(out, config):
+        refuse_to_overwrite(out, ["model.safetensors", "config.json"])
     out.mkdir(parents=True, exist_ok=True)
     tensors = weights.tensors_as(model, timm_family(sizes), resample=True)
     save_tensors(path, tensors, {"format": "pt"})
@@ -57,3 +60,12 @@ def export(args: argparse.Namespace) -> int:
     arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
     print(f"timm.create_model({config['architecture']!r}, {arguments})")
     return 0
+
+
+def _holds_export(out: Path, config: dict) -> bool:
+    """Return whether a folder holds an earlier export of such a model, which may be replaced."""
+    try:
+        before = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return before == json.loads(json.dumps(config))
