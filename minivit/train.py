@@ -90,6 +90,7 @@ def train(settings: TrainSettings) -> int:
 
             working_model = working_copy(model, device, amp, train=True)
             micro_batch = choose_micro_batch(settings, working_model, data, cut, amp)
+            distributed.on_rank_0(lambda: publishing.prepare(settings))
             if settings.dry_run:
                 return 0
 
@@ -335,7 +336,7 @@ def prepare(settings: TrainSettings, device: torch.device) -> None:
     if distributed.launched_rank() == 0:
         run_folder.check_inputs(settings)
         run_folder.check_folder(Path(settings.out))
-        publishing.prepare(settings)
+        publishing.check(settings)
     torch.manual_seed(settings.seed)
     if settings.deterministic:
         devices.be_deterministic()
@@ -356,6 +357,7 @@ def conclude_finished_run(settings: TrainSettings, amp: torch.dtype | None) -> b
     print(f"{out} holds a finished run", file=sys.stderr)
     run_folder.report_result(out)
     if settings.push_to_hub:
+        publishing.prepare(settings)
         publishing.publish(out, settings.push_to_hub)
     return True
 
@@ -530,8 +532,8 @@ def summarize_run(
         "trainable_parameters": sum(p.numel() for p in trainable(model).values()),
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "base": model.origin.source,
-        "base_commit": model.origin.commit,
         "tail_base": model.origin.base or None,  # if the base is a tail: what it is a tail of
+        "base_commit": model.origin.commit,
         "is_pets": data.is_pets,
         "processes": distributed.launched_world_size(),
         "precision": precision_name(state.amp),

@@ -168,8 +168,8 @@ def test_a_run_is_pushed_with_its_card_and_without_photos_and_paths(hub, shapes_
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    """Keep uploads from the Hub: return what prepare() and push() were called with."""
-    calls = SimpleNamespace(prepared=[], pushed=[], failure=None)
+    """Keep uploads from the Hub: return what the functions of upload.py were called with."""
+    calls = SimpleNamespace(checked=[], prepared=[], pushed=[], failure=None)
 
     def prepare(repo, *, public):
         calls.prepared.append((repo, public))
@@ -181,6 +181,7 @@ def no_hub(monkeypatch):
             raise calls.failure
         return f"https://hub/{repo}/commit/1"
 
+    monkeypatch.setattr(upload, "check_login", lambda repo: calls.checked.append(repo))
     monkeypatch.setattr(upload, "prepare", prepare)
     monkeypatch.setattr(upload, "push", push)
     return calls
@@ -258,14 +259,22 @@ def test_a_finished_run_is_pushed_by_resume_under_its_new_name(
     assert as_bytes(no_hub.pushed[-1][1]["README.md"]) == b"mine"
 
 
-def test_a_dry_run_creates_no_repository(tiny_folder, shapes_data, tmp_path, no_hub, capsys):
+def test_neither_a_dry_run_nor_a_failed_start_creates_a_repository(
+    tiny_folder, shapes_data, tmp_path, no_hub, capsys
+):
     out = tmp_path / "run"
     push = ("--push-to-hub", "owner/new", "--public")
     assert run_train(tiny_folder, shapes_data, out, "--dry-run", *push) == 0
-    said = capsys.readouterr().err.splitlines()[0]
+    said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("owner/new: would be created as public if it does not exist. When")
-    assert no_hub.prepared == no_hub.pushed == []
+    assert no_hub.checked == no_hub.prepared == no_hub.pushed == []
     assert not out.exists()
+    # Nor does a run that cannot start.
+    assert run_train(tiny_folder, tmp_path / "nothing", out, *push) == 2
+    assert run_train(tmp_path / "nothing", shapes_data, out, *push) == 2
+    assert no_hub.checked == ["owner/new"] * 2
+    assert no_hub.prepared == no_hub.pushed == []
+    capsys.readouterr()
     assert run_train(tiny_folder, shapes_data, out, "--public") == 2
     assert "--public is for --push-to-hub REPO" in capsys.readouterr().err
 
@@ -277,6 +286,7 @@ from minivit.errors import UserError
 from minivit.checkpoints import upload
 repo, folder = sys.argv[1:]
 try:
+    upload.check_login(repo)
     print(upload.prepare(repo, public=False), flush=True)
     upload.push(repo, {"config.json": Path(folder, "config.json")}, folder="runs/mine")
 except UserError as error:
@@ -325,15 +335,20 @@ def test_a_repository_is_private_unless_asked_and_never_changed(hub, tmp_path):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_refused_push_trains_nothing(tiny_folder, shapes_data, tmp_path, monkeypatch, capsys):
+def test_a_refused_push_trains_nothing(
+    tiny_folder, shapes_data, tmp_path, monkeypatch, no_hub, capsys
+):
     def refuse(*_, **__):
         raise UserError("refused")
 
-    monkeypatch.setattr(upload, "prepare", refuse)
     push = ("--push-to-hub", "owner/new")
-    assert run_train(tiny_folder, shapes_data, tmp_path / "run", *push) == 2
-    assert capsys.readouterr().err == "python -m minivit train: refused\n"
-    assert not (tmp_path / "run").exists()
+    for name in ("prepare", "check_login"):
+        monkeypatch.setattr(upload, name, refuse)
+        assert run_train(tiny_folder, shapes_data, tmp_path / "run", *push) == 2
+        printed = capsys.readouterr()
+        assert printed.err.splitlines()[-1] == "python -m minivit train: refused"
+        assert not (tmp_path / "run").exists()
+    assert printed.out == ""  # Nobody was logged in, so nothing was loaded.
 
 
 def described(capsys, *args) -> str:

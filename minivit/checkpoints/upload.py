@@ -10,6 +10,18 @@ from pathlib import Path
 from ..errors import UserError
 from .network import explain_failure, status_of
 
+NOTHING_TRAINED = "nothing was trained; mend it, or leave --push-to-hub away"
+
+
+def check_login(repo: str) -> None:
+    """Raise UserError if the name is not that of a repository, or if nobody is logged in."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    with _push_errors(repo, NOTHING_TRAINED):
+        validate_repo_id(repo)
+        HfApi().whoami()
+
 
 def prepare(repo: str, *, public: bool) -> str:
     """Create a repository if it does not exist, and say in words who can read it.
@@ -18,12 +30,9 @@ def prepare(repo: str, *, public: bool) -> str:
     repository that exists is never changed. Raises UserError if we may not write there.
     """
     from huggingface_hub import HfApi, errors
-    from huggingface_hub.utils import validate_repo_id
 
     api = HfApi()
-    with _push_errors(repo, "nothing was trained; mend it, or leave --push-to-hub away"):
-        validate_repo_id(repo)
-        api.whoami()
+    with _push_errors(repo, NOTHING_TRAINED):
         try:
             info = api.repo_info(repo)
         except errors.RepositoryNotFoundError:

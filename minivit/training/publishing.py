@@ -24,6 +24,14 @@ PHOTOS = "predictions.png"  # shows the user's photos
 PATHS = ("model", "data", "out")  # the settings that may name local folders
 
 
+def check(settings: TrainSettings) -> None:
+    """Check before anything is loaded what is known of a push by then."""
+    if settings.public and settings.push_to_hub is None:
+        raise UserError("--public is for --push-to-hub REPO, which was not given")
+    if settings.push_to_hub is not None and not settings.dry_run:
+        upload.check_login(settings.push_to_hub)
+
+
 def prepare(settings: TrainSettings) -> None:
     """Create the repository that a run is to be pushed to, and print what will be uploaded.
 
@@ -31,8 +39,6 @@ def prepare(settings: TrainSettings) -> None:
     """
     repo = settings.push_to_hub
     if repo is None:
-        if settings.public:
-            raise UserError("--public is for --push-to-hub REPO, which was not given")
         return
     if settings.dry_run:
         wanted = "public" if settings.public else "private"
