@@ -40,13 +40,16 @@ TESTS = {
     "training/metrics": ["metrics", "loop"],
     "training/publishing": ["push"],
     "checkpoints/weights": ["weights", "families", "export", "corruptions"],
-    "checkpoints/configs": ["weights", "families", "export", "corruptions"],
-    "checkpoints/families": ["weights", "families", "export", "corruptions"],
-    "checkpoints/tensors": ["weights", "families", "export", "corruptions"],
+    "checkpoints/configs": ["weights", "configs", "families", "export", "corruptions"],
+    "checkpoints/timm_configs": ["configs", "families", "export"],
+    "checkpoints/families": ["weights", "sources", "families", "export", "corruptions"],
+    "checkpoints/tensors": ["weights", "sources", "families", "export", "corruptions"],
+    "checkpoints/hub": ["sources", "hub"],
     "checkpoints/network": ["hub"],
     "checkpoints/upload": ["push"],
     "data/augment": ["data"],
     "data/preprocess": ["photos", "parity", "store"],
+    "data/image_processors": ["image_processors"],
 }
 # Folders and files right in ROOT that the tests do not need.
 NOT_COPIED = {".git", ".venv", ".cache", "runs", "data", "attention"}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from minivit import Preprocess, ViT, ViTConfig, load_pretrained, save_pretrained
-from minivit.checkpoints import configs
+from minivit.checkpoints import configs, timm_configs
 from minivit.checkpoints.weights import differences, read_configs
 from minivit.errors import UserError
 
@@ -251,13 +251,15 @@ def test_a_head_of_one_output_is_refused_until_it_is_replaced(tiny_folder, capsy
     assert load_pretrained(tiny_folder, labels=("good", "bad")).labels == ("good", "bad")
 
 
-def test_a_multi_label_base_can_be_trained_on_other_classes(tiny_folder, tmp_path):
+@pytest.mark.parametrize("labels", [("good", "bad"), tuple(f"thing {i}" for i in range(5))])
+def test_training_replaces_a_multi_label_head_of_whatever_names(labels, tiny_folder, tmp_path):
     edit_config(tiny_folder, problem_type="multi_label_classification")
-    model = load_pretrained(tiny_folder, labels=("good", "bad"))
+    model = load_pretrained(tiny_folder, labels=labels)
+    assert not model.head.weight.any()
     (tmp_path / "run").mkdir()
     save_pretrained(model, tmp_path / "run")
     assert "problem_type" not in json.loads((tmp_path / "run" / "config.json").read_text())
-    assert load_pretrained(tmp_path / "run").labels == ("good", "bad")
+    assert load_pretrained(tmp_path / "run").labels == labels
 
 
 def test_dropout_that_training_leaves_out_is_named(tiny_folder, capsys):
@@ -394,38 +396,40 @@ REFUSED_BY_TIMM = {
 
 @pytest.mark.parametrize("config, message", REFUSED_BY_TIMM.values(), ids=REFUSED_BY_TIMM)
 def test_what_timm_does_and_we_do_not_is_refused_by_name(config, message):
-    assert configs.spec_from_timm(TIMM).sizes.grid == (4, 4)
+    assert timm_configs.spec_from_timm(TIMM).sizes.grid == (4, 4)
     with pytest.raises(UserError, match=message):
-        configs.spec_from_timm(config)
+        timm_configs.spec_from_timm(config)
 
 
 def test_arguments_of_timm_that_change_nothing_are_read_over():
-    expected = configs.spec_from_timm(TIMM)
+    expected = timm_configs.spec_from_timm(TIMM)
     args = dict.fromkeys(("norm_layer", "init_values", "img_size", "reg_tokens", "depth"))
     args |= {"dynamic_img_size": True, "dynamic_img_pad": True, "class_token": True}
     args |= {"in_chans": 3, "num_classes": 5, "global_pool": "token", "reg_tokens": 0}
     args |= {"fix_init": True, "fc_norm": False, "drop_path_rate": 0.1}
-    found = configs.spec_from_timm(timm_config(args))
+    found = timm_configs.spec_from_timm(timm_config(args))
     assert found.drop_rates == ("drop_path_rate 0.1",)
     assert replace(found, drop_rates=()) == expected
 
 
 def test_what_a_pretrained_cfg_leaves_out_has_the_defaults_of_timm():
-    spec = configs.spec_from_timm({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}})
+    spec = timm_configs.spec_from_timm(
+        {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}
+    )
     assert len(spec.labels) == 1000
     assert spec.preprocess == Preprocess(
         256, (224, 224), 3, configs.IMAGENET_MEAN, configs.IMAGENET_STD, round_margins=True
     )
     # Old files have no pretrained_cfg: its keys lie in the config itself.
     old = PRETRAINED | {"architecture": "vit_tiny_patch8_224", "labels": list("abcde")}
-    spec = configs.spec_from_timm(old | {"num_features": 192})
+    spec = timm_configs.spec_from_timm(old | {"num_features": 192})
     assert (spec.labels, spec.sizes.img_size) == (tuple("abcde"), (32, 32))
 
 
 def test_a_saved_image_size_of_timm_is_that_of_the_photos():
     args = {"img_size": [48, 48]}
-    assert configs.spec_from_timm(timm_config(args)).preprocess.size == (48, 48)
-    spec = configs.spec_from_timm(timm_config(args, {"fixed_input_size": False}))
+    assert timm_configs.spec_from_timm(timm_config(args)).preprocess.size == (48, 48)
+    spec = timm_configs.spec_from_timm(timm_config(args, {"fixed_input_size": False}))
     assert (spec.preprocess.size, spec.sizes.pos_grid) == ((32, 32), (6, 6))
     assert "config.json is for images of 48x48 pixels, pretrained_cfg makes" in spec.size_note
 
@@ -435,18 +439,18 @@ def test_all_arguments_and_settings_of_timm_are_known():
     from timm.models import PretrainedCfg
     from timm.models.vision_transformer import VisionTransformer
 
-    assert {field.name for field in fields(PretrainedCfg)} <= configs.TIMM_PRETRAINED
+    assert {field.name for field in fields(PretrainedCfg)} <= timm_configs.TIMM_PRETRAINED
     parameters = inspect.signature(VisionTransformer.__init__).parameters
     by_architecture = {"init_values", "reg_tokens", "no_embed_class"}
-    read = configs.TIMM_SIZES | configs.TIMM_IRRELEVANT | configs.TIMM_DROP_RATES
-    assert read | configs.TIMM_FIXED.keys() <= parameters.keys()
-    always_refused = parameters.keys() - read - configs.TIMM_FIXED.keys() - by_architecture
+    read = timm_configs.TIMM_SIZES | timm_configs.TIMM_IRRELEVANT | timm_configs.TIMM_DROP_RATES
+    assert read | timm_configs.TIMM_FIXED.keys() <= parameters.keys()
+    always_refused = parameters.keys() - read - timm_configs.TIMM_FIXED.keys() - by_architecture
     assert {name for name in always_refused if not name.endswith(("_layer", "_fn"))} == {
         "self",
         "device",
         "dtype",
     }
-    for name, value in configs.TIMM_FIXED.items():
+    for name, value in timm_configs.TIMM_FIXED.items():
         if name != "fc_norm":  # None stands for False where the class token is read.
             assert parameters[name].default == value, name
 

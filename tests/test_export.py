@@ -23,7 +23,7 @@ from torch.testing import assert_close
 
 from minivit import ViT, ViTConfig, load_pretrained, save_pretrained
 from minivit.checkpoints import weights
-from minivit.checkpoints.configs import timm_config
+from minivit.checkpoints.timm_configs import timm_config
 from minivit.checkpoints.weights import check_written, differences, hash_frozen, save_tail
 from minivit.data.preprocess import Preprocess
 from minivit.errors import UserError

@@ -448,7 +448,7 @@ def test_timms_own_preprocessing_is_ours(photos, tmp_path):
     import timm
 
     from minivit import open_photo
-    from minivit.checkpoints.configs import spec_from_timm
+    from minivit.checkpoints.timm_configs import spec_from_timm
 
     for name in (
         "vit_base_patch16_224.augreg2_in21k_ft_in1k",

@@ -26,7 +26,6 @@ from .configs import (
     keeps_positions,
     spec_from_hub,
     spec_from_tensors,
-    spec_from_timm,
 )
 from .families import (
     KINDS,
@@ -42,6 +41,7 @@ from .families import (
 )
 from .hub import PROCESSOR, Files, Origin, fetch
 from .tensors import FLOATS, TAIL_KEY, content_hash, read_tensors, save_tensors, tail_metadata
+from .timm_configs import spec_from_timm
 
 
 def load_pretrained(
@@ -62,7 +62,7 @@ def load_pretrained(
     The model carries what belongs to its weights: `labels` (class names in index order),
     `preprocess` and `origin`. A checkpoint without a classifier gives a backbone without labels.
     If `labels`, or the number `num_classes`, differ from the checkpoint's, the model gets a new
-    head, and a note on stderr says so. With `labels` the model is meant to be trained and written:
+    head, and a note on stderr says so. With either, the model is meant to be trained and written:
     its preprocessing becomes one that transformers has, too. `img_size` (h, w) selects another
     input size; positions are then resampled as transformers does (bicubic).
 
@@ -83,11 +83,12 @@ def load_pretrained(
         wanted = tuple(labels)
     elif num_classes is not None and num_classes != len(model.labels):
         wanted = tuple(f"class {i}" for i in range(num_classes))
-    if wanted is not None and wanted != model.labels:
+    head_problem = "" if spec is None else spec.head_problem
+    if wanted is not None and (wanted != model.labels or head_problem):
         _replace_head(model, wanted)
-    elif spec is not None and spec.head_problem:
-        raise UserError(f"{source}: {spec.head_problem}")
-    if labels is not None:
+    elif head_problem:
+        raise UserError(f"{source}: {head_problem}")
+    if labels is not None or num_classes is not None:
         _prepare_for_training(model, spec)
     return model
 

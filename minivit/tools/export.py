@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export(args: argparse.Namespace) -> int:
     from ..checkpoints import weights
-    from ..checkpoints.configs import as_timm_crops, timm_config, timm_family
     from ..checkpoints.tensors import save_tensors
+    from ..checkpoints.timm_configs import as_timm_crops, timm_config, timm_family
     from ..errors import UserError
     from ..system.files import refuse_to_overwrite, write_json
 
