@@ -254,10 +254,16 @@ def twenty(tmp_path_factory) -> Path:
     return folder
 
 
-SCORE = ["score", "--model", "demo", "--data", "DRAWINGS", *CPU, "--blocks", "11"]
-STUDY = ["study", "--model", "demo", "--data", "DRAWINGS", *CPU, "--blocks", "none", "--seeds", "1"]
+@pytest.fixture(scope="module")
+def places(drawings, twenty, tiny_saved) -> dict[str, Path]:
+    """What the words in capitals below stand for."""
+    return {"DRAWINGS": drawings, "PHOTOS": twenty, "TINY": tiny_saved}
+
+
+SCORE = ["score", "--model", "TINY", "--data", "DRAWINGS", *CPU, "--blocks", "11"]
+STUDY = ["study", "--model", "TINY", "--data", "DRAWINGS", *CPU, "--blocks", "none", "--seeds", "1"]
 STUDY += ["--shots", "2", "--epochs", "4"]
-INFER = ["infer", "PHOTOS", "--model", "demo", "--layers", "11", *CPU, "--workers", "2"]
+INFER = ["infer", "PHOTOS", "--model", "TINY", "--layers", "11", *CPU, "--workers", "2"]
 OTHERS = {
     "infer, loading": (INFER, ["open", "model.safetensors", 1], signal.SIGTERM),
     "infer, decoding": (INFER, ["open", "3.png", 1], signal.SIGINT),
@@ -277,9 +283,9 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("phase", OTHERS)
-def test_every_command_ends_in_time(phase, command, drawings, twenty, tmp_path):
+def test_every_command_ends_in_time(phase, command, places, tmp_path):
     argv, moment, number = OTHERS[phase]
-    argv = [{"DRAWINGS": drawings, "PHOTOS": twenty}.get(word, word) for word in argv]
+    argv = [places.get(word, word) for word in argv]
     assert_interrupted(command(argv, tmp_path, moment, number), tmp_path)
     if phase == "demo, a step":
         assert (tmp_path / "runs" / "demo" / "run" / run_folder.STATE).exists()
@@ -292,9 +298,9 @@ def test_every_command_ends_in_time(phase, command, drawings, twenty, tmp_path):
 
 @pytest.mark.parametrize("argv", [INFER, ["train", "--model", "demo"]], ids=["infer", "train"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_wait_for_processes_that_do_not_come_ends_in_time(argv, rank, command, twenty, tmp_path):
+def test_a_wait_for_processes_that_do_not_come_ends_in_time(argv, rank, command, places, tmp_path):
     """This is what happens with the variables that an earlier job has left in the shell."""
-    argv = [{"PHOTOS": twenty}.get(word, word) for word in argv]
+    argv = [places.get(word, word) for word in argv]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     moment = ["in", "minivit.system.distributed.join_others", 1]
     number = (signal.SIGINT, signal.SIGTERM)[rank]
@@ -311,10 +317,11 @@ WAITS = {
 
 
 @pytest.mark.parametrize("where", WAITS)
-def test_a_wait_for_a_process_that_hangs_ends_in_time(where, command, twenty, tmp_path):
+def test_a_wait_for_a_process_that_hangs_ends_in_time(where, command, twenty, places, tmp_path):
     argv, function = WAITS[where]
     if argv[0] == "infer":
         argv = ["infer", *(twenty / f"{i}.png" for i in range(4)), *argv[2:]]
+    argv = [places.get(word, word) for word in argv]
     port = free_port()
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ended = command(
