@@ -180,8 +180,8 @@ def table_of_variants(
 ) -> str:
     """Return a table of finetune.py's variants: the time, and other columns by their style.
 
-    With `ratio`, a column says how many times train.py's time it took, both in the same row of the
-    data, because another day or machine may be faster.
+    With `ratio`, a column says how many times train.py's time it took. Both are of the same row of
+    the data, because another day or machine may be faster; rows without both have no ratio.
     """
     head = ["", "seconds"]
     if ratio:
@@ -189,11 +189,12 @@ def table_of_variants(
     head += columns
     lines = []
     for name, label in labels.items():
-        line = [Cell(label), runs.cell(f"{name}, time", spread=True)]
+        line = [Cell(label), runs.cell(f"{name}, time", ".1f", spread=True)]
         if ratio:
             theirs, source = runs.figure(f"{name}, time")
-            ours = source.figures["minivit-cold, time"]
-            line.append(Cell(f"{theirs.median / ours.median:.1f} times"))
+            ours = source.figures.get("minivit-cold, time")
+            text = "" if ours is None else f"{theirs.median / ours.median:.1f} times"
+            line.append(Cell(text))
         for column, style in columns.items():
             line.append(runs.cell(f"{name}, {QUANTITIES[column]}", style))
         lines.append(line)

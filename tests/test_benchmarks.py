@@ -132,7 +132,7 @@ def test_a_newly_measured_row_makes_a_table_differ(rows):
     new = dataclasses.replace(job, commit="fffffff", date="2099-01-01", figures=figures)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert report.differing_tables(readme, [*rows, new]) == ["the whole job in short"]
-    assert "| 9.87 |" in report.updated(readme, [*rows, new])
+    assert "| 9.9 |" in report.updated(readme, [*rows, new])
 
 
 def test_check_names_the_table_that_differs(tmp_path, monkeypatch, capsys):
@@ -192,8 +192,13 @@ def test_a_ratio_is_taken_within_one_row():
     runs = report.Measurement([old, new], "finetune", "a job", "a GPU")
     labels = {"transformers": "theirs", "minivit-cold": "ours"}
     text = report.table_of_variants(runs, labels, {}, ratio=True)
-    assert "| theirs | 90 | 9.0 times |" in text
-    assert "| ours | 20 | 1.0 times |" in text
+    assert "| theirs | 90.0 | 9.0 times |" in text
+    assert "| ours | 20.0 | 1.0 times |" in text
+    newer = make_row(
+        1, line=4, command="theirs", figures={"transformers, time": Figure("s", 1, 80)}
+    )
+    runs = report.Measurement([old, new, newer], "finetune", "a job", "a GPU")
+    assert "| theirs | 80.0 | |" in report.table_of_variants(runs, labels, {}, ratio=True)
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Row) if f.name != "line"])
