@@ -34,6 +34,10 @@ COMMANDS = {
         "minivit.tools.score.command:main",
         "measure how much of the attention is on the pet, before and after fine-tuning",
     ),
+    "drop": (
+        "minivit.tools.drop.command:main",
+        "leave the pet or the background out, and see whether the answer stays",
+    ),
     "study": (
         "minivit.tools.study.command:main",
         "compare accuracies over numbers of photos and of trained blocks",

@@ -1,0 +1,307 @@
+"""What models answer when they are shown only some patches of a photo.
+
+Patches are left out after positions were added and before block 0. The class token and registers
+always stay. Shapes: n photos, B of a batch, P patches, N tokens, D embed_dim, K conditions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ...attention import CLASS_TOKEN, METHODS, method_rows, query_maps
+from ...errors import UserError
+from ...model import ViT
+from ...system.device import cpu_batch
+from ...system.workers import map_ahead, processes_worth_starting, worker_pool
+from ..score.masks import read_pets
+from .conditions import (
+    CONDITIONS,
+    EVERYTHING,
+    OTHER_CLASS,
+    SAME_CLASS,
+    PatchSets,
+    Shown,
+    order_by_importance,
+    patch_sets,
+    reason_to_leave_out,
+    show_joined,
+    show_own,
+    spread_classes,
+)
+
+# Photos whose pixels are in memory together. Their conditions are sorted by the number of patches
+# that are shown, so that a batch needs no padding; many photos fill the batches.
+WINDOW = 1024
+CHUNK = 8  # photos that a worker reads in one job
+GPU_BATCH = 128
+NO_ANSWER = -1  # where a condition cannot be shown of a photo
+FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the patches, left out in the order of a map
+
+MASK = "mask"  # the share of each patch that is pet, taken as a map
+RANDOM = "random"
+
+
+class MapKey(NamedTuple):
+    """Patches left out in the order of a map."""
+
+    method: str  # one of attention.METHODS, MASK or RANDOM
+    block: int | None  # None for MASK and RANDOM
+    most_important_first: bool
+    fraction: float  # that is left out
+
+
+Key = str | MapKey  # of a condition
+
+
+class Question(NamedTuple):
+    """A photo of the window, what is shown of it, and the condition."""
+
+    photo: int
+    key: Key
+    shown: Shown
+
+
+@dataclass
+class Window:
+    """Photos that are in memory together."""
+
+    photos: list[int]  # their indices among all photos
+    pixels: Tensor  # uint8 (W, 3, h, w)
+    sets: list[PatchSets]
+
+
+@dataclass
+class Answers:
+    """The classes (n,) that each model answered under each condition."""
+
+    photos: list[int]  # the indices of the photos that were taken
+    left_out: dict[str, list[str]]  # the names of the others, by reason
+    predicted: dict[str, dict[Key, np.ndarray]]  # NO_ANSWER where a condition cannot be shown
+    probability: dict[str, np.ndarray]  # (n,), of the answer to the whole photo
+
+
+def ask(
+    models: Mapping[str, ViT],
+    paths: Sequence[Path],
+    labels: Sequence[int],
+    *,
+    map_blocks: Sequence[int],
+    workers: int,
+    seed: int,
+) -> Answers:
+    """Ask each model about each photo under all conditions; `labels` has each photo's class.
+
+    For `map_blocks` the patches are left out in the order of these blocks' maps, too. The models
+    have the same preprocessing and patches. Raises UserError if no photo can be taken.
+    """
+    first = next(iter(models.values()))
+    answers = Answers([], {}, {name: {} for name in models}, {})
+    parts: dict[str, list[tuple[dict[Key, np.ndarray], np.ndarray]]] = {name: [] for name in models}
+    label_of = np.asarray(labels)
+    rng = np.random.default_rng(seed)
+    with torch.inference_mode(), tqdm(total=len(paths), unit="photo", leave=False) as progress:
+        for window in read_windows(first, paths, workers, answers.left_out):
+            questions = ask_about_conditions(window, label_of[window.photos], rng)
+            for name, model in models.items():
+                of_model = questions
+                if map_blocks:
+                    of_model = questions + ask_in_order_of_maps(model, window, map_blocks, rng)
+                parts[name].append(answer(model, window, of_model))
+            answers.photos += window.photos
+            progress.update(window.photos[-1] + 1 - progress.n)
+    if not answers.photos:
+        reasons = ", ".join(sorted(answers.left_out))
+        raise UserError(f"none of {len(paths)} photos can be taken: {reasons}")
+    for name, windows in parts.items():
+        predicted, probability = zip(*windows)
+        answers.probability[name] = np.concatenate(probability)
+        # Every window has the same maps, in every order, and thus the same keys.
+        for key in predicted[0]:
+            answers.predicted[name][key] = np.concatenate([part[key] for part in predicted])
+    return answers
+
+
+def read_windows(
+    model: ViT, paths: Sequence[Path], workers: int, left_out: dict[str, list[str]]
+) -> Iterator[Window]:
+    """Yield windows of photos; the names of those that are not taken go into `left_out`."""
+    preprocess, grid = model.preprocess, model.config.grid
+    jobs = ((paths[i : i + CHUNK], preprocess, grid) for i in range(0, len(paths), CHUNK))
+    photos: list[int] = []
+    pixels: list[np.ndarray] = []
+    sets: list[PatchSets] = []
+
+    def window() -> Window:
+        device = model.cls_token.device
+        return Window(photos[:], torch.from_numpy(np.stack(pixels)).to(device), sets[:])
+
+    index = 0
+    with worker_pool(processes_worth_starting(paths, workers), "minivit.tools.score.masks") as pool:
+        for chunk in map_ahead(pool, read_pets, jobs, ahead=2 * workers):
+            for result in chunk:
+                name = paths[index].name
+                if isinstance(result, str):
+                    left_out.setdefault(result, []).append(name)
+                else:
+                    pet, background = result.regions[0]
+                    of_photo = patch_sets(pet, background, grid)
+                    reason = reason_to_leave_out(of_photo)
+                    if reason:
+                        left_out.setdefault(reason, []).append(name)
+                    else:
+                        photos.append(index)
+                        pixels.append(result.pixels)
+                        sets.append(of_photo)
+                index += 1
+            if len(photos) >= WINDOW:
+                yield window()
+                photos, pixels, sets = [], [], []
+    if photos:
+        yield window()
+
+
+def ask_about_conditions(
+    window: Window, labels: np.ndarray, rng: np.random.Generator
+) -> list[Question]:
+    """Return a question for each photo and condition that can be shown."""
+    questions = []
+    for photo, sets in enumerate(window.sets):
+        for key, shown in show_own(sets, rng).items():
+            questions.append(Question(photo, key, shown))
+        for key, same_class in ((SAME_CLASS, True), (OTHER_CLASS, False)):
+            partner = next_photo(photo, labels, same_class)
+            if partner is not None:
+                shown = show_joined(sets, partner, window.sets[partner])
+                questions.append(Question(photo, key, shown))
+    return questions
+
+
+def next_photo(photo: int, labels: np.ndarray, same_class: bool) -> int | None:
+    """Return the next photo of the same or of another class, from the start again at the end."""
+    others = np.roll(np.arange(len(labels)), -photo - 1)[:-1]
+    suitable = others[(labels[others] == labels[photo]) == same_class]
+    return int(suitable[0]) if len(suitable) else None
+
+
+def ask_in_order_of_maps(
+    model: ViT, window: Window, blocks: Sequence[int], rng: np.random.Generator
+) -> list[Question]:
+    """Return a question for each photo, map, order and fraction that is left out."""
+    num_patches = len(window.sets[0].pet_area)
+    maps: dict[tuple[str, int | None], np.ndarray] = {
+        (MASK, None): np.stack([sets.pet_area for sets in window.sets]),
+        (RANDOM, None): rng.random((len(window.sets), num_patches)),
+    }
+    maps |= class_token_maps(model, window.pixels, blocks)
+    questions = []
+    for (method, block), values in maps.items():
+        for photo, importance in enumerate(values):
+            order = order_by_importance(importance, rng)
+            for fraction in FRACTIONS:
+                num_out = round(fraction * num_patches)
+                for most_first in (True, False):
+                    shown = order[num_out:] if most_first else order[: num_patches - num_out]
+                    key = MapKey(method, block, most_first, fraction)
+                    questions.append(Question(photo, key, Shown(np.sort(shown))))
+    return questions
+
+
+def class_token_maps(
+    model: ViT, pixels: Tensor, blocks: Sequence[int]
+) -> dict[tuple[str, int | None], np.ndarray]:
+    """Return the class token's maps (W, P) of pixels (W, 3, h, w), by method and block.
+
+    Attention is the mean of the heads. Relevance explains the first prediction.
+    """
+    maps: dict[tuple[str, int | None], list[np.ndarray]] = {}
+    for batch in pixels.split(batch_size(model)):
+        images = model.preprocess.normalize(batch)
+        for method in METHODS:
+            _, rows = method_rows(model, images, blocks, method=method, queries=[CLASS_TOKEN])
+            for block, attn in rows.items():
+                by_head = query_maps(
+                    attn, model.config.grid, num_registers=model.config.num_registers
+                )
+                values = by_head.float().mean(1).flatten(1).cpu().numpy()
+                maps.setdefault((method, block), []).append(values)
+    return {key: np.concatenate(values) for key, values in maps.items()}
+
+
+def answer(
+    model: ViT, window: Window, questions: Sequence[Question]
+) -> tuple[dict[Key, np.ndarray], np.ndarray]:
+    """Return the classes (W,) that are predicted, by condition, and the whole photos' probability.
+
+    Questions that show equally many patches are answered together.
+    """
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for i, question in enumerate(questions):
+        own, partner, of_partner = question.shown
+        group = len(own) + len(of_partner), partner is not None
+        groups.setdefault(group, []).append(i)
+    num_photos = len(window.photos)
+    keys = [*CONDITIONS, *dict.fromkeys(question.key for question in questions)]
+    predicted = {key: np.full(num_photos, NO_ANSWER) for key in keys}
+    probability = np.zeros(num_photos)
+    batch = batch_size(model)
+    waiting: list[tuple[list[int], Tensor]] = []  # results that are still on the device
+    for indices in groups.values():
+        for start in range(0, len(indices), batch):
+            chosen = indices[start : start + batch]
+            tokens = shown_tokens(model, window.pixels, [questions[i] for i in chosen])
+            best = model.logits(tokens).float().softmax(1).max(1)
+            waiting.append((chosen, torch.stack([best.values, best.indices.float()])))
+    for chosen, result in waiting:
+        values, classes = result.cpu().numpy()
+        for i, value, predicted_class in zip(chosen, values, classes):
+            photo, key, _ = questions[i]
+            predicted[key][photo] = int(predicted_class)
+            if key == EVERYTHING:
+                probability[photo] = value
+    return predicted, probability
+
+
+def shown_tokens(model: ViT, pixels: Tensor, questions: Sequence[Question]) -> Tensor:
+    """Return the tokens (B, N, D) that enter block 0: only those of the patches that are shown.
+
+    All questions show equally many patches, and all or none of them have a partner.
+    """
+    num_patches = model.config.num_tokens - 1 - model.config.num_registers
+    first_patch = 1 + model.config.num_registers
+    photos = torch.tensor([question.photo for question in questions], device=pixels.device)
+    tokens = model.embed(model.preprocess.normalize(pixels[photos]))
+    indices = [question.shown.own for question in questions]
+    if questions[0].shown.partner is not None:
+        partners = [question.shown.partner for question in questions]
+        others = pixels[torch.tensor(partners, device=pixels.device)]
+        of_partners = model.embed(model.preprocess.normalize(others))[:, first_patch:]
+        tokens = torch.cat([tokens, of_partners], 1)
+        indices = [
+            np.concatenate([question.shown.own, num_patches + question.shown.of_partner])
+            for question in questions
+        ]
+    patches = torch.from_numpy(np.stack(indices)).to(tokens.device) + first_patch
+    always = torch.arange(first_patch, device=tokens.device).expand(len(questions), -1)
+    kept = torch.cat([always, patches], 1)
+    return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
+
+
+def batch_size(model: ViT) -> int:
+    dtype = model.cls_token.dtype
+    if model.cls_token.device.type == "cpu":
+        return cpu_batch(None if dtype is torch.float32 else dtype)
+    return GPU_BATCH
+
+
+def order_of_photos(labels: Sequence[int], count: int | None, seed: int) -> list[int]:
+    """Return which photos to take and in which order: `count` of them, or all."""
+    order = spread_classes(np.asarray(labels), np.random.default_rng(seed))
+    return order[:count].tolist()

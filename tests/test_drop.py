@@ -1,0 +1,311 @@
+"""Tests of drop: which patches are left out, what models answer then, and what is said of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomize
+from torch.testing import assert_close
+
+from minivit import Preprocess, ViT, ViTConfig
+from minivit.tools.drop import conditions, gallery, measure, statistics
+from minivit.tools.drop.conditions import Shown, patch_sets
+from minivit.tools.drop.measure import Question, Window
+from minivit.tools.score.statistics import Estimate
+
+GRID = (6, 6)
+# The fraction of each patch that is pet: a block of 3 x 3 patches, the lowest row a quarter pet.
+PET = np.zeros(GRID)
+PET[1:3, 1:4] = 1
+PET[3, 1:4] = 0.25
+BORDER = np.zeros(GRID)
+BORDER[3, 1:4] = 0.5
+SETS = patch_sets(PET.ravel(), (1 - PET - BORDER).ravel(), GRID)
+
+
+@pytest.fixture(params=["class token", "registers and mean"])
+def small(request) -> ViT:
+    config = ViTConfig((48, 48), 8, embed_dim=24, depth=3, num_heads=2, mlp_dim=48, num_classes=5)
+    if request.param != "class token":
+        config = ViTConfig(**vars(config) | {"num_registers": 2, "pool": "cls+mean"})
+    model = randomize(ViT(config)).eval().requires_grad_(False)
+    model.preprocess = Preprocess((48, 48))
+    return model
+
+
+def window_of(count: int, sets=SETS, seed: int = 0) -> Window:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, 3, 48, 48), dtype=torch.uint8, generator=generator)
+    return Window(list(range(count)), pixels, [sets] * count)
+
+
+# Which patches
+
+
+def test_patches_are_pet_core_background_or_outside_the_box():
+    assert SETS.pet.tolist() == [7, 8, 9, 13, 14, 15, 19, 20, 21]
+    assert SETS.core.tolist() == [7, 8, 9, 13, 14, 15]
+    assert len(SETS.background) == 36 - 9 == len(SETS.outside_box)
+    diagonal = np.diag([1.0, 1, 1, 0, 0, 0])
+    sets = patch_sets(diagonal.ravel(), 1 - diagonal.ravel(), GRID)
+    assert len(sets.pet) == 3 and len(sets.background) == 33 and len(sets.outside_box) == 27
+
+
+def test_k_patches_lie_together_in_core_background_and_anywhere():
+    assert conditions.num_left_out(SETS) == 4  # 0.8 of the core's 6
+    for seed in range(20):
+        shown = conditions.show_own(SETS, np.random.default_rng(seed))
+        for key, allowed in (
+            (conditions.CORE_OUT, SETS.core),
+            (conditions.BACKGROUND_OUT, SETS.background),
+            (conditions.ANYWHERE_OUT, np.arange(36)),
+        ):
+            left_out = np.setdiff1d(np.arange(36), shown[key].own)
+            assert len(left_out) == 4 and set(left_out) <= set(allowed)
+            assert len(conditions.connected_pieces(left_out, GRID)) == 1
+
+
+def test_photos_without_a_usable_pet_are_left_out_with_a_reason():
+    def reason(pet: np.ndarray) -> str:
+        return conditions.reason_to_leave_out(patch_sets(pet.ravel(), 1 - pet.ravel(), GRID))
+
+    one = np.zeros(GRID)
+    one[0, 0] = 1
+    most = np.ones(GRID)
+    most[5] = 0
+    assert reason(PET) == ""
+    assert "less than 5%" in reason(one)
+    assert "more than 80%" in reason(most)
+
+
+def test_conditions_that_would_show_or_leave_out_nothing_are_not_there():
+    corners, thin = np.zeros(GRID), np.zeros(GRID)
+    corners[:2, :2] = corners[4:, 4:] = 1
+    thin[1:5, 2] = 0.4
+    keys = []
+    for pet in (PET, corners, thin):
+        sets = patch_sets(pet.ravel(), 1 - pet.ravel(), GRID)
+        keys.append(set(conditions.show_own(sets, np.random.default_rng(0))))
+    assert keys[0] - keys[1] == {conditions.OUTSIDE_BOX}
+    left_out = {conditions.CORE_OUT, conditions.BACKGROUND_OUT, conditions.ANYWHERE_OUT}
+    assert keys[0] - keys[2] == left_out
+
+
+def test_a_pet_on_another_background_shows_no_place_twice():
+    other = patch_sets(PET.T.ravel(), 1 - PET.T.ravel(), GRID)
+    shown = conditions.show_joined(SETS, 3, other)
+    assert shown.partner == 3 and shown.own.tolist() == SETS.pet.tolist()
+    assert not set(shown.own) & set(shown.of_partner)
+    assert set(shown.of_partner) == set(other.background) - set(SETS.pet)
+
+
+def test_classes_are_spread_evenly_and_two_of_a_class_meet():
+    labels = np.repeat([0, 1, 2], (40, 20, 10))
+    order = conditions.spread_classes(labels, np.random.default_rng(0))
+    assert sorted(order) == list(range(70))
+    in_order = labels[order]
+    assert all(np.bincount(part, minlength=3).min() > 0 for part in np.array_split(in_order, 4))
+    assert measure.order_of_photos(labels.tolist(), 10, 0) == order[:10].tolist()
+    for i, label in enumerate(in_order):
+        assert label in in_order[max(0, i - 1) : i + 2][[0, -1]]
+
+
+def test_partners_are_the_next_photos_of_the_right_class():
+    labels = np.array([0, 0, 1, 2, 1])
+    assert [measure.next_photo(i, labels, True) for i in range(5)] == [1, 0, 4, None, 2]
+    assert [measure.next_photo(i, labels, False) for i in range(5)] == [2, 2, 3, 4, 0]
+    assert measure.next_photo(0, np.array([1, 1]), False) is None
+
+
+# What models answer
+
+
+def test_all_patches_give_the_logits_of_forward_bit_for_bit(small):
+    window = window_of(3)
+    questions = [Question(i, "", Shown(np.arange(36))) for i in range(3)]
+    tokens = measure.shown_tokens(small, window.pixels, questions)
+    assert torch.equal(small.logits(tokens), small(small.preprocess.normalize(window.pixels)))
+
+
+def test_the_order_of_the_shown_patches_does_not_matter(small):
+    window = window_of(1)
+    kept = np.random.default_rng(0).permutation(36)[:20]
+    logits = [
+        small.logits(measure.shown_tokens(small, window.pixels, [Question(0, "", Shown(patches))]))
+        for patches in (kept, np.sort(kept))
+    ]
+    assert_close(*logits, rtol=0, atol=1e-5)
+
+
+def test_tokens_of_two_photos_are_joined_by_hand(small):
+    window = window_of(2)
+    embedded = small.embed(small.preprocess.normalize(window.pixels))
+    first = 1 + small.config.num_registers
+    shown = Shown(np.array([0, 7]), 1, np.array([3, 35]))
+    tokens = measure.shown_tokens(small, window.pixels, [Question(0, "", shown)])
+    own, other = (
+        embedded[0, [*range(first), first, first + 7]],
+        embedded[1, [first + 3, first + 35]],
+    )
+    assert torch.equal(tokens[0], torch.cat([own, other]))
+
+
+def test_answers_in_batches_are_those_of_a_plain_loop(small):
+    window = window_of(12)
+    labels = np.arange(12) % 3
+    questions = measure.ask_about_conditions(window, labels, np.random.default_rng(0))
+    questions += measure.ask_in_order_of_maps(small, window, [1, 2], np.random.default_rng(0))
+    predicted, probability = measure.answer(small, window, questions)
+    first = 1 + small.config.num_registers
+    embedded = small.embed(small.preprocess.normalize(window.pixels))
+    for photo, key, shown in questions:
+        parts = [embedded[photo, :first], embedded[photo, first + shown.own]]
+        if shown.partner is not None:
+            parts.append(embedded[shown.partner, first + shown.of_partner])
+        logits = small.logits(torch.cat(parts)[None])[0]
+        assert predicted[key][photo] == logits.argmax()
+        if key == conditions.EVERYTHING:
+            assert probability[photo] == pytest.approx(logits.softmax(0).max().item(), abs=1e-5)
+    assert len(predicted) == 9 + 2 * 5 * (2 + 3 * 2)
+
+
+def test_a_condition_that_cannot_be_shown_has_no_answer(small):
+    questions = measure.ask_about_conditions(
+        window_of(3), np.array([0, 0, 1]), np.random.default_rng(0)
+    )
+    predicted, _ = measure.answer(small, window_of(3), questions)
+    assert predicted[conditions.SAME_CLASS][2] == measure.NO_ANSWER
+    summary = statistics.summarize(predicted, np.zeros(3, int))
+    assert summary.results[conditions.SAME_CLASS].photos == 2
+
+
+def test_a_map_of_random_numbers_is_not_faithful(small):
+    window = window_of(60)
+    questions = measure.ask_about_conditions(window, np.zeros(60, int), np.random.default_rng(0))
+    questions += measure.ask_in_order_of_maps(small, window, [2], np.random.default_rng(1))
+    predicted, _ = measure.answer(small, window, questions)
+    number = statistics.summarize(predicted, None).faithfulness[measure.RANDOM, None]
+    assert number.low <= 0 <= number.high
+
+
+def model_that_counts_bright_patches() -> ViT:
+    """Return a model whose answer is 1 if the mean of the shown patches is bright, else 0."""
+    config = ViTConfig(
+        (48, 48), 8, embed_dim=4, depth=1, num_heads=1, mlp_dim=4, num_classes=2, pool="cls+mean"
+    )
+    model = ViT(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    model.patch_embed.proj.weight[0] = 1
+    model.patch_embed.proj.weight[1] = -1
+    model.norm.weight.fill_(1)
+    model.head.weight[1, 4] = 1
+    model.head.weight[0, 5] = 1
+    model.preprocess = Preprocess((48, 48))
+    return model
+
+
+def bright_pets(sets) -> Window:
+    pixels = torch.zeros(8, 3, 48, 48, dtype=torch.uint8)
+    for photo in range(4):  # Four photos have a bright pet in a dark room, four a dark one.
+        for patch in SETS.pet:
+            row, column = divmod(int(patch), 6)
+            pixels[photo, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = 255
+    for photo in range(4, 8):
+        pixels[photo] = 255 - pixels[photo - 4]
+    return Window(list(range(8)), pixels, [sets] * 8)
+
+
+def test_swapping_pet_and_background_swaps_the_answers():
+    model = model_that_counts_bright_patches()
+    sure = patch_sets((PET > 0).ravel().astype(float), (PET == 0).ravel().astype(float), GRID)
+    swapped = patch_sets((PET == 0).ravel().astype(float), (PET > 0).ravel().astype(float), GRID)
+    answers = []
+    for sets in (sure, swapped):
+        window = bright_pets(sets)
+        questions = measure.ask_about_conditions(
+            window, np.repeat([1, 0], 4), np.random.default_rng(0)
+        )
+        answers.append(measure.answer(model, window, questions)[0])
+    pet_bright = [1] * 4 + [0] * 4
+    assert answers[0][conditions.PET_ONLY].tolist() == pet_bright
+    assert answers[0][conditions.BACKGROUND_ONLY].tolist() == [1 - c for c in pet_bright]
+    assert answers[1][conditions.PET_ONLY].tolist() == [1 - c for c in pet_bright]
+    assert answers[1][conditions.BACKGROUND_ONLY].tolist() == pet_bright
+
+
+# What is said of it
+
+
+def test_accuracy_is_the_mean_of_the_classes_by_hand():
+    true = np.array([0, 0, 0, 0, 1, 1])
+    right = {conditions.EVERYTHING: true.copy()}
+    one_answer = np.zeros(6, int)
+    counts = statistics.resample_counts(6, 0)
+    valid = np.ones(6, bool)
+    accuracy = statistics.resampled_macro_accuracy(one_answer, true, valid, counts)
+    assert accuracy[0] == 0.5 and counts.shape == (1001, 6) and (counts.sum(1) == 6).all()
+    by_hand = []
+    for row in counts[1:50].astype(int):
+        drawn = np.repeat(np.arange(6), row)
+        classes = np.unique(true[drawn])
+        by_hand.append(
+            np.mean([(one_answer == true)[drawn][true[drawn] == c].mean() for c in classes])
+        )
+    assert accuracy[1:50] == pytest.approx(np.array(by_hand), abs=1e-6)
+    assert statistics.summarize(
+        right | dict.fromkeys(conditions.CONDITIONS[1:], true), true
+    ).numbers["the pet is enough"] == Estimate(1, 1, 1)
+
+
+def predictions(whole: float, pet: float, outside: float, n: int = 400) -> tuple[dict, np.ndarray]:
+    """Return answers to n photos of four classes that are right as often as asked for."""
+    true = np.arange(n) % 4
+    rng = np.random.default_rng(0)
+
+    def answers(accuracy: float) -> np.ndarray:
+        right = rng.permutation(n) < accuracy * n
+        return np.where(right, true, (true + 1) % 4)
+
+    predicted = dict.fromkeys(conditions.CONDITIONS, answers(whole))
+    predicted[conditions.PET_ONLY] = answers(pet)
+    predicted[conditions.OUTSIDE_BOX] = answers(outside)
+    return predicted, true
+
+
+@pytest.mark.parametrize(
+    "accuracies, sentence",
+    [
+        ((0.9, 0.88, 0.26), "The answer comes from the pet: without it 26% are right (chance 25%)"),
+        ((0.9, 0.88, 0.7), "The background alone gives 70%"),
+        ((0.9, 0.5, 0.3), "The answer needs the pet and its surroundings"),
+        ((0.26, 0.3, 0.3), "not above chance (25%), so there is nothing to explain"),
+        # Just below and above the thresholds: a third, and four fifths, of what is above chance.
+        ((0.85, 0.85, 0.44), "The answer comes from the pet"),
+        ((0.85, 0.85, 0.46), "The background alone gives 46%"),
+        ((0.85, 0.72, 0.3), "The answer needs the pet and"),
+        ((0.85, 0.74, 0.3), "The answer comes from the pet"),
+    ],
+)
+def test_the_sentence_says_where_the_answer_comes_from(accuracies, sentence):
+    summary = statistics.summarize(*predictions(*accuracies))
+    assert sentence in statistics.one_sentence(summary)
+
+
+def test_a_model_with_other_classes_is_judged_by_its_own_answers():
+    predicted, _ = predictions(0.9, 0.9, 0.3)
+    summary = statistics.summarize(predicted, None)
+    assert summary.results[conditions.EVERYTHING].agreement == Estimate(1, 1, 1)
+    assert summary.results[conditions.PET_ONLY].accuracy is None
+    assert statistics.one_sentence(summary).startswith("Of the answers, ")
+
+
+def test_the_gallery_shows_what_the_background_decides():
+    true = np.zeros(4, int)
+    predicted = {
+        conditions.EVERYTHING: np.array([0, 1, 0, 1]),
+        conditions.PET_ONLY: np.array([1, 0, 0, 1]),
+        conditions.OUTSIDE_BOX: np.array([0, 0, 1, 1]),
+    }
+    assert list(gallery.choose_photos(predicted, true).values()) == [[0], [1]]
