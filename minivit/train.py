@@ -36,7 +36,7 @@ from .model import ViT, copy_trainable, freeze_except, trainable, working_copy
 from .settings import MIN_STEPS, TrainSettings
 from .system import device as devices
 from .system import distributed, files
-from .system.signals import StopRequested, held_back, stop_requests
+from .system.signals import StopRequested, during_evaluation, held_back, stop_requests
 from .system.workers import worker_pool, write_behind
 from .training import metrics, publishing, report, run_folder
 from .training.features import (
@@ -200,6 +200,7 @@ def run_epochs(
 class Evaluation:
     """Evaluates each epoch on the training and validation photos, without augmentation."""
 
+    @during_evaluation()
     def __init__(
         self,
         state: RunState,
@@ -217,6 +218,7 @@ class Evaluation:
             share = distributed.shard(torch.arange(len(labels)))
             self.batches[name] = extractor.evaluation(pixels, share, keep=keep)
 
+    @during_evaluation()
     def evaluate(self, state: RunState) -> dict[str, float]:
         """Return train_accuracy, val_accuracy, train_loss and so on, of the present weights."""
         copy_trainable(self.eval_model, state.model)

@@ -385,3 +385,32 @@ def test_a_store_that_is_gone_means_that_all_have_finished(shell, monkeypatch):
     shell(RANK=1, WORLD_SIZE=2, **PLACE)
     distributed.report_progress()
     distributed.wait_for_all_ranks()
+
+
+class Silent:
+    """torch.distributed without other processes."""
+
+    def __init__(self, **kept) -> None:
+        vars(self).update(kept)
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_lost_connection_is_one_line_and_a_defect_is_raised(lost, shell, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(distributed, "join_others", lambda: None)
+    monkeypatch.setattr(distributed, "dist", Silent(DistError=torch.distributed.DistError))
+    shell(RANK=0, WORLD_SIZE=2, **PLACE)
+    text = "mat1 and mat2 shapes cannot be multiplied"
+    if lost:
+        text = "[/src/gloo/transport/tcp/pair.cc:545] Read error: Connection reset. Check the logs"
+    expected = UserError if lost else RuntimeError
+    message = r"cannot be reached \(Read error: Connection reset\); what was" if lost else "^mat1"
+    with (
+        pytest.raises(expected, match=message),
+        distributed.process_group(torch.device("cpu")),
+    ):
+        raise RuntimeError(text)

@@ -410,3 +410,21 @@ def test_a_run_restores_the_handlers_that_were_there():
             signals.stop_here()
     assert [signal.getsignal(number) for number in signals.SIGNALS] == handlers
     signals.stop_here()  # There is no run.
+
+
+def test_ranks_that_evaluate_together_have_more_time_than_a_step(monkeypatch):
+    ended = []
+    monkeypatch.setattr(signals, "end_now", lambda *_: ended.append(time.monotonic()))
+    monkeypatch.setattr(signals, "EVALUATION_LIMIT", 0.8)
+    monkeypatch.setattr(signals, "STEP_LIMIT", 0.5)
+    monkeypatch.setattr("minivit.system.distributed.world_size", lambda: 2)
+    with signals.stop_requests() as run:
+        started = time.monotonic()
+        with signals.during_evaluation():
+            watch = threading.Thread(target=run.wait_until_seen)
+            watch.start()
+            while not ended:
+                time.sleep(0.01)
+            run.is_seen = True
+            watch.join()
+    assert ended[0] - started == pytest.approx(0.8 - signals.HANDLER_LIMIT, abs=0.15)

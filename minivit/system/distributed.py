@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import math
 import os
+import re
 import socket
 import sys
 import time
@@ -171,8 +172,9 @@ def join_others() -> None:
             _wait(lambda: _answers(launched), message, deadline)
             store, _, _ = next(rendezvous("env://"))
     except RuntimeError as error:  # torch raises it for whatever goes wrong on the network.
-        reason = printable(str(error).partition("\n")[0])
-        raise UserError(f"{launched.place}: cannot join the other processes ({reason})") from error
+        raise UserError(
+            f"{launched.place}: cannot join the other processes ({_reason(error)})"
+        ) from error
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         # All processes are on this machine, so all of them count restarts alike. A restart must
         # not find the addresses that were stored before it.
@@ -266,9 +268,28 @@ def process_group(device: torch.device) -> Iterator[None]:
             devnull = silence.enter_context(Path(os.devnull).open("w"))
             silence.enter_context(contextlib.redirect_stdout(devnull))
             silence.enter_context(contextlib.redirect_stderr(devnull))
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if not _lies_with_others(error):
+                raise
+            raise UserError(
+                f"another process has ended or cannot be reached ({_reason(error)}); what was "
+                "saved last stays, and --resume goes on"
+            ) from error
     # This is not reached after an error: torch 2.6 may wait for the other processes forever.
     dist.destroy_process_group()
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return the first sentence of an error of torch's, without its place in the sources."""
+    sentence = str(error).partition("\n")[0].partition(". ")[0]
+    return printable(re.sub(r"^\[\S*:\d+\] ", "", sentence))
+
+
+def _lies_with_others(error: RuntimeError) -> bool:
+    """Return whether an error of torch's is that the connection to another process is lost."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def on_rank_0(compute: Callable[[], Result]) -> Result:

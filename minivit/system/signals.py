@@ -21,6 +21,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 HANDLER_LIMIT = 0.5
 # Seconds until a run must have seen a request to stop, unless its steps take longer.
 STEP_LIMIT = 1.5
+# The same while several ranks evaluate, when none of them asks. torchrun kills them after 30 s.
+EVALUATION_LIMIT = 15.0
 
 _ending_thread: int | None = None
 _run: StopRequests | None = None  # the requests that the run under way has received
@@ -90,6 +92,7 @@ class StopRequests:
         self.received: list[int] = []
         self.is_seen = False
         self.is_over = False
+        self.is_evaluating = False  # together with other ranks
         self.earlier_handlers = {number: signal.getsignal(number) for number in SIGNALS}
         self.asked_at: float | None = None
         self.longest_step = 0.0  # seconds between two questions
@@ -133,10 +136,12 @@ class StopRequests:
 
         It may be waiting for a rank that has died. What was saved last stays.
         """
-        limit = max(STEP_LIMIT, 3 * self.longest_step)
-        deadline = time.monotonic() + limit - HANDLER_LIMIT
+        received = time.monotonic() - HANDLER_LIMIT
         while not (self.is_seen or self.is_over):
-            if time.monotonic() > deadline:
+            limit = max(STEP_LIMIT, 3 * self.longest_step)
+            if self.is_evaluating:
+                limit = EVALUATION_LIMIT
+            if time.monotonic() > received + limit:
                 end_now()
             time.sleep(0.02)
 
@@ -170,6 +175,26 @@ def stop_here() -> None:
     """
     if _run is not None:
         _run.stop_here()
+
+
+@contextlib.contextmanager
+def during_evaluation() -> Iterator[None]:
+    """Give a run of several ranks the time that an evaluation takes, to follow a request.
+
+    A run that is alone calls stop_here() meanwhile.
+    """
+    from .distributed import world_size
+
+    run = _run
+    if run is None or world_size() == 1:
+        yield
+        return
+    run.is_evaluating = True
+    try:
+        yield
+    finally:
+        run.is_evaluating = False
+        run.asked_at = None  # An evaluation is no step.
 
 
 @contextlib.contextmanager
