@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from conftest import randomize
 from torch.testing import assert_close
 
-from minivit import Preprocess, ViT, ViTConfig
-from minivit.tools.drop import conditions, gallery, measure, statistics
+from minivit import Preprocess, ViT, ViTConfig, save_pretrained
+from minivit.data.datasets import load_data
+from minivit.tools.demo.drawings import draw_pets
+from minivit.tools.drop import command, conditions, gallery, measure, report, statistics
 from minivit.tools.drop.conditions import Shown, patch_sets
 from minivit.tools.drop.measure import Question, Window
 from minivit.tools.score.statistics import Estimate
@@ -309,3 +315,163 @@ def test_the_gallery_shows_what_the_background_decides():
         conditions.OUTSIDE_BOX: np.array([0, 0, 1, 1]),
     }
     assert list(gallery.choose_photos(predicted, true).values()) == [[0], [1]]
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory) -> Path:
+    """Drawn photos of six breeds with their masks: 3 of each to train on, 4 to test."""
+    root = tmp_path_factory.mktemp("drawings")
+    draw_pets(root, per_breed=(3, 4), seed=0, workers=2)
+    return root
+
+
+def save_model(folder: Path, labels: tuple[str, ...], seed: int = 0, **changes) -> Path:
+    config = ViTConfig(
+        (112, 112), 14, embed_dim=24, depth=2, num_heads=2, mlp_dim=48, num_classes=len(labels)
+    )
+    model = randomize(ViT(config), seed)
+    model.labels = labels
+    model.preprocess = Preprocess((112, 112), **changes)
+    folder.mkdir()
+    save_pretrained(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def breeds_model(drawings, tmp_path_factory) -> Path:
+    labels = load_data(drawings, seed=0).classes
+    return save_model(tmp_path_factory.mktemp("models") / "breeds", labels)
+
+
+@pytest.fixture(scope="module")
+def things_model(tmp_path_factory) -> Path:
+    """A model of other classes, as a base is before fine-tuning."""
+    labels = tuple(f"thing {i}" for i in range(5))
+    return save_model(tmp_path_factory.mktemp("models") / "things", labels, seed=1)
+
+
+def run(data, out, *flags) -> int:
+    machine = ["--device", "cpu", "--amp", "off", "--workers", "1"]
+    return command.main(["--data", str(data), "--out", str(out), *machine, *map(str, flags)])
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    from minivit.tools.drop import figure
+
+    monkeypatch.setattr(figure, "draw_drop", lambda path, *_: path.touch())
+    monkeypatch.setattr(gallery, "draw_gallery", lambda path, *_: path.touch())
+
+
+def visible(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def test_the_table_and_the_files_say_the_same(drawings, breeds_model, tmp_path, capsys):
+    assert run(drawings, tmp_path / "out", "--model", breeds_model, "--maps") == 0
+    printed = capsys.readouterr().out
+    about = json.loads((tmp_path / "out" / "drop.json").read_text())
+    assert about["sentence"] in printed and "chance                  0.167" in printed
+    assert visible(tmp_path / "out") == set(about["files"]) == set(report.OUTPUTS)
+    photos = about["photos"]
+    assert photos + sum(map(len, about["left_out"].values())) == 24
+    assert f"{photos} photos of 6 classes" in printed
+    of_model = about["models"]["model"]
+    assert {each["method"] for each in of_model["faithfulness"]} == {
+        "attention",
+        "rollout",
+        "relevance",
+        measure.MASK,
+        measure.RANDOM,
+    }
+    with (tmp_path / "out" / "drop.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(conditions.CONDITIONS) + 5 * 2 * len(measure.FRACTIONS)
+    for row in rows[: len(conditions.CONDITIONS)]:
+        accuracy = of_model["conditions"][row["condition"]]["accuracy"]
+        assert float(row["accuracy"]) == accuracy["mean"]
+        assert f"{accuracy['mean']:.3f} [{accuracy['low']:.3f}" in printed
+
+
+def test_a_base_of_other_classes_is_compared_by_its_answers(
+    drawings, breeds_model, things_model, tmp_path, capsys
+):
+    flags = ("--model", breeds_model, "--compare", things_model)
+    assert run(drawings, tmp_path / "out", *flags) == 0
+    before, after = capsys.readouterr().out.split("after fine-tuning:")
+    assert "share of answers that stay" in before and "chance" not in before
+    assert "chance" in after
+    models = json.loads((tmp_path / "out" / "drop.json").read_text())["models"]
+    for of_condition in models["base"]["conditions"].values():
+        assert of_condition["accuracy"] is None
+        assert 0 <= of_condition["agreement"]["mean"] <= 1
+    assert models["base"]["conditions"][conditions.EVERYTHING]["agreement"]["mean"] == 1
+    assert models["base"]["chance"] is None
+
+
+def test_maps_and_a_base_leave_the_other_results_alone(
+    drawings, breeds_model, things_model, tmp_path, no_figures
+):
+    results = []
+    for flags in ((), ("--maps",), ("--compare", things_model, "--maps")):
+        assert run(drawings, tmp_path / "out", "--model", breeds_model, *flags) == 0
+        about = json.loads((tmp_path / "out" / "drop.json").read_text())
+        results.append(about["models"]["model"])
+    assert results[0]["conditions"] == results[1]["conditions"] == results[2]["conditions"]
+    assert results[1]["faithfulness"] == results[2]["faithfulness"]
+
+
+def test_the_number_of_photos_is_that_asked_for(drawings, breeds_model, tmp_path, no_figures):
+    assert run(drawings, tmp_path / "out", "--model", breeds_model, "--photos", 12) == 0
+    about = json.loads((tmp_path / "out" / "drop.json").read_text())
+    assert about["photos"] + sum(map(len, about["left_out"].values())) == 12
+
+
+@pytest.mark.parametrize("name", report.OUTPUTS)
+def test_files_that_drop_did_not_write_are_kept(drawings, breeds_model, tmp_path, capsys, name):
+    (tmp_path / name).write_text('{"models": "of cars"}')
+    assert run(drawings, tmp_path, "--model", breeds_model) == 2
+    assert f"holds {name}, which minivit did not write" in capsys.readouterr().err
+    assert visible(tmp_path) == {name}
+
+
+def test_nothing_of_an_earlier_drop_stays_beside_a_new_one(
+    drawings, breeds_model, things_model, tmp_path, no_figures
+):
+    assert run(drawings, tmp_path, "--model", breeds_model, "--photos", 12) == 0
+    assert visible(tmp_path) == set(report.OUTPUTS)
+    # There is no gallery for a model that does not know the classes.
+    assert run(drawings, tmp_path, "--model", things_model, "--photos", 12) == 0
+    assert visible(tmp_path) == {"drop.json", "drop.csv", "drop.png"}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--blocks", "1"], "--blocks 1: expected --maps too"),
+        (["--blocks", "2", "--maps"], "this model has blocks 0 to 1"),
+        (["--blocks", "none", "--maps"], "expected at least one block"),
+        (["--compare", "OTHER"], "its preprocessing or its patches differ from those of"),
+        (["--model", "BARE"], "expected a model with a classifier, found none"),
+        (["--compare", "BARE"], "expected a model with a classifier, found none"),
+        (["--data", "SHAPES"], "no photo of the test split has a mask"),
+        (["--out", "FILE"], "expected a folder, found a file"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_exit_code_2(
+    drawings, breeds_model, shapes_data, tmp_path, capsys, flags, message
+):
+    places = {
+        "OTHER": save_model(tmp_path / "other", ("a", "b"), mean=(0.1, 0.2, 0.3)),
+        "BARE": save_model(tmp_path / "bare", ()),
+        "SHAPES": shapes_data,
+        "FILE": breeds_model / "config.json",
+    }
+    flags = [places.get(flag, flag) for flag in flags]
+    assert run(drawings, tmp_path / "out", "--model", breeds_model, *flags) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("python -m minivit drop: ") and message in last
+    assert not (tmp_path / "out").exists()

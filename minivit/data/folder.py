@@ -49,11 +49,12 @@ IGNORED = "ignored"  # It is hidden, or an operating system left it there.
 
 # What every figure that minivit draws has in its PNG, before the pixels.
 FIGURE_MARK = f"tEXtSoftware\0{SOFTWARE}".encode()
-# Files that lie together only where minivit wrote them: the folder of a run, of `score` or `study`.
+# Files that lie together only where minivit wrote them: the folder of a run, or of a command.
 _OWN_FOLDERS = (
     {"metrics.jsonl", "summary.json"},
     {"metrics.jsonl", "state.safetensors"},
     {"score.csv", "score.json"},
+    {"drop.csv", "drop.json"},
     {"study.csv", "study.json"},
 )
 # The figures in such folders. Those of earlier versions do not say who drew them.

@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,28 +70,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def drop(args: argparse.Namespace) -> int:
     """Ask about every photo under every condition, then print, write and draw the results."""
-    from ...data.datasets import load_data
     from ...model import working_copy
     from ...system.device import peak_gib, pick_amp, pick_device
+    from ...system.files import locked
+    from ..score import splits
     from . import figure, gallery, measure, report, statistics
 
+    out = Path(args.out)
+    report.check_folder(out)
     names = {"model": cli.default_model(args.model)}
     if args.compare:
         names["base"] = args.compare
     print(f"model: {printable(names['model'])}", file=sys.stderr)
     device = pick_device(args.device)
     amp = pick_amp(args.amp, device)
-    data = load_data(args.data, seed=0)
-    order = measure.order_of_photos(data.test.labels, args.photos, SEED)
-    split = data.test.take(order)
+    classes, split = splits.load_split(args.data, "test", run=None)
+    split = split.take(measure.order_of_photos(split.labels, args.photos, SEED))
     models = load_models(names)
     model = models["model"]
-    depth = model.config.depth
-    map_blocks = []
-    if args.maps:
-        map_blocks = cli.parse_blocks(args.blocks or str(depth - 1), depth)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    map_blocks = blocks_of_maps(args, models)
 
     started = time.perf_counter()
     copies = {key: working_copy(each, device, amp, train=False) for key, each in models.items()}
@@ -100,14 +98,16 @@ def drop(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - started
 
     split = split.take(answers.photos)
+    true = {key: class_indices(each, classes, split.labels) for key, each in models.items()}
     summaries = {}
-    for key, each in models.items():
-        true = class_indices(each, data.classes, split.labels)
-        summaries[key] = statistics.summarize(answers.predicted[key], true)
+    for key in models:
+        summaries[key] = statistics.summarize(answers.predicted[key], true[key])
     sentence = statistics.one_sentence(summaries["model"])
     print(*report.overview(names, answers, len(set(split.labels))), sep="\n")
     print(*report.tables(summaries), "", sentence, sep="\n")
 
+    has_gallery = true["model"] is not None
+    outputs = report.OUTPUTS if has_gallery else report.OUTPUTS[:3]
     settings = vars(args) | {"model": names["model"], "device": str(device), "amp": str(amp)}
     about = {
         "sentence": sentence,
@@ -115,31 +115,30 @@ def drop(args: argparse.Namespace) -> int:
         "left_out": answers.left_out,
         "seconds": seconds,
         "peak_gib": peak_gib(device),
-        "settings": settings,
+        "files": list(outputs),
+        "settings": settings | {"seed": SEED},
     }
-    written = [*report.write_files(out, summaries, about)]
-    figure.draw_drop(out / "drop.png", summaries, sentence)
-    written.append(out / "drop.png")
-    true = class_indices(model, data.classes, split.labels)
-    if true is not None:
-        predicted = answers.predicted["model"]
-        kinds = gallery.choose_photos(predicted, true)
-        shown = {}
-        for key in gallery.CONDITIONS:
-            shown[key] = [
-                "no answer" if i == measure.NO_ANSWER else model.labels[i] for i in predicted[key]
-            ]
-        written += gallery.write_gallery(
-            out,
-            kinds,
-            split.paths,
-            [data.classes[label] for label in split.labels],
-            shown,
-            model.preprocess,
-            model.config.grid,
-        )
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, wait=True):
+        report.remove_earlier(out)
+        report.write_files(out, summaries, about)
+        figure.draw_drop(out / "drop.png", summaries, sentence)
+        if has_gallery:
+            predicted = answers.predicted["model"]
+            kinds = gallery.choose_photos(predicted, true["model"])
+            true_names = [classes[label] for label in split.labels]
+            names_by_condition = gallery.name_answers(predicted, model.labels)
+            gallery.write_gallery(
+                out,
+                kinds,
+                split.paths,
+                true_names,
+                names_by_condition,
+                model.preprocess,
+                model.config.grid,
+            )
     print(f"{len(split)} photos asked about in {seconds:.1f} s", file=sys.stderr)
-    print(*map(printable, written), sep="\n")
+    print(*(printable(out / name) for name in outputs), sep="\n")
     return 0
 
 
@@ -147,20 +146,41 @@ def load_models(names: Mapping[str, str]) -> dict[str, ViT]:
     """Load the models, keyed like `names`; all must have the first one's patches."""
     from ...checkpoints.weights import load_pretrained
 
-    models = {key: load_pretrained(name) for key, name in names.items()}
-    model = models["model"]
+    model = load_pretrained(names["model"])
+    models = {"model": model}
+    if "base" in names:
+        # A run may have been trained at another input size than its base.
+        models["base"] = load_pretrained(names["base"], img_size=model.config.img_size)
     for key, each in models.items():
         if each.config.num_classes == 0:
             raise UserError(
                 f"{names[key]}: expected a model with a classifier, found none, and so no answers; "
                 "train.py --blocks none gives it one and leaves its blocks as they are"
             )
-        if each.preprocess != model.preprocess or each.config.grid != model.config.grid:
+        # Training keeps all of its base's preprocessing but for the rounding of margins.
+        preprocess = replace(each.preprocess, round_margins=model.preprocess.round_margins)
+        if preprocess != model.preprocess or each.config.grid != model.config.grid:
             raise UserError(
                 f"{names[key]}: its preprocessing or its patches differ from those of "
                 f"{names['model']}; expected the model that it was fine-tuned from"
             )
     return models
+
+
+def blocks_of_maps(args: argparse.Namespace, models: Mapping[str, ViT]) -> list[int]:
+    """Return the blocks whose maps are compared: none without --maps.
+
+    Raises UserError if there is no such block, or if blocks are named without --maps.
+    """
+    if not args.maps:
+        if args.blocks is not None:
+            raise UserError(f"--blocks {args.blocks}: expected --maps too, which compares maps")
+        return []
+    depth = min(model.config.depth for model in models.values())
+    blocks = cli.parse_blocks(args.blocks or str(depth - 1), depth)
+    if not blocks:
+        raise UserError("blocks 'none': expected at least one block whose maps to compare")
+    return blocks
 
 
 def class_indices(model: ViT, classes: Sequence[str], labels: Sequence[int]):

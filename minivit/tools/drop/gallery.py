@@ -15,7 +15,7 @@ from ...system.files import whole_file
 from ..score.gallery import GAP, LONGER_SIDE, CaptionedStrip, draw_gallery, gallery_page
 from ..score.masks import read_pet
 from .conditions import EVERYTHING, OUTSIDE_BOX, PET_ONLY, patch_sets
-from .measure import Key
+from .measure import NO_ANSWER, Key
 
 CONDITIONS = (EVERYTHING, PET_ONLY, OUTSIDE_BOX)  # what each strip shows
 PER_KIND = 6  # photos of each kind
@@ -38,6 +38,16 @@ def choose_photos(predicted: Mapping[Key, np.ndarray], true: np.ndarray) -> dict
     return {kind: np.flatnonzero(of_kind)[:PER_KIND].tolist() for kind, of_kind in kinds.items()}
 
 
+def name_answers(
+    predicted: Mapping[Key, np.ndarray], labels: Sequence[str]
+) -> dict[str, list[str]]:
+    """Return the names of the answers to all photos under each condition that strips show."""
+    names = {}
+    for key in CONDITIONS:
+        names[key] = ["no answer" if i == NO_ANSWER else labels[i] for i in predicted[key]]
+    return names
+
+
 def write_gallery(
     out: Path,
     kinds: Mapping[str, Sequence[int]],
@@ -46,8 +56,8 @@ def write_gallery(
     answers: Mapping[str, Sequence[str]],
     preprocess: Preprocess,
     grid: tuple[int, int],
-) -> list[Path]:
-    """Write gallery.png and gallery.html into `out`; return their paths.
+) -> None:
+    """Write gallery.png and gallery.html into `out`.
 
     `paths`, `true_names` and the names in `answers`, by condition, are those of all photos.
     """
@@ -65,7 +75,6 @@ def write_gallery(
     draw_gallery(out / "gallery.png", sections, EXPLANATION)
     with whole_file(out / "gallery.html") as partial:
         partial.write_text(gallery_page(sections, EXPLANATION), encoding="utf-8")
-    return [out / "gallery.png", out / "gallery.html"]
 
 
 def draw_strip(path: Path, preprocess: Preprocess, grid: tuple[int, int]) -> Image.Image:

@@ -106,13 +106,16 @@ def ask(
     answers = Answers([], {}, {name: {} for name in models}, {})
     parts: dict[str, list[tuple[dict[Key, np.ndarray], np.ndarray]]] = {name: [] for name in models}
     label_of = np.asarray(labels)
-    rng = np.random.default_rng(seed)
     with torch.inference_mode(), tqdm(total=len(paths), unit="photo", leave=False) as progress:
         for window in read_windows(first, paths, workers, answers.left_out):
+            # Each window has a seed of its own, so that neither --maps nor --compare changes what
+            # is left out, and all models' maps have the same random order beside them.
+            rng = np.random.default_rng([seed, window.photos[0]])
             questions = ask_about_conditions(window, label_of[window.photos], rng)
             for name, model in models.items():
                 of_model = questions
                 if map_blocks:
+                    rng = np.random.default_rng([seed, window.photos[0], 1])
                     of_model = questions + ask_in_order_of_maps(model, window, map_blocks, rng)
                 parts[name].append(answer(model, window, of_model))
             answers.photos += window.photos
@@ -204,7 +207,8 @@ def ask_in_order_of_maps(
     questions = []
     for (method, block), values in maps.items():
         for photo, importance in enumerate(values):
-            order = order_by_importance(importance, rng)
+            # There are many of these, so they are stored in fewer bytes.
+            order = order_by_importance(importance, rng).astype(np.int32)
             for fraction in FRACTIONS:
                 num_out = round(fraction * num_patches)
                 for most_first in (True, False):
@@ -288,7 +292,7 @@ def shown_tokens(model: ViT, pixels: Tensor, questions: Sequence[Question]) -> T
             np.concatenate([question.shown.own, num_patches + question.shown.of_partner])
             for question in questions
         ]
-    patches = torch.from_numpy(np.stack(indices)).to(tokens.device) + first_patch
+    patches = torch.from_numpy(np.stack(indices)).long().to(tokens.device) + first_patch
     always = torch.arange(first_patch, device=tokens.device).expand(len(questions), -1)
     kept = torch.cat([always, patches], 1)
     return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ...errors import first_few, printable
-from ...system.files import whole_file, write_json
+from ...errors import UserError, first_few, printable
+from ...system.files import read_json, refuse_to_overwrite, whole_file, write_json
 from ..score.statistics import Estimate
 from .conditions import CONDITIONS
 from .measure import Answers, MapKey
 from .statistics import Result, Summary
 
+# Everything that `drop` may write; the last two only if the model knows the classes.
+OUTPUTS = ("drop.json", "drop.csv", "drop.png", "gallery.png", "gallery.html")
 # What was published for another model, a ViT-B fine-tuned on Oxford-IIIT Pet, with another formula:
 # the area between the two curves, in points. Its GenAtt is the relevance of this package.
 # Source: LibraGrad, CVPR 2025, table 2
@@ -105,15 +107,35 @@ def csv_rows(summaries: Mapping[str, Summary]) -> list[dict[str, object]]:
     return rows
 
 
-def write_files(
-    out: Path, summaries: Mapping[str, Summary], about: Mapping[str, object]
-) -> Sequence[Path]:
-    """Write drop.csv with all conditions, and drop.json with the numbers; return their paths."""
-    rows = csv_rows(summaries)
-    with whole_file(out / "drop.csv") as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+def earlier_outputs(out: Path) -> set[str]:
+    """Return the names of the files in a folder that an earlier `drop` wrote there."""
+    try:
+        about = read_json(out / "drop.json")
+    except (UserError, OSError):
+        return set()
+    files = about.get("files")
+    if "models" not in about or not isinstance(files, list):
+        return set()  # Another program wrote this file.
+    return {name for name in OUTPUTS if name in files}
+
+
+def check_folder(out: Path) -> None:
+    """Raise UserError if writing into a folder might overwrite what no `drop` wrote."""
+    earlier = earlier_outputs(out)
+    refuse_to_overwrite(out, [name for name in OUTPUTS if name not in earlier])
+
+
+def remove_earlier(out: Path) -> None:
+    """Remove what an earlier `drop` wrote, so that results of two models never lie together."""
+    for name in earlier_outputs(out) - {"drop.json"}:  # This one is replaced first.
+        (out / name).unlink(missing_ok=True)
+
+
+def write_files(out: Path, summaries: Mapping[str, Summary], about: Mapping[str, object]) -> None:
+    """Write drop.json with the numbers, and drop.csv with all conditions.
+
+    The JSON file comes first, because its list says which other files are of a `drop`.
+    """
     models = {}
     for model, summary in summaries.items():
         conditions = {
@@ -136,4 +158,8 @@ def write_files(
             ],
         }
     write_json(out / "drop.json", {**about, "models": models})
-    return out / "drop.csv", out / "drop.json"
+    rows = csv_rows(summaries)
+    with whole_file(out / "drop.csv") as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)

@@ -190,11 +190,11 @@ def one_sentence(summary: Summary) -> str:
     if pet_share >= PET_IS_ENOUGH:
         return (
             f"The answer comes from the pet: {outside}, "
-            f"with the pet alone {pet.mean:.0%} of {whole.mean:.0%}."
+            f"with the pet alone {pet.mean:.0%} (whole photos {whole.mean:.0%})."
         )
     return (
         f"The answer needs the pet and its surroundings: {outside}, "
-        f"with the pet alone {pet.mean:.0%} of {whole.mean:.0%}."
+        f"with the pet alone {pet.mean:.0%} (whole photos {whole.mean:.0%})."
     )
 
 

@@ -55,7 +55,7 @@ def load_split(root: str, name: str, run: Run | None) -> tuple[tuple[str, ...], 
     if not data.is_pets or not any(mask_path(path).is_file() for path in split.paths):
         raise UserError(
             f"{root}: no photo of the {name} split has a mask; "
-            "score needs Oxford-IIIT Pet's annotations/trimaps"
+            "expected Oxford-IIIT Pet with its annotations/trimaps"
         )
     return data.classes, split
 
