@@ -22,7 +22,8 @@ from conftest import ROOT, draw_photo
 from safetensors.torch import load_file
 from test_distributed import free_port
 
-from minivit.system import signals
+from minivit.errors import UserError
+from minivit.system import files, signals
 from minivit.tools.demo.drawings import draw_pets
 from minivit.training import run_folder
 
@@ -338,7 +339,8 @@ def test_a_wait_for_a_process_that_hangs_ends_in_time(where, command, twenty, pl
 PROGRAM = """
 import hashlib, os, signal, sys, threading, time
 from minivit import cli
-from minivit.system import signals
+from minivit.errors import UserError
+from minivit.system import files, signals
 def wait_in_c():
     print("waiting", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
@@ -428,3 +430,26 @@ def test_ranks_that_evaluate_together_have_more_time_than_a_step(monkeypatch):
             run.is_seen = True
             watch.join()
     assert ended[0] - started == pytest.approx(0.8 - signals.HANDLER_LIMIT, abs=0.15)
+
+
+def test_a_wait_for_the_lock_of_another_process_is_bounded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "LOCK_LIMIT_S", 0.2)
+    holder = f"""
+from pathlib import Path
+from minivit.system.files import locked
+with locked(Path({str(tmp_path)!r})):
+    print(1, flush=True)
+    input()
+"""
+    command = [sys.executable, "-c", holder]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, **pipes, text=True, env=environ) as process:
+        process.stdout.readline()
+        with (
+            pytest.raises(UserError, match="still held by another process after"),
+            files.locked(tmp_path, wait=True),
+        ):
+            pass
+        process.communicate("\n")
+    assert capsys.readouterr().err.startswith("waiting for another process to release")

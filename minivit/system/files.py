@@ -21,6 +21,8 @@ from .stand_ins import stand_in
 
 # A temporary file of another machine's that has not grown for so long is nobody's.
 LEFTOVER_AFTER_S = 3600
+# Decoding the photos of a very large data set, for which other runs wait, takes hours.
+LOCK_LIMIT_S = 12 * 3600
 # Files that are being written.
 _unfinished: set[Path] = set()
 
@@ -147,7 +149,13 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
                 f"{folder}: another run is writing there; wait for its end or give another --out"
             ) from None
         print(f"waiting for another process to release {lock.lock_file}", file=sys.stderr)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=LOCK_LIMIT_S)
+        except filelock.Timeout:
+            raise UserError(
+                f"{lock.lock_file}: still held by another process after {LOCK_LIMIT_S / 3600:g} "
+                "hours; end that process"
+            ) from None
     try:
         remove_leftovers(folder)
         yield
