@@ -647,3 +647,48 @@ def test_a_folder_is_read_as_names_and_kinds(tmp_path):
     assert contents.folders == ["cat"]
     assert contents.unread == {"a.heic": "format"}
     assert contents.broken == {"c.jpg": "is a link that leads nowhere"}
+
+
+# Masks of one's own
+
+
+def save_masks(root: Path, *names: str) -> None:
+    """Write masks, white on black, under these names in masks/."""
+    mask = np.zeros(PHOTO.shape[:2], np.uint8)
+    mask[4:9, 5:12] = 255
+    for name in names:
+        (root / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(root / "masks" / name)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("cat/0.png", "cat/1.png", "dog/3.png"), ("0.png", "2.png")],
+    ids=["in folders of classes", "all in one folder"],
+)
+@pytest.mark.parametrize("split", ["", "train"])
+def test_masks_beside_class_folders_are_no_class(tmp_path, split, names):
+    make_classes(tmp_path / split, "cat", "dog")
+    save_masks(tmp_path / split, *names)
+    assert load_data(tmp_path, seed=0).classes == ("cat", "dog")
+    place = f"{split}/masks" if split else "masks"
+    assert found(tmp_path)["masks"] == [place]
+    assert not {"other", "nested", "beside"} & set(found(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda masks: save_photo(masks / "1.png"),
+        lambda masks: shutil.copy(masks / "0.png", masks / "another.png"),
+        lambda masks: Image.fromarray(PHOTO.mean(2).astype(np.uint8)).save(masks / "0.png"),
+        lambda masks: shutil.copytree(masks, masks / "bird"),
+    ],
+    ids=["a photo in colour", "a name of no photo", "a photo in grey", "a folder of no class"],
+)
+def test_a_class_that_is_called_masks_stays_one(tmp_path, change):
+    make_classes(tmp_path, "cat", "dog")
+    save_masks(tmp_path, "0.png", "2.png", "3.png")
+    change(tmp_path / "masks")
+    assert "masks" in load_data(tmp_path, seed=0).classes
+    assert "masks" not in found(tmp_path)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import randomize
+from PIL import Image
 from torch.testing import assert_close
 
 from minivit import Preprocess, ViT, ViTConfig, save_pretrained
@@ -18,6 +20,7 @@ from minivit.tools.demo.drawings import draw_pets
 from minivit.tools.drop import command, conditions, gallery, measure, report, statistics
 from minivit.tools.drop.conditions import Shown, patch_sets
 from minivit.tools.drop.measure import Question, Window
+from minivit.tools.score import masks
 from minivit.tools.score.statistics import Estimate
 
 GRID = (6, 6)
@@ -475,3 +478,49 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("python -m minivit drop: ") and message in last
     assert not (tmp_path / "out").exists()
+
+
+# Masks of one's own
+
+
+def as_class_folders(drawings: Path, root: Path, place: str) -> Path:
+    """Copy drawings into class folders; `place` says where a mask goes."""
+    data = load_data(drawings, seed=0)
+    for split in ("train", "val", "test"):
+        photos = getattr(data, split)
+        folder = root / ("test" if split == "test" else "train")
+        for path, label in zip(photos.paths, photos.labels):
+            class_folder = folder / data.classes[label]
+            class_folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, class_folder)
+            mask = folder / place.format(breed=class_folder.name, stem=path.stem)
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            trimap = np.asarray(Image.open(masks.mask_path(path)))
+            Image.fromarray((trimap == masks.PET).astype(np.uint8) * 255).save(mask)
+    return root
+
+
+@pytest.mark.parametrize("place", ["masks/{breed}/{stem}.png", "masks/{stem}.png"])
+def test_masks_beside_class_folders_give_the_same_photos(
+    drawings, breeds_model, tmp_path, no_figures, place
+):
+    own = as_class_folders(drawings, tmp_path / "own", place)
+    results = []
+    for data in (drawings, own):
+        assert run(data, tmp_path / "out", "--model", breeds_model) == 0
+        results.append(json.loads((tmp_path / "out" / "drop.json").read_text()))
+    assert results[0]["photos"] == results[1]["photos"]
+    whole = [each["models"]["model"]["conditions"][conditions.EVERYTHING] for each in results]
+    assert whole[0]["commonest"] == whole[1]["commonest"]
+
+
+def test_a_mask_that_could_be_that_of_two_photos_is_an_error(
+    drawings, breeds_model, tmp_path, capsys
+):
+    own = as_class_folders(drawings, tmp_path / "own", "masks/{stem}.png")
+    folders = sorted(path for path in (own / "test").iterdir() if path.name != "masks")
+    photo = next(folders[0].iterdir())
+    shutil.copy(photo, folders[1])
+    assert run(own, tmp_path / "out", "--model", breeds_model) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"could also be that of {photo}; put it into masks/" in message

@@ -269,6 +269,51 @@ def test_masks_of_other_values_are_not_guessed_at(tmp_path, values):
     assert reason == "mask with values other than 1, 2 and 3"
 
 
+def own_mask(tmp_path, image: Image.Image, place: str = "masks/cat/1.png") -> np.ndarray:
+    """Write a photo of 6 x 4 pixels and a mask of one's own, and read the mask."""
+    (tmp_path / "cat").mkdir(exist_ok=True)
+    Image.new("RGB", (6, 4)).save(tmp_path / "cat" / "1.jpg")
+    file = tmp_path / place
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file, "PNG")
+    return masks.read_mask(tmp_path / "cat" / "1.jpg", (6, 4))
+
+
+GREY = np.array([[0, 127, 128, 255, 0, 0]] * 4, np.uint8)
+
+
+@pytest.mark.parametrize("place", ["masks/cat/1.png", "masks/1.png"])
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(GREY),
+        Image.fromarray(np.stack([GREY] * 3, 2)),
+        Image.fromarray(GREY.astype(np.uint16) * 257),
+        Image.fromarray(GREY).convert("P"),
+        Image.fromarray(GREY > 127),
+        Image.fromarray(np.stack([np.full_like(GREY, 255)] * 3 + [GREY], 2)),
+    ],
+    ids=["grey", "RGB", "16 bits", "palette", "1 bit", "transparent"],
+)
+def test_a_mask_of_ones_own_is_pet_above_half_grey(tmp_path, image, place):
+    expected = [[masks.BACKGROUND, masks.BACKGROUND, masks.PET, masks.PET, 2, 2]] * 4
+    assert own_mask(tmp_path, image, place).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "image, reason",
+    [
+        (Image.fromarray(GREY[:2]), "mask not of the photo's size"),
+        (Image.fromarray(GREY // 100), "mask with nothing above half grey"),
+        (Image.new("RGB", (6, 4), "red"), "mask cannot be read"),
+    ],
+    ids=["size", "values from 0 to 2", "colour"],
+)
+def test_a_useless_mask_of_ones_own_has_a_reason(tmp_path, image, reason):
+    with pytest.raises(UserError, match=reason):
+        own_mask(tmp_path, image)
+
+
 def test_real_head_boxes_lie_on_pets(pets3):
     folder = pets3 / "oxford-iiit-pet"
     on_pet = []

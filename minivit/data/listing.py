@@ -36,6 +36,7 @@ from .layout import (
     is_absent_or_empty,
     is_default_folder,
 )
+from .own_masks import MASKS_FOLDER, holds_masks
 from .pets import SPLITS, download_pets, read_listing
 
 UNKNOWN_CLASS = -1  # the label of a class that has no training photos
@@ -45,6 +46,7 @@ MISSING = "missing"  # the problem of a listed photo that does not exist
 NESTED = "nested"  # It is a photo in a folder inside a class folder.
 OUTSIDE = "outside"  # It is a photo outside of class folders.
 BESIDE = "beside"  # It is a folder of photos beside those that are read.
+MASKS = "masks"  # It is a folder of masks, which only the measuring tools read.
 LOCKED = "locked"  # It is a folder that the user may not read.
 UNLISTED = "unlisted"  # It is a photo that no listing of Oxford-IIIT Pet names.
 
@@ -184,7 +186,11 @@ def _list_class_folders(folder: DataFolder) -> Listing:
     for split, split_folder in folder.splits.items():
         contents = read_folder(split_folder)
         _note_files(listing, split_folder, contents)
-        for class_name, class_folder in _name_classes(listing, split_folder, contents.folders):
+        names = contents.folders
+        if MASKS_FOLDER in names and holds_masks(split_folder, names):
+            listing.unused[MASKS].append(split_folder / MASKS_FOLDER)
+            names = [name for name in names if name != MASKS_FOLDER]
+        for class_name, class_folder in _name_classes(listing, split_folder, names):
             problems = _list_class(listing, class_folder)
             if problems and split == "train":
                 labels.setdefault(class_name, len(labels))

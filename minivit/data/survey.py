@@ -132,7 +132,7 @@ KINDS = {
     "bad-mask": (
         "warning",
         "{n} mask{s} {are} unreadable, of other values than 1 to 3, or of another size ({names})",
-        "their photos get no attention scores; unpack annotations.tar.gz again",
+        "their photos get no attention scores; unpack annotations.tar.gz or draw {them} again",
     ),
     "part": (
         "note",
@@ -143,6 +143,11 @@ KINDS = {
         "note",
         "{n} photo{s} {are} not used ({names})",
         "the listings of Oxford-IIIT Pet do not name {them}",
+    ),
+    "masks": (
+        "note",
+        "{n} folder{s} {are} read as masks of the photos, and not as a class ({names})",
+        "python -m minivit drop uses {them}",
     ),
     "own": (
         "note",

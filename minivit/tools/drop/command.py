@@ -84,7 +84,7 @@ def drop(args: argparse.Namespace) -> int:
     print(f"model: {printable(names['model'])}", file=sys.stderr)
     device = pick_device(args.device)
     amp = pick_amp(args.amp, device)
-    classes, split = splits.load_split(args.data, "test", run=None)
+    data, split = splits.load_masked_split(args.data, "test", run=None)
     split = split.take(measure.order_of_photos(split.labels, args.photos, SEED))
     models = load_models(names)
     model = models["model"]
@@ -98,7 +98,7 @@ def drop(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - started
 
     split = split.take(answers.photos)
-    true = {key: class_indices(each, classes, split.labels) for key, each in models.items()}
+    true = {key: class_indices(each, data.classes, split.labels) for key, each in models.items()}
     summaries = {}
     for key in models:
         summaries[key] = statistics.summarize(answers.predicted[key], true[key])
@@ -126,7 +126,7 @@ def drop(args: argparse.Namespace) -> int:
         if has_gallery:
             predicted = answers.predicted["model"]
             kinds = gallery.choose_photos(predicted, true["model"])
-            true_names = [classes[label] for label in split.labels]
+            true_names = [data.classes[label] for label in split.labels]
             names_by_condition = gallery.name_answers(predicted, model.labels)
             gallery.write_gallery(
                 out,

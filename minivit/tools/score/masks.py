@@ -1,4 +1,4 @@
-"""Oxford-IIIT Pet's masks and head boxes on a model's patch grid.
+"""Masks and head boxes on a model's patch grid: Oxford-IIIT Pet's, and masks of one's own.
 
 This module does not import torch, so that worker processes start quickly.
 Shapes: P = gh x gw patches of a photo; W, H a photo's width and height in pixels.
@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
+from ...data.own_masks import HALF_GREY, own_mask_paths, read_grey
 from ...data.photos import PhotoError, open_photo
 from ...data.preprocess import Preprocess
 from ...errors import UserError
@@ -69,7 +70,13 @@ def read_pet(path: Path, preprocess: Preprocess, grid: tuple[int, int]) -> PetPh
 
 
 def mask_path(photo: Path) -> Path:
-    return photo.parents[1] / "annotations" / "trimaps" / f"{photo.stem}.png"
+    """Return the file of a photo's mask: Oxford-IIIT Pet's, or one of the user's own.
+
+    Without any, returns where Oxford-IIIT Pet's would be.
+    """
+    trimap = photo.parents[1] / "annotations" / "trimaps" / f"{photo.stem}.png"
+    places = (trimap, *own_mask_paths(photo))
+    return next((path for path in places if path.is_file()), trimap)
 
 
 def head_box_path(photo: Path) -> Path:
@@ -77,20 +84,27 @@ def head_box_path(photo: Path) -> Path:
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """Read the mask (H, W) of a photo of `size` (W, H).
+    """Read the mask (H, W) of a photo of `size` (W, H), in Oxford-IIIT Pet's values.
 
-    Raises UserError with the reason if there is no mask, or if it has another size or other values
-    than those of Oxford-IIIT Pet.
+    Raises UserError with the reason if there is no mask, or if it has another size, or if it is
+    Oxford-IIIT Pet's and has other values than these.
     """
-    if not mask_path(path).is_file():
+    file = mask_path(path)
+    if not file.is_file():
         raise UserError("mask missing")
+    is_own = file in own_mask_paths(path)
     try:
-        with Image.open(mask_path(path), formats=("PNG",)) as image:
-            mask = np.asarray(image)
+        if is_own:
+            mask = np.where(read_grey(file) > HALF_GREY, PET, BACKGROUND)
+        else:
+            with Image.open(file, formats=("PNG",)) as image:
+                mask = np.asarray(image)
     except Exception:  # Decoders may raise any exception for a broken file.
         raise UserError("mask cannot be read") from None
     if mask.shape[:2] != size[::-1]:
         raise UserError("mask not of the photo's size")
+    if is_own and not (mask == PET).any():
+        raise UserError("mask with nothing above half grey, which is the pet")
     if mask.ndim != 2 or mask.min() < PET or mask.max() > BORDER:
         raise UserError("mask with values other than 1, 2 and 3")
     return mask

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...data.datasets import Split, load_data
+from ...data.datasets import Data, Split, load_data
+from ...data.own_masks import check_own_masks
 from ...errors import UserError, printable
 from ...training.run_photos import Run, runs_behind, was_trained_on
 from .masks import mask_path
@@ -43,21 +44,32 @@ def run_that_split(root: str, name: str, names: Mapping[str, str]) -> Run | None
 
 
 def load_split(root: str, name: str, run: Run | None) -> tuple[tuple[str, ...], Split]:
-    """Return the class names of a data set, and its split called `name` as the run splits it.
+    """Do what load_masked_split does, for Oxford-IIIT Pet only: it is known what is a cat there."""
+    data, split = load_masked_split(root, name, run)
+    if not data.is_pets:
+        raise UserError(f"{root}: expected Oxford-IIIT Pet's listings, found class folders")
+    return data.classes, split
 
-    Only the photos of this split need to be there. Raises UserError if none of them has a mask.
+
+def load_masked_split(root: str, name: str, run: Run | None) -> tuple[Data, Split]:
+    """Return a data set, and its split called `name` as the run splits it.
+
+    Only the photos of this split of Oxford-IIIT Pet need to be there. Raises UserError if none of
+    them has a mask, and if a mask could be that of two photos.
     """
     data = load_data(root, seed=run.seed if run else 0, only=name)
     if name == "trainval":
         split = Split(data.train.paths + data.val.paths, data.train.labels + data.val.labels)
     else:
         split = getattr(data, name)
-    if not data.is_pets or not any(mask_path(path).is_file() for path in split.paths):
+    if not any(mask_path(path).is_file() for path in split.paths):
         raise UserError(
-            f"{root}: no photo of the {name} split has a mask; "
-            "expected Oxford-IIIT Pet with its annotations/trimaps"
+            f"{root}: no photo of the {name} split has a mask; expected Oxford-IIIT Pet with its "
+            "annotations/trimaps, or for drop masks/ beside class folders"
         )
-    return data.classes, split
+    if not data.is_pets:
+        check_own_masks(data.train.paths + data.val.paths + data.test.paths)
+    return data, split
 
 
 def describe_split(name: str, run: Run | None, model: str, knows_classes: bool) -> str:
