@@ -244,6 +244,16 @@ def test_two_folders_for_one_split_are_refused_by_name(tmp_path):
     assert found(tmp_path) == {"other": ["valid"]}
 
 
+@pytest.mark.parametrize("other", ["test1", "Testing", "val"])
+def test_splits_without_class_folders_are_not_taken_for_classes(tmp_path, other):
+    make_classes(tmp_path / "images", "train", other)
+    for root in (tmp_path / "images", tmp_path):
+        with pytest.raises(UserError, match="images: .* hold photos directly, so the classes"):
+            load_data(root, seed=0)
+    make_classes(tmp_path / "images", "bus")
+    assert len(load_data(tmp_path / "images", seed=0).classes) == 3
+
+
 def test_a_class_may_be_called_train_val_or_test(tmp_path):
     make_classes(tmp_path, "bus", "car", "train", "test", "val")
     assert load_data(tmp_path, seed=0).classes == ("bus", "car", "test", "train", "val")
@@ -434,6 +444,19 @@ def test_what_is_no_file_is_refused_or_left_out_by_name(tmp_path, capsys, make, 
     data = split_data(list_data(tmp_path), seed=0, skip_bad=True)
     assert len(data.paths()) == 8
     assert f"left out: {tmp_path}/cat/odd.jpg: {problem}" in capsys.readouterr().err
+
+
+def test_a_photo_that_is_still_in_icloud_is_missing_and_not_hidden(tmp_path):
+    make_classes(tmp_path, "cat", "dog")
+    photo = "cat/.1.JPG.icloud"
+    (tmp_path / photo).write_bytes(b"bplist00")
+    (tmp_path / "cat" / ".notes.txt.icloud").write_bytes(b"bplist00")
+    with pytest.raises(UserError, match=r"\.1\.JPG\.icloud is still in iCloud: download it"):
+        load_data(tmp_path, seed=0)
+    assert found(tmp_path) == {"unreadable": [photo]}
+    assert len(split_data(list_data(tmp_path), seed=0, skip_bad=True).paths()) == 8
+    photos, _ = find_photos([str(tmp_path / "cat")])
+    assert tmp_path / photo in photos
 
 
 def test_a_dangling_link_is_left_out_of_training_on_demand(tmp_path, capsys, no_figures):

@@ -504,16 +504,19 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:3000])
 
 
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 BAD_PHOTOS = {
     "absent": (lambda path: None, "no such photo"),
     "text": (text, "not a photo in a known format"),
-    "empty": (lambda path: path.write_bytes(b""), "not a photo in a known format"),
+    "empty": (lambda path: path.write_bytes(b""), "the file is empty"),
+    "HEIC": (lambda path: path.write_bytes(HEIC), "a HEIC or AVIF .*convert it to JPEG"),
+    "still in iCloud": (lambda path: path.write_bytes(b"bplist00"), "what iCloud leaves"),
     "truncated": (truncated, "truncated"),
     "one byte": (lambda path: path.write_bytes(b"\xff"), "not a photo in a known format"),
     "folder": (lambda path: path.mkdir(), "directory"),
     "fifo": (lambda path: os.mkfifo(path), "expected a regular file"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "expected a regular file"),
-    "to nowhere": (lambda path: path.symlink_to("nowhere"), "no such photo"),
+    "to nowhere": (lambda path: path.symlink_to("nowhere"), "a link that leads nowhere"),
     "to itself": (lambda path: path.symlink_to(path.name), "symbolic links"),
     "12-bit JPEG": (
         lambda path: path.write_bytes(

@@ -90,12 +90,12 @@ def split_data(
         class_names.update((photo.label, photo.class_name) for photo in listing.splits[name])
     classes = tuple(_class_title(name, folder.is_pets) for _, name in sorted(class_names.items()))
     if len(classes) < 2:
-        hint = ""
-        if classes == ("images",):
-            hint = "; if this is Oxford-IIIT Pet, its folder annotations is missing beside images"
+        hint = "put photos into a folder for each class"
+        if classes == ("images",) and not folder.has_split_folders:
+            hint = "if this is Oxford-IIIT Pet, its folder annotations is missing beside images"
         raise UserError(
             f"{folder.root}: expected photos of at least 2 classes, "
-            f"found {len(classes)} ({', '.join(classes)}){hint}"
+            f"found {len(classes)} ({', '.join(classes)}); {hint}"
         )
 
     train = splits["trainval" if folder.is_pets else "train"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..figures.marks import SOFTWARE, is_ours
-from .photos import FORMATS, holds_photo
+from .photos import FORMATS, HEIF, holds_photo
 
 # Files with these names are photos, and so are files without an extension that hold one. What
 # format they are in is decided by their content.
@@ -34,12 +34,13 @@ SIDECAR_SUFFIXES = (".txt", ".xml", ".json", ".csv", ".md", ".npy", ".xmp", ".aa
 # What operating systems leave in folders.
 SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information")
-HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+# What iCloud leaves of "photo.jpg" while it is not downloaded: ".photo.jpg.icloud".
+ICLOUD = ".icloud"
 
 # What an entry of a folder is.
 PHOTO = "photo"
 FOLDER = "folder"
-BROKEN = "broken"  # It is named as a photo, and is no file.
+BROKEN = "broken"  # It is named as a photo, and is no file, or one that iCloud stands in for.
 FORMAT = "format"  # It is a photo in a format that is not read.
 MISNAMED = "misnamed"  # It holds a photo, but has the extension of something else.
 HIDDEN = "hidden"  # It is named as a photo, behind a dot.
@@ -178,6 +179,9 @@ def _kind(entry: os.DirEntry[str], is_in_marked_folder: bool) -> str:
         return IGNORED
     if is_folder:
         return IGNORED if name.startswith(".") else FOLDER
+    if name.startswith(".") and name.endswith(ICLOUD):
+        is_photo = has_suffix(name.removesuffix(ICLOUD), SUFFIXES + UNREAD_SUFFIXES)
+        return BROKEN if is_photo else IGNORED
     if name.startswith("."):
         return HIDDEN if has_suffix(name, SUFFIXES + UNREAD_SUFFIXES) else IGNORED
     if has_suffix(name, UNREAD_SUFFIXES):
@@ -200,12 +204,12 @@ def _kind_by_content(path: str) -> str:
     if holds_photo(path):
         has_extension = bool(Path(path).suffix)
         return MISNAMED if has_extension else PHOTO
-    head = _first_bytes(path, 12)
-    is_heif = head[4:8] == b"ftyp" and head[8:] in HEIF_BRANDS
-    return FORMAT if is_heif else OTHER
+    return FORMAT if HEIF.match(_first_bytes(path, 12)) else OTHER
 
 
 def _describe_special_file(entry: os.DirEntry[str]) -> str:
+    if entry.name.endswith(ICLOUD):
+        return "is still in iCloud: download it"
     if _is(entry.is_symlink) and not Path(entry.path).exists():
         return "is a link that leads nowhere"
     return "is not a file"

@@ -83,6 +83,7 @@ def find_data_folder(root: str | os.PathLike[str]) -> DataFolder:
     if splits:
         return DataFolder(root, splits=splits)
     if has_class_folders(root, contents):
+        _check_splits_are_no_classes(root, contents)
         return DataFolder(root, splits={"train": root})
     raise UserError(
         f"{root}: expected {PETS_FOLDER}/ or a folder of photos for each class, "
@@ -155,6 +156,24 @@ def _check_train_is_no_class(
         )
 
 
+def _check_splits_are_no_classes(root: Path, contents: FolderContents) -> None:
+    """Raise UserError if all class folders are called as splits are: train/ and test1/, say."""
+    splits = [name for name in contents.folders if _is_split_name(name.rstrip("0123456789"))]
+    filled = [root / name for name in splits if read_folder(root / name).like_photos()]
+    if len(filled) < 2:
+        return
+    others = (root / name for name in contents.folders if name not in splits)
+    if not any(read_folder(folder).like_photos() for folder in others):
+        raise UserError(
+            f"{root}: {_names(filled)} hold photos directly, so the classes are not known; put the "
+            f"photos into a folder for each class, as {filled[-1].name}/cat/"
+        )
+
+
+def _is_split_name(name: str) -> bool:
+    return any(name.lower() in spellings for spellings in SPLIT_NAMES.values())
+
+
 def has_class_folders(folder: Path, contents: FolderContents | None = None) -> bool:
     """Return whether any folder in a folder holds photos, even if these cannot be read."""
     if contents is None:
@@ -200,8 +219,10 @@ def _describe_what_is_there(root: Path, contents: FolderContents) -> str:
 
 def _is_data_folder(folder: Path) -> bool:
     contents = read_folder(folder)
-    is_pets = _find_pets(folder, contents) is not None
-    return is_pets or bool(_find_splits(folder, contents)) or has_class_folders(folder, contents)
+    if _find_pets(folder, contents) is not None or _find_splits(folder, contents):
+        return True
+    _check_splits_are_no_classes(folder, contents)
+    return has_class_folders(folder, contents)
 
 
 def _is_archive(name: str) -> bool:

@@ -15,6 +15,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import BinaryIO
 
 # Pillow registers only five formats by itself; importing a plugin registers its format.
@@ -47,6 +48,8 @@ SIGNATURES = {
     "WebP": rb"RIFF....WEBP",
     "TIFF": rb"II[*+]\0|MM\0[*+]",
 }
+# HEIC and its relatives. AVIF is among them where Pillow does not have it.
+HEIF = re.compile(rb"....ftyp(hei[cmsx]|hev[cx]|mif1|msf1|avi[fs])", re.DOTALL)
 # What is decoded in the place of data that may be missing: different bits, whatever the code.
 FILLINGS = (b"\x55" * 255, bytes(range(255)), bytes(reversed(range(255))))
 # The transposition that turns a photo upright, by EXIF orientation. 1 is upright already.
@@ -125,7 +128,8 @@ def _photo_errors(path: str | os.PathLike[str]) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except FileNotFoundError:
-        raise PhotoError(f"{path}: no such photo") from None
+        found = "a link that leads nowhere" if Path(path).is_symlink() else "no such photo"
+        raise PhotoError(f"{path}: {found}") from None
     except Exception as error:
         explanation = stand_in(path)
         if explanation:
@@ -208,6 +212,10 @@ def _unidentified(file: BinaryIO) -> str:
     for name, signature in SIGNATURES.items():
         if re.match(signature, start, re.DOTALL):
             return f"a {name} that is damaged, or of a kind that Pillow cannot decode"
+    if HEIF.match(start):
+        return "a HEIC or AVIF that minivit cannot open; convert it to JPEG"
+    if not start:
+        return "the file is empty"
     return "not a photo in a known format"
 
 
@@ -252,7 +260,8 @@ def _check_before_decoding(image: ImageFile.ImageFile, scans: int) -> None:
     for w, h in (image.size, tile_size):
         if w * h > MAX_PIXELS or max(w, h) > MAX_SIDE:
             raise ValueError(
-                f"{w} x {h} pixels; expected at most {MAX_PIXELS:,} and at most {MAX_SIDE:,} a side"
+                f"{w} x {h} pixels; expected at most {MAX_PIXELS:,} and at most {MAX_SIDE:,} a "
+                "side; scale it down"
             )
     # Each scan of a progressive JPEG covers the whole image. Encoders write about 10 scans;
     # files made to exhaust a decoder have thousands.

@@ -11,6 +11,7 @@ STAND_INS = (
         "a Git LFS pointer in place of the file; run `git lfs pull` where it was cloned",
     ),
     (b"<!doctype html", "a web page in place of the file; download it again"),
+    (b"bplist00", "what iCloud leaves in place of a file; download the file from there"),
     (b"<html", "a web page in place of the file; download it again"),
     (b"entry not found", "the Hub's answer that there is no such file; check its name and address"),
     (b"repository not found", "the Hub's answer that there is no such repository; check its name"),
