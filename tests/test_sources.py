@@ -92,7 +92,7 @@ def test_transformers_weights_without_their_configs_say_what_is_missing(tiny_fol
 
 @pytest.mark.parametrize(
     "wrapper",
-    ["module.", "_orig_mod.", "model.", "net.", "backbone.", "module._orig_mod.", "model.module."],
+    ["module.", "_orig_mod.", "model.", "net.", "ema_model.", "module._orig_mod.", "model.module."],
 )
 def test_a_wrapper_is_taken_off_all_names_with_a_word(wrapper, tiny, tensors, tiny_folder, capsys):
     wrapped = {wrapper + name: tensor for name, tensor in tensors.items()}
@@ -226,12 +226,13 @@ def test_a_folder_of_trainers_checkpoints_names_the_latest(tiny_folder, tmp_path
     for step in (500, 1000, 90):
         shutil.copytree(tiny_folder, run / f"checkpoint-{step}")
     latest = run / "checkpoint-1000"
+    os.utime(run / "checkpoint-90" / "config.json")  # copied later, but not trained for longer
     with pytest.raises(
         UserError, match=f"no config.json in this folder; 3 folders below .* latest, {latest}, or"
     ):
         load_pretrained(run)
     shutil.copytree(tiny_folder, tmp_path / "one" / "run")
-    with pytest.raises(UserError, match=f"one folder below it .*{tmp_path / 'one' / 'run'}"):
+    with pytest.raises(UserError, match=f"the folder {tmp_path / 'one' / 'run'} below it has one"):
         load_pretrained(tmp_path / "one")
 
 
@@ -341,6 +342,12 @@ def test_without_its_preprocessing_a_checkpoint_names_its_base(change, message, 
     (tiny_folder.parent / "preprocessor_config.json").touch()
     with pytest.raises(UserError, match="copy it from the folder above, which has one"):
         load_pretrained(tiny_folder)
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="expected a Hub id, a folder, or a file ending in"):
+        load_pretrained(tmp_path / "model.safetensors")
 
 
 def test_a_file_that_holds_no_weights_is_refused_by_its_ending(tiny_folder):

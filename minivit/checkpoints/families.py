@@ -182,9 +182,6 @@ KINDS = (VIT.kind, DINOV2.kind, REGISTERS.kind, TIMM.kind)
 
 _BLOCK_NUMBER = re.compile(r"(?<=[._])\d+(?=[./])")  # its first match in a tensor's name
 
-# Modules that hold a whole model. Their attribute's name comes before all names of tensors:
-# DistributedDataParallel, torch.compile, Lightning and self-supervised training have these.
-WRAPPERS = ("module", "_orig_mod", "model", "net", "network", "backbone", "student", "teacher")
 # torch.compile, FSDP and activation checkpointing wrap parts of a model, too.
 WRAPPED_PARTS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -217,23 +214,42 @@ def without_wrappers(tensors: dict[str, Tensor], source: str) -> dict[str, Tenso
 
 
 def _common_wrapper(names: Collection[str]) -> str:
-    """Return the names of wrappers that all names begin with, such as "model.module."."""
+    """Return the names of wrappers that all names begin with, such as "model.module.".
+
+    Wrappers are modules that hold a whole model: those of DistributedDataParallel, torch.compile
+    and Lightning, or an attribute of any name in the user's code.
+    """
     prefix = ""
     while True:
-        longer = [f"{prefix}{wrapper}." for wrapper in WRAPPERS]
-        common = [start for start in longer if all(name.startswith(start) for name in names)]
-        if len(common) != 1:  # none, or no names at all
+        starts = {_first_module(name.removeprefix(prefix)) for name in names}
+        start = starts.pop() if len(starts) == 1 else ""
+        if not _is_wrapper(start):
             return prefix
-        prefix = common[0]
+        prefix += start
 
 
 def _partly_wrapped(names: Collection[str]) -> str:
     """Say that most of the names begin with a wrapper's and which do not, or return ""."""
-    for wrapper in WRAPPERS:
-        others = [name for name in names if not name.startswith(f"{wrapper}.")]
-        if others and len(others) < len(names) / 2:
-            return f"; most names begin with '{wrapper}.', but not {first_few(others)}"
+    for start in {_first_module(name) for name in names}:
+        others = [name for name in names if not name.startswith(start)]
+        if others and _is_wrapper(start) and len(others) < len(names) / 2:
+            return f"; most names begin with {start!r}, but not {first_few(others)}"
     return ""
+
+
+def _first_module(name: str) -> str:
+    """Return the first module in a tensor's name, such as "model.", or "" if there is none."""
+    module, dot, _ = name.partition(".")
+    return module + dot if dot else ""
+
+
+def _is_wrapper(start: str) -> bool:
+    """Return whether no family has names that begin so, so that another module holds the model."""
+    known = {""}
+    for family in FAMILIES:
+        names = _patterns(family.names) | _patterns(family.head) | set(family.unused)
+        known |= {_first_module(name) for name in (*names, family.prefix)}
+    return start not in known
 
 
 def recognise(kind: str, names: Collection[str], source: str) -> Family:

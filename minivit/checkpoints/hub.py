@@ -208,8 +208,12 @@ class _Folder:
         configs = [path for pattern in BELOW for path in self.path.glob(pattern)]
         if configs:
             folder = max(configs, key=_how_late).parent
-            count = "one folder" if len(configs) == 1 else f"{len(configs)} folders"
-            return f"{count} below it hold one; give the latest, {folder}, or another of them"
+            if len(configs) == 1:
+                return f"the folder {folder} below it has one; give that"
+            return (
+                f"{len(configs)} folders below it hold one; "
+                f"give the latest, {folder}, or another of them"
+            )
         for name, explanation in WITHOUT_CONFIG.items():
             if (self.path / name).exists():
                 return explanation
