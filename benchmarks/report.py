@@ -151,9 +151,18 @@ def provenance(lines: Sequence[Sequence[Cell]]) -> str:
     text = "Measured"
     if len(machines) == 1:
         text += f" on {newest_first[0].hardware}"
+    same_conditions = len(machines) == len({conditions(row) for row in newest_first}) == 1
+    if same_conditions:
+        text += f", {conditions(newest_first[0])}"
     parts = []
     for row in newest_first:
-        part = how_measured(row, with_hardware=len(machines) > 1)
+        part = f"`{row.command}`"
+        if not same_conditions:
+            part = f"{conditions(row)}, {part}"
+        if len(machines) > 1:
+            part = f"{row.hardware}, {part}"
+        if row.note:
+            part += f" ({row.note})"
         if len(newest_first) > 1 and len(lines) > 1:
             rows = "row" if len(numbers[row.line]) == 1 else "rows"
             part = f"{rows} {', '.join(numbers[row.line])}: {part}"
@@ -161,13 +170,10 @@ def provenance(lines: Sequence[Sequence[Cell]]) -> str:
     return f"<sub>{text}: {'; '.join(parts)}.</sub>"
 
 
-def how_measured(row: Row, *, with_hardware: bool) -> str:
-    """Return versions, date, number of runs, commit, command and note of a row."""
-    parts = [row.hardware] if with_hardware else []
-    parts += [f"{name} {row.versions[name]}" for name in SHOWN_VERSIONS if name in row.versions]
-    parts += [row.date, runs_of(row), f"commit {row.commit}", f"`{row.command}`"]
-    note = f" ({row.note})" if row.note else ""
-    return ", ".join(parts) + note
+def conditions(row: Row) -> str:
+    """Return versions, date, number of runs and commit of a row."""
+    parts = [f"{name} {row.versions[name]}" for name in SHOWN_VERSIONS if name in row.versions]
+    return ", ".join([*parts, row.date, runs_of(row), f"commit {row.commit}"])
 
 
 def unique(rows: Sequence[Row]) -> list[Row]:

@@ -175,7 +175,12 @@ def test_a_figure_that_the_newest_row_lacks_comes_from_an_older():
     cells = [[runs.cell("transformers, time")], [runs.cell("minivit, time")]]
     lines = report.table(["seconds"], cells)
     assert "rows 1" not in lines
-    assert lines.index("row 1: torch 2.6.0") < lines.index("row 2: torch 2.6.0")
+    assert lines.count("torch 2.6.0") == 1  # Only the commands differ.
+    assert lines.index("row 1: `python") < lines.index("row 2: `python")
+    upgraded = make_row(6, line=3, versions={"torch": "2.14.1"})
+    cells = [[report.Cell("6", upgraded)], [report.Cell("5", old)]]
+    lines = report.table(["seconds"], cells)
+    assert lines.index("row 1: torch 2.14.1") < lines.index("row 2: torch 2.6.0")
 
 
 def test_rows_of_one_commit_are_runs_of_one_measurement():
