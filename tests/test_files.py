@@ -136,6 +136,42 @@ def test_only_what_a_dead_process_left_is_removed(tmp_path, monkeypatch):
     assert left == {".lock", ours.name, others.name}
 
 
+KILLED_IN_SAFETENSORS = """
+import os, signal, sys
+from pathlib import Path
+import safetensors.torch
+from minivit.checkpoints import tensors
+
+def die_half_way(_tensors, path, _metadata):
+    path.with_name(".tmpAb12").write_bytes(b"half")  # Versions from 0.8 on write such a file.
+    os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+
+tensors.save_file = die_half_way
+if sys.argv[2] == "SIGTERM":
+    from minivit.system.signals import end_on_signals
+    end_on_signals()
+tensors.save_tensors(Path(sys.argv[1], "a.safetensors"), {}, {})
+"""
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGKILL"])
+def test_nothing_is_left_of_what_a_library_was_writing(tmp_path, signal_name):
+    command = [sys.executable, "-c", KILLED_IN_SAFETENSORS, tmp_path, signal_name]
+    subprocess.run(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL, check=False)
+    left = list(tmp_path.rglob(".tmp*"))
+    assert len(left) == (signal_name == "SIGKILL")
+    with locked(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("target", ["nowhere", "link"])
+def test_a_link_that_leads_nowhere_is_no_folder_to_write_to(tmp_path, target):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match="found a link that leads nowhere; give another --out"):
+        files.refuse_to_overwrite(link / "run", [])
+
+
 def test_containers_and_machines_are_told_apart(monkeypatch):
     spaces = set()
     readlink, read_text = Path.readlink, Path.read_text

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError, first_few
-from ..system.files import dict_of_unique_keys, whole_file
+from ..system.files import dict_of_unique_keys, scratch_folder, whole_file
 from ..system.stand_ins import stand_in
 
 # The types that weights may have in a file. All are computed with in float32, which holds each
@@ -211,15 +211,17 @@ def tail_metadata(path: Path) -> dict[str, str] | None:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file. If that fails, an earlier file of this name is kept."""
-    with whole_file(path) as partial:
+    with whole_file(path) as partial, scratch_folder(path) as folder:
         # safetensors makes files that only their owner can read: restore the usual permissions.
         partial.touch()
         mode = partial.stat().st_mode
+        written = folder / path.name
         try:
-            save_file(tensors, partial, metadata)
+            save_file(tensors, written, metadata)
         except SafetensorError as error:  # for example, the disk is full
             raise OSError(f"{path}: cannot be written ({error})") from error
-        partial.chmod(mode)
+        written.chmod(mode)
+        written.replace(partial)
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:

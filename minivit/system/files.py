@@ -30,10 +30,14 @@ _unfinished: set[Path] = set()
 def remove_unfinished() -> None:
     """Remove the files and folders that are being written, before a process ends at once."""
     for path in list(_unfinished):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -42,10 +46,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     The temporary file replaces `path` when the block ends, and is removed if the block fails.
     """
-    # Threads and other machines may write into the same folder. The name is short because `path`
-    # may have the longest name that the file system allows.
-    name = f".{_process_space()}-{os.getpid()}-{secrets.token_hex(4)}.partial"
-    partial = path.with_name(name)
+    partial = _temporary_path(path)
     _unfinished.add(partial)
     try:
         yield partial
@@ -55,6 +56,29 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
         _unfinished.discard(partial)
+
+
+def _temporary_path(path: Path) -> Path:
+    """Return a name beside `path` that no other thread, process or machine takes."""
+    # It is short because `path` may have the longest name that the file system allows.
+    name = f".{_process_space()}-{os.getpid()}-{secrets.token_hex(4)}.partial"
+    return path.with_name(name)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, for a library that makes temporary files of its own.
+
+    All that is in it is removed when the block ends, or after this process is killed.
+    """
+    folder = _temporary_path(path)
+    _unfinished.add(folder)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _unfinished.discard(folder)
 
 
 @contextmanager
@@ -92,7 +116,7 @@ def _process_space() -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of killed processes from a folder, but not those of live ones.
+    """Remove what killed processes were writing in a folder, but not what live ones are writing.
 
     Which processes are alive is known only where process numbers are shared. Others may write
     from another machine or container: their files are removed when they have not grown for long.
@@ -100,7 +124,7 @@ def remove_leftovers(folder: Path) -> None:
     for partial in folder.glob(".*.partial"):
         with contextlib.suppress(FileNotFoundError):
             if _is_leftover(partial):
-                partial.unlink()
+                _remove(partial)
 
 
 def _is_leftover(partial: Path) -> bool:
@@ -108,7 +132,8 @@ def _is_leftover(partial: Path) -> bool:
     number = rest.partition("-")[0]
     if space == _process_space() and number.isdecimal():
         return not _is_alive(int(number))
-    return time.time() - partial.stat().st_mtime > LEFTOVER_AFTER_S
+    changes = [each.stat().st_mtime for each in (partial, *partial.glob("*"))]
+    return time.time() - max(changes) > LEFTOVER_AFTER_S
 
 
 def _is_alive(process: int) -> bool:
@@ -198,9 +223,10 @@ def refuse_to_overwrite(folder: Path, names: Iterable[str]) -> None:
     before. Raises UserError too if no files can be written there. The folder need not exist, and
     nothing is left in it.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise UserError(f"{existing}: expected a folder, found a file; give another --out")
+        found = "a file" if existing.exists() else "a link that leads nowhere"
+        raise UserError(f"{existing}: expected a folder, found {found}; give another --out")
     try:
         with tempfile.TemporaryFile(dir=existing):  # os.access() promises root too much.
             pass
