@@ -361,7 +361,18 @@ def swap_links(root):
         (root / name).symlink_to(f".{name}")
 
 
+def overwrite(root):
+    """Let the contents of photos change places in files that keep their times."""
+    for red in (root / "red").iterdir():
+        blue = root / "blue" / red.name
+        data = red.read_bytes(), blue.read_bytes()
+        for path, content in zip((blue, red), data):
+            path.write_bytes(content)
+            os.utime(path, (0, 0))
+
+
 SWAPS = {
+    "contents": (lambda root: None, overwrite),
     "class folders": (lambda root: None, lambda root: swap(root / "red", root / "blue")),
     "photos": (lambda root: None, lambda root: swap(root / "red/1.bmp", root / "blue/1.bmp")),
     "links to folders": (swap_links, lambda root: swap(root / "red", root / "blue")),

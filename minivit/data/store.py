@@ -195,14 +195,14 @@ def _kind(preprocess: Preprocess) -> str:
 def _digest_files(paths: Sequence[Path], root: Path) -> str:
     """Return a digest that changes when the photos do, or the library that decodes them.
 
-    Of a photo, its path within `root`, its size, its modification time and its inode number count.
-    The number goes with a file that is moved, so that photos that change places are noticed even if
-    they have one size and one time. A copy has other numbers, as has every mount of some network
-    file systems: there, the store is written anew.
+    Of a photo, its path within `root`, its size, its times and its inode number count. The number
+    goes with a file that is moved, so that photos that change places are noticed even if they have
+    one size and one time. The time of the last change, unlike that of the last modification, cannot
+    be set back: it tells of a photo that `cp -p` has overwritten. A copy has other numbers, as has
+    every mount of some network file systems: there, the store is written anew.
 
-    Not noticed is a photo that is overwritten in its place with as many bytes, and that has the
-    modification time of before: because it was set back, or because the file system's clock is
-    coarse and the store had just been written.
+    Not noticed is a photo that is overwritten in its place with as many bytes at the moment that
+    the store has just been written, if the file system's clock is coarse.
     """
     digest = hashlib.sha256(repr((VERSION, PIL.__version__)).encode())
     folders: dict[str, str] = {}  # paths within `root`
@@ -213,7 +213,8 @@ def _digest_files(paths: Sequence[Path], root: Path) -> str:
         identity = None
         with contextlib.suppress(OSError):  # Decoding says what is wrong with the photo.
             status = path.stat()
-            identity = status.st_size, status.st_mtime_ns, status.st_ino
+            times = status.st_mtime_ns, status.st_ctime_ns
+            identity = status.st_size, times, status.st_ino
         described = repr((folders[folder], name, identity))
         digest.update(described.encode(errors="surrogateescape"))
     return digest.hexdigest()
