@@ -197,7 +197,10 @@ def find_photos(arguments: Iterable[str]) -> tuple[list[Path], int]:
     """
     photos: list[Path] = []
     num_unread = 0
-    for path in map(Path, arguments):
+    for argument in arguments:
+        if not argument:  # Path would take it for the working directory.
+            raise UserError("expected the name of a photo or folder, found an empty one")
+        path = Path(argument)
         try:
             contents = read_folder(path)
         except OSError:  # This is not a folder. If it is no photo either, open_photo says why.

@@ -572,6 +572,13 @@ def test_infer_ends_with_2_if_a_photo_cannot_be_read(
     assert other in capsys.readouterr().err
 
 
+def test_an_empty_name_of_a_photo_is_not_the_working_directory(tmp_path, monkeypatch):
+    save_photo(tmp_path / "1.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="name of a photo or folder, found an empty one"):
+        find_photos([""])
+
+
 def test_a_folder_of_unreadable_photos_is_refused_with_the_reason(tmp_path):
     save_photo(tmp_path / "1.heic")
     with pytest.raises(UserError, match="no photos in this folder; 1 .heic file is not read"):
