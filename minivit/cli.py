@@ -78,6 +78,11 @@ def default_model(model: str | None) -> str:
     return RUN_DIR if Path(RUN_DIR, "config.json").exists() else BASE_MODEL
 
 
+def folder(text: str) -> str:
+    """Parse an argument: a folder. The shell leaves `~` alone in the middle of --out=~/run."""
+    return os.path.expanduser(text)
+
+
 def at_least(low: int) -> Callable[[str], int]:
     """Return an argparse type: a whole number of at least `low`."""
 
@@ -172,6 +177,12 @@ def run(
     What a user can mend ends in one line and exit code 2, an interrupt in 130.
     """
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == "":  # Path would take it for the working directory.
+            parser.error(
+                f"argument --{name.replace('_', '-')}: expected a value, found an empty one; "
+                "is a variable of the shell not set?"
+            )
     try:
         ensure_home()
         code = job(args)

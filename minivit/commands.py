@@ -132,7 +132,7 @@ def train_parser() -> cli.Parser:
         help="seed of the validation split, the order of photos and the augmentation",
     )
     add("--skip-bad", action="store_true", help="go on without photos that cannot be read")
-    add("--out", metavar="DIR", help="folder that everything is written into")
+    add("--out", type=cli.folder, metavar="DIR", help="folder that everything is written into")
     add(
         "--resume",
         action="store_true",
@@ -220,7 +220,12 @@ def infer_parser() -> cli.Parser:
         help="colours span each map's own range, or one range along each row",
     )
     add("--top-k", type=cli.at_least(1), help="names to print for each photo")
-    add("--out", metavar="DIR", help="folder for the figures, named <photo's stem>.png")
+    add(
+        "--out",
+        type=cli.folder,
+        metavar="DIR",
+        help="folder for the figures, named <photo's stem>.png",
+    )
     add(
         "--html",
         action="store_true",

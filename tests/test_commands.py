@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import infer
 import train
-from minivit import __main__, load_pretrained, save_pretrained
+from minivit import __main__, cli, load_pretrained, save_pretrained
 from minivit import train as train_job
 from minivit.training import run_folder as runs
 
@@ -734,6 +734,23 @@ def test_an_interrupt_that_was_ignored_from_the_start_stays_so(tmp_path):
 
 def test_names_that_the_terminals_encoding_lacks_are_printed_as_escapes(tmp_path):
     assert started(r"print('\N{CAT FACE}.png')", tmp_path) == (0, "\\U0001f431.png\n", "")
+
+
+@pytest.mark.parametrize("command", ["train", "infer", "demo", "score", "drop", "study", "export"])
+def test_an_empty_out_is_refused_and_a_tilde_is_the_home(command, monkeypatch, capsys):
+    """A shell leaves `~` alone in --out=~/run, and an unset variable makes --out "$OUT" empty."""
+    positional = {"infer": ["a.png"], "export": ["run", "--to", "timm"]}.get(command, [])
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main([command, *positional, "--out", ""])
+    assert "argument --out: expected a value, found an empty one;" in capsys.readouterr().err
+    asked = []
+
+    def only_parse(_job, parser, argv):
+        asked.append(parser.parse_args(argv).out)
+
+    monkeypatch.setattr(cli, "run", only_parse)
+    __main__.main([command, *positional, "--out=~/run"])
+    assert asked == [os.path.expanduser("~/run")]
 
 
 HELP_WITHOUT_TORCH = """

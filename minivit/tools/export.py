@@ -18,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("export", description=DESCRIPTION)
     parser.add_argument("model", metavar="DIR", help="a run, or any model that minivit reads")
     parser.add_argument("--to", choices=("timm",), required=True, help="the library to export to")
-    parser.add_argument("--out", metavar="DIR", help="folder to write to; default: DIR/timm")
+    parser.add_argument(
+        "--out", type=cli.folder, metavar="DIR", help="folder to write to; default: DIR/timm"
+    )
     return cli.run(export, parser, argv)
 
 

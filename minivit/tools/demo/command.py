@@ -38,7 +38,9 @@ STORY = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("demo", description=DESCRIPTION)
-    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="output folder")
+    parser.add_argument(
+        "--out", type=cli.folder, default="runs/demo", metavar="DIR", help="output folder"
+    )
     parser.add_argument(
         "--seed", type=cli.at_least(0), default=0, help="seed of the drawings and of training"
     )

@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_workers("processes that decode photos")
     parser.add_argument(
         "--out",
+        type=cli.folder,
         default="drop",
         metavar="DIR",
         help="the folder for drop.csv, drop.json, drop.png and the gallery",

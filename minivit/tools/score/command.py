@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_workers("processes that decode photos")
     parser.add_argument(
         "--out",
+        type=cli.folder,
         default="score",
         metavar="DIR",
         help="the folder for score.csv, score.json, score.png and the gallery",

@@ -95,6 +95,7 @@ def make_parser() -> cli.Parser:
     parser.add_workers("number of threads that decode photos")
     add(
         "--out",
+        type=cli.folder,
         default="study",
         metavar="DIR",
         help="folder for study.csv and study.png; an interrupted study is continued there",
