@@ -257,6 +257,10 @@ def test_a_finished_run_is_pushed_by_resume_under_its_new_name(
     (out / "README.md").write_text("mine")  # An edited card stays as it is.
     assert run_train(tiny_folder, shapes_data, out, *push, "owner/other") == 0
     assert as_bytes(no_hub.pushed[-1][1]["README.md"]) == b"mine"
+    (out / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors is not there any more, so nothing is"):
+        publishing.publish(out, "owner/other")
+    assert len(no_hub.pushed) == 2
 
 
 def test_neither_a_dry_run_nor_a_failed_start_creates_a_repository(

@@ -290,6 +290,8 @@ def test_a_finished_run_is_not_run_again_and_an_absent_one_begins(
     assert run_train(tiny_saved, shapes_data, out, "--epochs", "1", "--resume") == 0
     again = capsys.readouterr()
     assert again.out == printed.out.splitlines()[-1] + "\n"
+    same = ("--model", f"{tiny_saved}/", "--data", f"{shapes_data}/../{shapes_data.name}")
+    assert run_train(tiny_saved, shapes_data, out, "--epochs", "1", "--resume", *same) == 0
     for flags, message in {
         ("--lr", "0.01"): "--lr was 0.003, now 0.01",
         ("--img-size", "48"): "--img-size was None, now [48, 48]",

@@ -21,6 +21,7 @@ from .model_card import base_checkpoint, hub_base
 from .run_folder import RUN_FILES, SUMMARY, TAIL, base_of
 
 PHOTOS = "predictions.png"  # shows the user's photos
+CHECKPOINT = ("model.safetensors", "config.json", "preprocessor_config.json")
 PATHS = ("model", "data", "out")  # the settings that may name local folders
 
 
@@ -59,7 +60,16 @@ def prepare(settings: TrainSettings) -> None:
 
 
 def publish(out: Path, repo: str) -> None:
-    """Upload a finished run, and print the address of the commit."""
+    """Upload a finished run, and print the address of the commit.
+
+    Raises UserError if the run no longer has all files of a checkpoint.
+    """
+    missing = [name for name in CHECKPOINT if not (out / name).exists()]
+    if missing:
+        raise UserError(
+            f"{out}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there any "
+            "more, so nothing is uploaded; train again without --resume"
+        )
     summary = files.read_json(out / SUMMARY)
     _name_card(out, summary, repo)
     address = upload.push(repo, files_to_upload(out, summary), folder=out)

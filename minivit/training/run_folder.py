@@ -70,7 +70,7 @@ def check_inputs(settings: TrainSettings) -> None:
             f"{out}: --model reads files of this folder, which a run would move or overwrite; "
             "give another --out"
         )
-    if _is_same(Path(os.path.expanduser(settings.data)), out):
+    if _is_same_place(settings.data, settings.out):
         raise UserError(f"{out}: is the folder of the photos too; give another --out")
 
 
@@ -102,6 +102,11 @@ def base_of(model: str) -> str:
 
 def _is_same(a: Path, b: Path) -> bool:
     return os.path.realpath(a) == os.path.realpath(b)
+
+
+def _is_same_place(a: str, b: str) -> bool:
+    """Return whether two arguments name one file or folder."""
+    return _is_same(Path(os.path.expanduser(a)), Path(os.path.expanduser(b)))
 
 
 def files_of_run(out: Path) -> set[str]:
@@ -200,6 +205,9 @@ def check_finished(out: Path, settings: TrainSettings, precision: str) -> None:
     wanted = settings.mathematics() | {flag(name): getattr(settings, name) for name in names}
     wanted["precision"] = precision
     wanted = json.loads(json.dumps(wanted))  # A tuple, for example, becomes a list.
+    for name in ("--model", "--data"):
+        if name in before and _is_same_place(before[name], wanted[name]):  # as data and ./data/ are
+            wanted[name] = before[name]
     # What the summary of an earlier version of minivit does not say cannot be compared.
     changes = list_changes(wanted | before, wanted)
     if changes:
