@@ -786,7 +786,7 @@ def test_a_preprocessor_config_survives_a_round_trip():
     ],
 )
 def test_mean_and_std_must_be_three_numbers_each(wrong):
-    with pytest.raises(UserError, match="expected three numbers each"):
+    with pytest.raises(UserError, match="three numbers each, and a std above 0"):
         Preprocess(**wrong)
 
 

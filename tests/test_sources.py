@@ -130,8 +130,9 @@ def test_a_wrapper_on_some_names_only_is_not_taken_off(tensors, tiny_folder):
     save_file(wrapped, tiny_folder / "model.safetensors")
     with pytest.raises(
         UserError, match=r"most names begin with 'model\.', but not criterion\.weight"
-    ):
+    ) as raised:
         load_pretrained(tiny_folder)
+    assert "by the tensors' names, nearest is" in str(raised.value)
 
 
 def test_names_that_become_equal_are_refused(tensors, tiny_folder):

@@ -275,12 +275,13 @@ def recognise(kind: str, names: Collection[str], source: str) -> Family:
             f"config.json has model_type {kind!r}; expected one of {', '.join(KINDS)}; "
             f"by the tensors' names, {mismatch}"
         )
+    elif distance(best) > distance(nearest) > 0 and kind:
+        problem = f"config.json is that of {best.title}, but by the tensors' names, {mismatch}"
     elif distance(best) > distance(nearest) and kind:
         problem = (
             f"config.json is that of {best.title}, but the tensors have the names of "
             f"{nearest.title}; one of the two files belongs to another model"
         )
-        problem += _partly_wrapped(names)
     elif distance(nearest) > 0 and not kind:
         problem = f"not a ViT that minivit reads; {mismatch}"
     elif distance(best) > distance(nearest):

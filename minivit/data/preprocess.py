@@ -55,7 +55,8 @@ class Preprocess:
             or min(self.std) <= 0
         ):
             raise UserError(
-                f"mean {self.mean} and std {self.std} of the pixels: expected three numbers each"
+                f"mean {self.mean} and std {self.std} of the pixels: expected three numbers each, "
+                "and a std above 0"
             )
 
     @property
