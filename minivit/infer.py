@@ -35,6 +35,7 @@ from .model import ViT, working_copy
 from .settings import InferSettings
 from .system import device as devices
 from .system import distributed
+from .system.files import refuse_to_overwrite
 from .system.workers import read_ahead, worker_pool
 
 # Figures of fewer photos are drawn before worker processes would have started.
@@ -75,6 +76,7 @@ class Answer:
 @devices.own_defaults()
 def infer(settings: InferSettings) -> int:
     """Do the whole job: name photos and draw figures, and return the exit code."""
+    refuse_to_overwrite(Path(settings.out), [])  # No name is: figures give way to other files.
     photos, num_unread = find_photos(settings.photos)
     jobs = list(place_figures(photos, Path(settings.out), written_suffixes(settings)))
     # torchrun's processes share the photos out, which is right only if all of them are there.

@@ -405,6 +405,14 @@ def test_infer_refuses_what_cannot_be(tiny_folder, tmp_path, capsys, flags, mess
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_infer_says_before_it_loads_a_model_that_out_is_no_folder(tmp_path, capsys):
+    photo = tmp_path / "a.png"
+    draw_photo(30, 30).save(photo)
+    assert infer.main([str(photo), "--model", "no/such", "--out", str(photo)]) == 2
+    line = f"python -m minivit infer: {photo}: expected a folder, found a file; give another --out"
+    assert capsys.readouterr().err == f"{line}\n"
+
+
 def test_a_full_device_is_one_line_and_other_runtime_errors_are_raised(monkeypatch, capsys):
     from minivit.system import device
 
