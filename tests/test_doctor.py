@@ -395,9 +395,15 @@ def test_a_defect_of_pets_is_found_under_its_kind_and_nothing_else(pets, plant, 
     assert found(pets) == found(pets / "oxford-iiit-pet") == {"part": [], kind: files}
 
 
-def test_a_missing_listing_stops_training(pets):
-    (pets / "oxford-iiit-pet" / "annotations" / "test.txt").unlink()
-    assert found(pets)["missing"] == ["test.txt"]
+def test_a_missing_listing_is_an_error_that_says_where_it_is(pets):
+    annotations = pets / "oxford-iiit-pet" / "annotations"
+    (annotations / "test.txt").unlink()
+    assert "test.txt: no such file; unpack annotations.tar.gz" in message(pets, "layout")
+    annotations.rename(pets / "inner")
+    annotations.mkdir()
+    (pets / "inner").rename(annotations / "annotations")
+    assert "annotations/annotations one folder up" in message(pets, "layout")
+    assert "part" not in found(pets)
 
 
 def test_a_photo_that_both_listings_name_is_a_copy_in_two_splits(pets):

@@ -308,12 +308,8 @@ def _find_case_variants(listing: Listing, problems: Problems) -> None:
 
 
 def _survey_pets(listing: Listing, annotations: Path, problems: Problems) -> None:
-    for split, error in listing.errors.items():
-        listing_name = f"{split}.txt"
-        if (annotations / listing_name).is_file():
-            problems["layout"][str(error)] = ""
-        else:
-            problems["missing"][listing_name] = ""
+    for error in listing.errors.values():
+        problems["layout"][str(error)] = ""
     _check_breed_counts(listing, problems)
     masks = _file_stems(annotations / "trimaps")
     for photo in listing.photos():
@@ -327,6 +323,8 @@ def _check_breed_counts(listing: Listing, problems: Problems) -> None:
         for split in ("trainval", "test")
     )
     breeds = sorted({*trainval, *test})
+    if not breeds:
+        return  # The listings are missing, which is an error.
     if len(breeds) < NUM_BREEDS:
         # This finding has a sentence in the place of file names.
         sentence = f"{trainval.total():,} + {test.total():,} photos of {len(breeds)} breeds"
