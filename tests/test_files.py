@@ -46,6 +46,21 @@ def test_a_file_that_is_not_finished_leaves_the_old_one_and_nothing_else(tmp_pat
     assert not unfinished
 
 
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    path = tmp_path / "a.txt"
+    with pytest.raises(OSError, match="No space") as error, whole_file(path):
+        raise OSError(errno.ENOSPC, "No space left on device")  # write() knows no name.
+    assert error.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as error, whole_file(path) as partial:
+        partial.open()
+    assert error.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as error, whole_file(path):
+        (tmp_path / "a photo").open()
+    assert error.value.filename == str(tmp_path / "a photo")
+    with pytest.raises(OSError, match="^says all itself$"), whole_file(path):
+        raise OSError("says all itself")
+
+
 def test_a_file_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     done = []
     for name in ("fsync", "replace"):

@@ -44,7 +44,8 @@ def _remove(path: Path) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to.
 
-    The temporary file replaces `path` when the block ends, and is removed if the block fails.
+    The temporary file replaces `path` when the block ends, and is removed if the block fails. An
+    OSError, as of a full disk, then names `path`, the only name that the user knows.
     """
     partial = _temporary_path(path)
     _unfinished.add(partial)
@@ -53,6 +54,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.strerror and error.filename in (None, str(partial), partial):
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
         _unfinished.discard(partial)
