@@ -213,8 +213,8 @@ QUANTITIES = {"device GiB": "device memory", "host MiB": "host memory"}
 def job_in_short(rows: Sequence[Row]) -> str:
     labels = {
         "transformers": "transformers' Trainer as its users write it",
-        "transformers-bf16": "Trainer in bf16 with batch 64",
-        "transformers-even": "Trainer tuned: more workers, smaller photos, one test at the end",
+        "transformers-tuned": "Trainer tuned: more workers, photos made small first",
+        "transformers-even": "Trainer tuned, and tested once at the end as `train.py` is",
         "minivit-cold": "`train.py`, photos still to be decoded",
         "minivit": "`train.py`, photos decoded by an earlier run",
     }
