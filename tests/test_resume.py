@@ -286,6 +286,7 @@ def test_a_finished_run_is_not_run_again_and_an_absent_one_begins(
     assert run_train(tiny_saved, shapes_data, out, "--epochs", "1", "--resume") == 0
     printed = capsys.readouterr()
     assert f"{out}: there is no run to resume, so a new one begins" in printed.err
+    assert "\r" not in printed.err  # Progress bars are for terminals, not for logs.
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert run_train(tiny_saved, shapes_data, out, "--epochs", "1", "--resume") == 0
     again = capsys.readouterr()

@@ -336,7 +336,7 @@ def _decode_all(
     errors: list[str] = []
     with (
         worker_pool(processes, "minivit.data.preprocess") as pool,
-        tqdm(total=len(paths), desc="decoding", unit="photo", leave=False) as bar,
+        tqdm(total=len(paths), desc="decoding", unit="photo", leave=False, disable=None) as bar,
     ):
         for chunk in map_ahead(pool, decode_into, jobs, ahead=2 * workers):
             errors += chunk

@@ -112,7 +112,9 @@ class FeatureExtractor:
 
         batches = [slice(i, i + self.batch) for i in range(0, len(indices), self.batch)]
         on_device = to_device_ahead(read, batches, weight.device)
-        progress = tqdm(on_device, "frozen blocks", len(batches), unit="batch", leave=False)
+        progress = tqdm(
+            on_device, "frozen blocks", len(batches), unit="batch", leave=False, disable=None
+        )
         for tensors, rows in zip(progress, batches):
             stop_here()
             features[rows].copy_(self(*tensors))

@@ -198,6 +198,7 @@ def train_epoch(
         initial=first_step,
         unit="step",
         leave=False,
+        disable=None,  # shown on a terminal only
     )
     try:
         for batch in progress:
@@ -306,7 +307,7 @@ def predict_photos(model: ViT, pixels: Source, *, batch: int) -> Tensor:
     on_device = to_device_ahead(read, indices, device)
     logits = []
     for (pixels_of_batch,) in tqdm(
-        on_device, "predicting", len(indices), unit="batch", leave=False
+        on_device, "predicting", len(indices), unit="batch", leave=False, disable=None
     ):
         images = model.preprocess.normalize(pixels_of_batch)
         logits.append(model(images).float())

@@ -106,7 +106,8 @@ def ask(
     answers = Answers([], {}, {name: {} for name in models}, {})
     parts: dict[str, list[tuple[dict[Key, np.ndarray], np.ndarray]]] = {name: [] for name in models}
     label_of = np.asarray(labels)
-    with torch.inference_mode(), tqdm(total=len(paths), unit="photo", leave=False) as progress:
+    bar = tqdm(total=len(paths), unit="photo", leave=False, disable=None)
+    with torch.inference_mode(), bar as progress:
         for window in read_windows(first, paths, workers, answers.left_out):
             # Each window has a seed of its own, so that neither --maps nor --compare changes what
             # is left out, and all models' maps have the same random order beside them.

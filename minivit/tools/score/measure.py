@@ -84,7 +84,8 @@ def measure(
     reading = read_photos(
         paths, model, workers=workers, left_out=left_out, without_head=without_head
     )
-    with torch.inference_mode(), tqdm(total=len(paths), unit="photo", leave=False) as progress:
+    bar = tqdm(total=len(paths), unit="photo", leave=False, disable=None)
+    with torch.inference_mode(), bar as progress:
         for batch in reading:
             rows = slice(len(photos), len(photos) + len(batch.indices))
             for name, values in measure_batch(models, batch, blocks, methods).items():
