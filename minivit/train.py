@@ -393,8 +393,9 @@ def warn_about_few_steps(settings: TrainSettings, num_train: int) -> None:
     steps = settings.epochs * steps_per_epoch
     if steps < MIN_STEPS:
         epochs = math.ceil(MIN_STEPS / steps_per_epoch)
+        words = "step teaches" if steps == 1 else "steps teach"
         print(
-            f"{steps} steps teach little; for so few photos try --epochs {epochs} --cache-views 4, "
+            f"{steps} {words} little; for so few photos try --epochs {epochs} --cache-views 4, "
             "where most epochs cost little",
             file=sys.stderr,
         )
