@@ -43,10 +43,16 @@ def small(request) -> ViT:
     return model
 
 
+def make_window(pixels: torch.Tensor, sets) -> Window:
+    photos = range(len(pixels))
+    shown = [conditions.show_own(sets, np.random.default_rng(photo)) for photo in photos]
+    return Window(list(photos), pixels, [sets] * len(pixels), shown)
+
+
 def window_of(count: int, sets=SETS, seed: int = 0) -> Window:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, 3, 48, 48), dtype=torch.uint8, generator=generator)
-    return Window(list(range(count)), pixels, [sets] * count)
+    return make_window(pixels, sets)
 
 
 # Which patches
@@ -163,7 +169,7 @@ def test_tokens_of_two_photos_are_joined_by_hand(small):
 def test_answers_in_batches_are_those_of_a_plain_loop(small):
     window = window_of(12)
     labels = np.arange(12) % 3
-    questions = measure.ask_about_conditions(window, labels, np.random.default_rng(0))
+    questions = measure.ask_about_conditions(window, labels)
     questions += measure.ask_in_order_of_maps(small, window, [1, 2], np.random.default_rng(0))
     predicted, probability = measure.answer(small, window, questions)
     first = 1 + small.config.num_registers
@@ -180,9 +186,7 @@ def test_answers_in_batches_are_those_of_a_plain_loop(small):
 
 
 def test_a_condition_that_cannot_be_shown_has_no_answer(small):
-    questions = measure.ask_about_conditions(
-        window_of(3), np.array([0, 0, 1]), np.random.default_rng(0)
-    )
+    questions = measure.ask_about_conditions(window_of(3), np.array([0, 0, 1]))
     predicted, _ = measure.answer(small, window_of(3), questions)
     assert predicted[conditions.SAME_CLASS][2] == measure.NO_ANSWER
     summary = statistics.summarize(predicted, np.zeros(3, int))
@@ -191,7 +195,7 @@ def test_a_condition_that_cannot_be_shown_has_no_answer(small):
 
 def test_a_map_of_random_numbers_is_not_faithful(small):
     window = window_of(60)
-    questions = measure.ask_about_conditions(window, np.zeros(60, int), np.random.default_rng(0))
+    questions = measure.ask_about_conditions(window, np.zeros(60, int))
     questions += measure.ask_in_order_of_maps(small, window, [2], np.random.default_rng(1))
     predicted, _ = measure.answer(small, window, questions)
     number = statistics.summarize(predicted, None).faithfulness[measure.RANDOM, None]
@@ -223,7 +227,7 @@ def bright_pets(sets) -> Window:
             pixels[photo, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = 255
     for photo in range(4, 8):
         pixels[photo] = 255 - pixels[photo - 4]
-    return Window(list(range(8)), pixels, [sets] * 8)
+    return make_window(pixels, sets)
 
 
 def test_swapping_pet_and_background_swaps_the_answers():
@@ -233,9 +237,7 @@ def test_swapping_pet_and_background_swaps_the_answers():
     answers = []
     for sets in (sure, swapped):
         window = bright_pets(sets)
-        questions = measure.ask_about_conditions(
-            window, np.repeat([1, 0], 4), np.random.default_rng(0)
-        )
+        questions = measure.ask_about_conditions(window, np.repeat([1, 0], 4))
         answers.append(measure.answer(model, window, questions)[0])
     pet_bright = [1] * 4 + [0] * 4
     assert answers[0][conditions.PET_ONLY].tolist() == pet_bright
@@ -539,7 +541,7 @@ TINTS = (
 
 
 def tint_rooms(root: Path, by_breed: bool) -> None:
-    """Blend the room of each drawing with a colour of its breed, or with one of the six by chance."""
+    """Blend each drawing's room with a colour of its breed, or with one of the six by chance."""
     photos = sorted((root / "oxford-iiit-pet" / "images").iterdir())
     breeds = sorted({path.stem.rsplit("_", 1)[0] for path in photos})
     rng = np.random.default_rng(0)

@@ -6,6 +6,7 @@ always stay. Shapes: n photos, B of a batch, P patches, N tokens, D embed_dim, K
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ from ...errors import UserError
 from ...model import ViT
 from ...system.device import cpu_batch
 from ...system.workers import map_ahead, processes_worth_starting, worker_pool
-from ..score.masks import read_pets
 from .conditions import (
     CONDITIONS,
     EVERYTHING,
@@ -30,12 +30,10 @@ from .conditions import (
     PatchSets,
     Shown,
     order_by_importance,
-    patch_sets,
-    reason_to_leave_out,
     show_joined,
-    show_own,
     spread_classes,
 )
+from .photos import DropPhoto, read_photos
 
 # Photos whose pixels are in memory together. Their conditions are sorted by the number of patches
 # that are shown, so that a batch needs no padding; many photos fill the batches.
@@ -76,6 +74,7 @@ class Window:
     photos: list[int]  # their indices among all photos
     pixels: Tensor  # uint8 (W, 3, h, w)
     sets: list[PatchSets]
+    shown: list[dict[str, Shown]]  # of each photo, by condition
 
 
 @dataclass
@@ -108,15 +107,13 @@ def ask(
     label_of = np.asarray(labels)
     bar = tqdm(total=len(paths), unit="photo", leave=False, disable=None)
     with torch.inference_mode(), bar as progress:
-        for window in read_windows(first, paths, workers, answers.left_out):
-            # Each window has a seed of its own, so that neither --maps nor --compare changes what
-            # is left out, and all models' maps have the same random order beside them.
-            rng = np.random.default_rng([seed, window.photos[0]])
-            questions = ask_about_conditions(window, label_of[window.photos], rng)
+        for window in read_windows(first, paths, workers, answers.left_out, seed):
+            questions = ask_about_conditions(window, label_of[window.photos])
             for name, model in models.items():
                 of_model = questions
                 if map_blocks:
-                    rng = np.random.default_rng([seed, window.photos[0], 1])
+                    # All models' maps have the same random order beside them.
+                    rng = np.random.default_rng([seed, window.photos[0]])
                     of_model = questions + ask_in_order_of_maps(model, window, map_blocks, rng)
                 parts[name].append(answer(model, window, of_model))
             answers.photos += window.photos
@@ -134,57 +131,49 @@ def ask(
 
 
 def read_windows(
-    model: ViT, paths: Sequence[Path], workers: int, left_out: dict[str, list[str]]
+    model: ViT, paths: Sequence[Path], workers: int, left_out: dict[str, list[str]], seed: int
 ) -> Iterator[Window]:
     """Yield windows of photos; the names of those that are not taken go into `left_out`."""
     preprocess, grid = model.preprocess, model.config.grid
-    jobs = ((paths[i : i + CHUNK], preprocess, grid) for i in range(0, len(paths), CHUNK))
-    photos: list[int] = []
-    pixels: list[np.ndarray] = []
-    sets: list[PatchSets] = []
+    jobs = (
+        (paths[first : first + CHUNK], first, preprocess, grid, seed)
+        for first in range(0, len(paths), CHUNK)
+    )
+    indices: list[int] = []
+    photos: list[DropPhoto] = []
 
     def window() -> Window:
-        device = model.cls_token.device
-        return Window(photos[:], torch.from_numpy(np.stack(pixels)).to(device), sets[:])
+        pixels, sets, shown = zip(*photos)
+        on_device = torch.from_numpy(np.stack(pixels)).to(model.cls_token.device)
+        return Window(indices[:], on_device, list(sets), list(shown))
 
-    index = 0
-    with worker_pool(processes_worth_starting(paths, workers), "minivit.tools.score.masks") as pool:
-        for chunk in map_ahead(pool, read_pets, jobs, ahead=2 * workers):
-            for result in chunk:
-                name = paths[index].name
-                if isinstance(result, str):
-                    left_out.setdefault(result, []).append(name)
-                else:
-                    pet, background = result.regions[0]
-                    of_photo = patch_sets(pet, background, grid)
-                    reason = reason_to_leave_out(of_photo)
-                    if reason:
-                        left_out.setdefault(reason, []).append(name)
-                    else:
-                        photos.append(index)
-                        pixels.append(result.pixels)
-                        sets.append(of_photo)
-                index += 1
-            if len(photos) >= WINDOW:
+    num_processes = processes_worth_starting(paths, workers)
+    with worker_pool(num_processes, "minivit.tools.drop.photos") as pool:
+        chunks = map_ahead(pool, read_photos, jobs, ahead=2 * workers)
+        for index, photo in enumerate(itertools.chain.from_iterable(chunks)):
+            if isinstance(photo, str):
+                left_out.setdefault(photo, []).append(paths[index].name)
+                continue
+            indices.append(index)
+            photos.append(photo)
+            if len(photos) == WINDOW:
                 yield window()
-                photos, pixels, sets = [], [], []
+                indices, photos = [], []
     if photos:
         yield window()
 
 
-def ask_about_conditions(
-    window: Window, labels: np.ndarray, rng: np.random.Generator
-) -> list[Question]:
+def ask_about_conditions(window: Window, labels: np.ndarray) -> list[Question]:
     """Return a question for each photo and condition that can be shown."""
     questions = []
     for photo, sets in enumerate(window.sets):
-        for key, shown in show_own(sets, rng).items():
+        for key, shown in window.shown[photo].items():
             questions.append(Question(photo, key, shown))
         for key, same_class in ((SAME_CLASS, True), (OTHER_CLASS, False)):
             partner = next_photo(photo, labels, same_class)
             if partner is not None:
-                shown = show_joined(sets, partner, window.sets[partner])
-                questions.append(Question(photo, key, shown))
+                joined = show_joined(sets, partner, window.sets[partner])
+                questions.append(Question(photo, key, joined))
     return questions
 
 
