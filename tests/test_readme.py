@@ -431,7 +431,12 @@ def test_flags_that_are_named_exist(page):
             assert set(re.findall(r"--[a-z][a-z-]+", code)) <= flags, code
 
 
-FLAG_TABLES = {"Every flag": "infer", "Flags of score": "score", "Flags of study": "study"}
+FLAG_TABLES = {
+    "Every flag": "infer",
+    "Flags of score": "score",
+    "Flags of study": "study",
+    "Flags of drop": "drop",
+}
 
 
 @pytest.mark.parametrize("heading", FLAG_TABLES)

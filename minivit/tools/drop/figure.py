@@ -15,7 +15,7 @@ from .measure import FRACTIONS, MASK, RANDOM, MapKey
 from .report import map_name
 from .statistics import Summary
 
-COLOURS = {"before": "#a6dba0", "after": "#762a83", "model": "#762a83"}
+COLOURS = {"before": "#a6dba0", "after": "#af8dc3", "model": "#af8dc3"}
 # Each map's colour and marker in the curves, so that they can be told apart in grey, too.
 STYLES = {
     "attention": ("#40004b", "o"),
@@ -66,8 +66,8 @@ def draw_bars(ax: Axes, summaries: Mapping[str, Summary]) -> None:
                 height * 0.92,
                 xerr=[[value.mean - value.low], [value.high - value.mean]],
                 color=COLOURS[label],
-                error_kw={"ecolor": "0.3", "capsize": 2},
-                label=label if row == 0 else None,
+                error_kw={"ecolor": "0.15", "capsize": 2, "elinewidth": 1},
+                label=label if row == 0 and len(summaries) > 1 else None,
             )
             ax.text(value.high + 0.015, y, f"{value.mean:.0%}", va="center", fontsize=8)
     if chance is not None and knows_classes:
@@ -79,6 +79,7 @@ def draw_bars(ax: Axes, summaries: Mapping[str, Summary]) -> None:
     ax.set_xlabel("accuracy, mean of classes" if knows_classes else "answers that stay the same")
     if len(summaries) > 1 or knows_classes:
         ax.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def draw_curves(ax: Axes, summary: Summary) -> None:

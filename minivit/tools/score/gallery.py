@@ -30,7 +30,7 @@ from .measure import Measured
 
 LONGER_SIDE = 240  # of each panel in a strip, in pixels
 GAP = 4  # between the panels of a strip, in pixels
-COLUMNS = 3  # of strips in gallery.png
+MOST_COLUMNS = 3  # of strips in gallery.png
 
 
 class CaptionedStrip(NamedTuple):
@@ -170,9 +170,11 @@ def gallery_page(sections: Mapping[str, Sequence[CaptionedStrip]], explanation: 
 
 def draw_gallery(path: Path, sections: Mapping[str, Sequence[CaptionedStrip]], title: str) -> None:
     """Draw the strips with their captions, section by section."""
-    num_rows = [math.ceil(len(strips) / COLUMNS) for strips in sections.values()]
+    # The title needs two columns.
+    num_columns = min(max(2, *map(len, sections.values())), MOST_COLUMNS)
+    num_rows = [math.ceil(len(strips) / num_columns) for strips in sections.values()]
     heights = [2.3 * n + 0.5 for n in num_rows]
-    size = COLUMNS * 4.4, sum(heights) + 0.5
+    size = num_columns * 4.4, sum(heights) + 0.5
     with new_figure(size, layout="constrained", dpi=100) as figure:
         parts = figure.subfigures(len(sections), 1, squeeze=False, height_ratios=heights)[:, 0]
         for part, n, (kind, strips) in zip(parts, num_rows, sections.items()):
@@ -180,7 +182,7 @@ def draw_gallery(path: Path, sections: Mapping[str, Sequence[CaptionedStrip]], t
             part.suptitle(heading, x=0.01, ha="left", weight="bold", fontsize=11)
             if not strips:
                 continue
-            axes = part.subplots(n, COLUMNS, squeeze=False).ravel()
+            axes = part.subplots(n, num_columns, squeeze=False).ravel()
             for ax in axes:
                 ax.axis("off")
             for ax, strip in zip(axes, strips):
