@@ -43,6 +43,7 @@ UNDERSTOOD = {
     ),
     "ViT with two numbers": of("ViTImageProcessor", size=[64, 96]),
     "ViT with a crop": of("ViTImageProcessor", size=120, do_center_crop=True, crop_size=[64, 96]),
+    "ViT with a crop of all": of("ViTImageProcessor", size=64, do_center_crop=True, crop_size=64),
     "ViT with default_to_square off": of(
         "ViTImageProcessor", size=80, default_to_square=False, do_center_crop=True, crop_size=64
     ),

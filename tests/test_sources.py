@@ -168,9 +168,10 @@ def test_of_several_state_dicts_none_is_chosen(tensors, tiny_folder):
     torch.save({"model": tensors, "model_ema": tensors}, tiny_folder / "last.pth")
     with pytest.raises(UserError, match=r"several state dicts, model, model_ema; save the one"):
         load_pretrained(tiny_folder / "last.pth")
-    torch.save({"epoch": 3, "model": {}}, tiny_folder / "last.pth")
-    with pytest.raises(UserError, match="expected a state dict of names and tensors"):
-        load_pretrained(tiny_folder / "last.pth")
+    for content in ({"epoch": 3, "model": {}}, {0: torch.zeros(2)}, [torch.zeros(2)]):
+        torch.save(content, tiny_folder / "last.pth")
+        with pytest.raises(UserError, match="expected a state dict of names and tensors"):
+            load_pretrained(tiny_folder / "last.pth")
 
 
 POINTER = (

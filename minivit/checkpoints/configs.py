@@ -112,7 +112,7 @@ def spec_from_hub(
         pool="cls+mean" if dinov2 else "cls",
         pos_grid=patch_grid(settings["image_size"], patch_size),
         pos_antialias=kind == REGISTERS.kind,
-        num_registers=settings.get("num_register_tokens", 0) if kind == REGISTERS.kind else 0,
+        num_registers=settings["num_register_tokens"] if kind == REGISTERS.kind else 0,
     )
     if settings.get("head_dim") not in (None, embed_dim // sizes.num_heads):
         raise UserError(
