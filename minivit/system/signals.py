@@ -109,11 +109,12 @@ class StopRequests:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Remember a signal; in a single process, a second SIGINT is handled as it was before."""
-        from .distributed import world_size
-
         earlier = self.earlier_handlers[signal.Signals(number)]
-        if self.received and number == signal.SIGINT and world_size() == 1 and callable(earlier):
-            earlier(number, frame)
+        if self.received and number == signal.SIGINT and callable(earlier):
+            from .distributed import world_size  # This imports torch.
+
+            if world_size() == 1:
+                earlier(number, frame)
         self.received.append(number)
 
     def stop_here(self) -> None:
