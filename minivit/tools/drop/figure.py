@@ -34,15 +34,16 @@ def draw_drop(path: Path, summaries: Mapping[str, Summary], title: str) -> None:
     summary = summaries["model"]
     has_maps = bool(summary.faithfulness)
     height = 2 + 0.36 * len(CONDITIONS) * len(summaries) ** 0.5
-    size = 12 if has_maps else 7.6, height
-    with new_figure(size, layout="constrained", dpi=110) as figure:
+    width = 14 if has_maps else 7.6
+    characters = 130 if has_maps else 80  # of a line of the title
+    with new_figure((width, height), layout="constrained", dpi=110) as figure:
         if has_maps:
             bars, curves = figure.subplots(1, 2, width_ratios=[1.2, 1])
             draw_curves(curves, summary)
         else:
             bars = figure.subplots()
         draw_bars(bars, {labels[name]: summaries[name] for name in labels})
-        figure.suptitle("\n".join(textwrap.wrap(title, 80)), fontsize=11, parse_math=False)
+        figure.suptitle("\n".join(textwrap.wrap(title, characters)), fontsize=11, parse_math=False)
         save(figure, path)
 
 
@@ -69,7 +70,14 @@ def draw_bars(ax: Axes, summaries: Mapping[str, Summary]) -> None:
                 error_kw={"ecolor": "0.15", "capsize": 2, "elinewidth": 1},
                 label=label if row == 0 and len(summaries) > 1 else None,
             )
-            ax.text(value.high + 0.015, y, f"{value.mean:.0%}", va="center", fontsize=8)
+            ax.text(
+                value.high + 0.015,
+                y,
+                f"{value.mean:.0%}",
+                va="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )
     if chance is not None and knows_classes:
         ax.axvline(chance, color="0.4", linestyle=":", label="chance")
     ax.set_yticks(range(len(keys)), keys, fontsize=9)
@@ -85,15 +93,28 @@ def draw_bars(ax: Axes, summaries: Mapping[str, Summary]) -> None:
 def draw_curves(ax: Axes, summary: Summary) -> None:
     """Draw how many answers stay while patches are left out in the order of each map."""
     percent = [0, *(100 * fraction for fraction in FRACTIONS)]
+    blocks = [block for _, block in summary.faithfulness if block is not None]
     for method, block in summary.faithfulness:
         colour, marker = STYLES[method]
+        alpha = 1.0
+        if block is not None and len(set(blocks)) > 1:  # The earlier the block, the paler.
+            alpha = 0.3 + 0.7 * (block - min(blocks)) / (max(blocks) - min(blocks))
         for most_first, line in ((True, "-"), (False, "--")):
             keys = [MapKey(method, block, most_first, fraction) for fraction in FRACTIONS]
             stays = [1.0, *(summary.results[key].agreement.mean for key in keys)]
             label = map_name(method, block) if most_first else None
-            ax.plot(percent, stays, line, color=colour, marker=marker, markersize=4, label=label)
-    ax.plot([], [], "-", color="0.2", label="most important first (lower is better)")
-    ax.plot([], [], "--", color="0.2", label="least important first (higher is better)")
+            ax.plot(
+                percent,
+                stays,
+                line,
+                color=colour,
+                marker=marker,
+                markersize=4,
+                alpha=alpha,
+                label=label,
+            )
+    ax.plot([], [], "-", color="0.2", label="most important first\n(lower is better)")
+    ax.plot([], [], "--", color="0.2", label="least important first\n(higher is better)")
     ax.set(xlabel="patches left out, %", ylabel="answers that stay the same", ylim=(0, 1.03))
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, loc="lower left")
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
