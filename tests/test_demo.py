@@ -135,8 +135,13 @@ def test_the_story_is_told_and_points_at_what_is_there(story):
     assert "test accuracy" in training
     assert re.search(r"blocks 10-11 +223,680 +223,680", training)
     listed = re.findall(rf"^  ({re.escape(str(out))}\S*) ", printed, re.M)
-    assert len(listed) == 6
+    assert len(listed) == 7
     assert re.search(r"^block 11 of .* times chance on the pet .*: more ", after, re.M)
+    # The sentence of drop, which only the whole story's model has learnt enough for.
+    verdict = json.loads((out / "drop" / "drop.json").read_text())["sentence"]
+    assert verdict in after
+    if whole:
+        assert verdict.startswith("The answer comes from the pet: ")
     for name in listed:
         figures = [out / name]
         if (out / name).is_dir():

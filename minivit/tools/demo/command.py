@@ -2,7 +2,8 @@
 
 The embedded checkpoint (`--model demo`, made by benchmarks/pretrain_demo.py) was trained to name
 the household object in a drawn room, whether or not an animal is there. The demo fine-tunes its
-last two blocks on breeds, with the same train and infer commands that are used for photos.
+last two blocks on breeds, with the same train and infer commands that are used for photos. Then it
+measures where the model looks, and whether its answers stay without the animal.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from ... import cli, commands
 from ...system.files import whole_file
+from ..drop import command as drop_command
 from ..score import command as score_command
 from . import scenes
 from .drawings import BREEDS, draw_pets
@@ -27,7 +29,12 @@ DESCRIPTION = (
 PER_BREED = (130, 25)  # photos in trainval and in test
 TRAINING = ("--epochs", "6", "--batch-size", "16", "--lr", "2e-3", "--amp", "off")
 # The commands that tell the story. They import torch only when they are run.
-COMMANDS = {"infer": commands.infer, "train": commands.train, "score": score_command.main}
+COMMANDS = {
+    "infer": commands.infer,
+    "train": commands.train,
+    "score": score_command.main,
+    "drop": drop_command.main,
+}
 # The photos to explain: a household object, a breed, and a seed that gives a good picture.
 STORY = (
     ("washing machine", "Ginger_Tabby", 7),
@@ -69,6 +76,7 @@ def tell_story(args: argparse.Namespace) -> int:
         ["train", "--model", "demo", "--data", data, "--out", run, *TRAINING, *seed],
         [*infer, "--out", str(out / "after"), *tuned, "--html"],
         ["score", *tuned, "--data", data, "--gallery", "3", "--out", str(out / "score")],
+        ["drop", "--model", run, "--data", data, "--out", str(out / "drop")],
     ):
         print(f"\n$ python -m minivit {shlex.join(command)}", flush=True)
         # It runs in this process, so that whatever ends the demo ends the command.
@@ -80,6 +88,7 @@ def tell_story(args: argparse.Namespace) -> int:
         ("before", "where the model looks while it only knows furniture"),
         ("after", "where it looks after fine-tuning, next to before; each has a page to explore"),
         ("score", "how much of its attention is on the animal, and the photos where little is"),
+        ("drop/drop.png", "whether it still names the breed without the animal, or the room"),
         ("run/predictions.png", "test photos that it names right and wrong"),
         ("run/confusion.png", "which breeds it confuses"),
         ("run/curves.png", "loss and accuracy by epoch"),
