@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, draw_photo
 from safetensors.torch import load_file
 from test_distributed import free_port
@@ -26,6 +27,7 @@ from minivit.errors import UserError
 from minivit.system import files, signals
 from minivit.tools.demo.drawings import draw_pets
 from minivit.training import run_folder
+from minivit.training.features import FeatureExtractor
 
 LIMIT = 2.0  # seconds from a signal to the end
 CPU = ["--device", "cpu", "--amp", "off"]
@@ -264,6 +266,7 @@ def places(drawings, twenty, tiny_saved) -> dict[str, Path]:
 
 
 SCORE = ["score", "--model", "TINY", "--data", "DRAWINGS", *CPU, "--blocks", "11"]
+DROP = ["drop", "--model", "TINY", "--data", "DRAWINGS", *CPU]
 STUDY = ["study", "--model", "TINY", "--data", "DRAWINGS", *CPU, "--blocks", "none", "--seeds", "1"]
 STUDY += ["--shots", "2", "--epochs", "4"]
 INFER = ["infer", "PHOTOS", "--model", "TINY", "--layers", "11", *CPU, "--workers", "2"]
@@ -273,6 +276,7 @@ OTHERS = {
     "infer, printing": (INFER, ["call", "minivit.infer.report", 2], signal.SIGTERM),
     "score, reading masks": (SCORE, ["open", "Beagle_6.png", 1], signal.SIGINT),
     "score, writing": (SCORE, ["os.rename", "score.json", 1], signal.SIGTERM),
+    "drop, reading masks": (DROP, ["open", "Beagle_6.png", 1], signal.SIGTERM),
     "study, features": (STUDY, ["call", "minivit.model.ViT.run_blocks", 3], signal.SIGTERM),
     "study, a step": (STUDY, ["call", "minivit.training.step.train_step", 2], signal.SIGINT),
     "study, writing": (STUDY, ["os.rename", "study.csv", 1], signal.SIGTERM),
@@ -455,3 +459,10 @@ with locked(Path({str(tmp_path)!r})):
             pass
         process.communicate("\n")
     assert capsys.readouterr().err.startswith("waiting for another process to release")
+
+
+def test_features_are_left_in_the_middle(tiny, pixels):
+    with signals.stop_requests():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(signals.StopRequested):
+            FeatureExtractor(tiny, 10, batch=2).compute(pixels[0], torch.arange(9))
