@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DINOV2_PREPROCESSOR, ROOT, draw_photo
-from PIL import Image, ImageCms, ImageFile
+from PIL import ExifTags, Image, ImageCms, ImageFile
 
 from minivit import Preprocess, open_photo
 from minivit.data import photos
@@ -622,8 +622,8 @@ BOMBS = {
     "PNG, long": (png(100_000, 1), "100000 x 1 pixels; expected"),
     "PNG, largest": (png(2**31 - 1, 2**31 - 1), "exceeds limit"),
     "JPEG": (
-        jpeg(Image.new("L", (8, 8))).replace(b"\0\x08\0\x08", b"\x20\0\x20\0", 1),
-        "8192 x 8192 pixels",
+        jpeg(Image.new("L", (8, 8))).replace(b"\0\x08\0\x08", b"\x40\0\x40\0", 1),
+        "16384 x 16384 pixels",
     ),
     "JPEG, scans": (many_scans(), "15.. scans of 1000 x 1000 pixels"),
     "GIF": (gif((65_535, 65_535), (1, 1)), "exceeds limit"),
@@ -793,3 +793,23 @@ def test_mean_and_std_must_be_three_numbers_each(wrong):
 def test_normalizing_uses_the_mean_and_std():
     pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1)
     assert SQUASH.normalize(pixels).flatten().tolist() == pytest.approx([-1, -0.6, 1])
+
+
+def test_a_jpeg_of_200_million_pixels_is_read_at_half_its_size(tmp_path):
+    """Phones take such photos, and Pillow refuses to open them."""
+    path = tmp_path / "phone.jpg"
+    grey = Image.linear_gradient("L").resize((16_320, 12_240), Image.Resampling.NEAREST)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    grey.save(path, quality=30, exif=exif)
+    photo = open_photo(path)
+    assert photo.size == (6_120, 8_160)  # upright
+    corners = [photo.getpixel(corner)[0] for corner in ((6_100, 20), (20, 20))]
+    assert corners == pytest.approx([0, 255], abs=4)
+    with pytest.raises(PhotoError, match="scale it down"):
+        open_photo(save_large_png(tmp_path / "large.png"))
+
+
+def save_large_png(path):
+    Image.new("1", (9_000, 8_000)).save(path)
+    return path

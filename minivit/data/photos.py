@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 # Pillow registers only five formats by itself; importing a plugin registers its format.
-from PIL import ExifTags, Image, ImageChops, ImageFile, TiffImagePlugin, WebPImagePlugin  # noqa: F401
+from PIL import (
+    ExifTags,
+    Image,
+    ImageChops,
+    ImageFile,
+    JpegImagePlugin,
+    TiffImagePlugin,  # noqa: F401
+    WebPImagePlugin,  # noqa: F401
+)
 
 from ..errors import UserError
 from ..system.stand_ins import stand_in
@@ -33,8 +41,9 @@ with contextlib.suppress(ImportError):  # Pillow before 11.3 has no AVIF.
 
     if AvifImagePlugin.SUPPORTED:
         FORMATS += ("AVIF",)
-# Phones and full-frame cameras take up to 64 million pixels. Decoding one pixel needs up to
-# 20 bytes, so that this limit keeps the memory for one photo below 1.3 GB.
+# Full-frame cameras take up to 64 million pixels. Decoding one pixel needs up to 20 bytes, so that
+# this limit keeps the memory for one photo below 1.3 GB. A JPEG may have four times as many,
+# because it is then decoded at half its width and height.
 MAX_PIXELS = 65_000_000
 # The longest side that JPEG allows. Pillow's row pointers of a longer strip need more memory
 # than its pixels.
@@ -196,13 +205,33 @@ def _open_image(file: BinaryIO, own: ImageData | None) -> ImageFile.ImageFile:
         image = _identify(file, own)
     except Image.UnidentifiedImageError:
         raise ValueError(_unidentified(file)) from None
-    _check_before_decoding(image, 0 if own is None else own.scans)
+    _check_scans(image, 0 if own is None else own.scans)
+    _reduce_large_jpeg(image)
+    _check_before_decoding(image)
     return image
 
 
 def _identify(file: BinaryIO, own: ImageData | None) -> ImageFile.ImageFile:
     source = file if own is None else io.BytesIO(own.data)
-    return Image.open(source, formats=FORMATS)
+    try:
+        return Image.open(source, formats=FORMATS)
+    except Image.DecompressionBombError:
+        # Pillow refuses by the size at which a JPEG was taken, not by that at which it is decoded.
+        source.seek(0)
+        if not re.match(SIGNATURES["JPEG"], source.read(12), re.DOTALL):
+            raise
+        source.seek(0)
+        return JpegImagePlugin.jpeg_factory(source)
+
+
+def _reduce_large_jpeg(image: ImageFile.ImageFile) -> None:
+    """Let a JPEG of too many pixels be decoded at half its width and height, if that is enough.
+
+    Phones take photos of up to 200 million pixels.
+    """
+    w, h = image.size
+    if image.format in ("JPEG", "MPO") and MAX_PIXELS < w * h <= 4 * MAX_PIXELS:
+        image.draft(image.mode, (w // 2, h // 2))
 
 
 def _unidentified(file: BinaryIO) -> str:
@@ -252,8 +281,18 @@ def _decode(image: ImageFile.ImageFile) -> Image.Image:
     return photo if transposition is None else photo.transpose(transposition)
 
 
-def _check_before_decoding(image: ImageFile.ImageFile, scans: int) -> None:
-    """Refuse an image whose pixels would take too much memory or time to decode."""
+def _check_scans(image: ImageFile.ImageFile, scans: int) -> None:
+    """Refuse a JPEG with so many scans that decoding them would take too long.
+
+    Each scan of a progressive JPEG covers the whole image. Encoders write about 10 scans; files
+    made to exhaust a decoder have thousands.
+    """
+    if scans * image.width * image.height > 20 * MAX_PIXELS:
+        raise ValueError(f"{scans} scans of {image.width} x {image.height} pixels")
+
+
+def _check_before_decoding(image: ImageFile.ImageFile) -> None:
+    """Refuse an image whose pixels would take too much memory to decode."""
     tags = getattr(image, "tag_v2", {})
     # The tiles of a TIFF have a size of their own.
     tile_size = tags.get(ExifTags.Base.TileWidth, 1), tags.get(ExifTags.Base.TileLength, 1)
@@ -263,8 +302,4 @@ def _check_before_decoding(image: ImageFile.ImageFile, scans: int) -> None:
                 f"{w} x {h} pixels; expected at most {MAX_PIXELS:,} and at most {MAX_SIDE:,} a "
                 "side; scale it down"
             )
-    # Each scan of a progressive JPEG covers the whole image. Encoders write about 10 scans;
-    # files made to exhaust a decoder have thousands.
-    if scans * image.width * image.height > 20 * MAX_PIXELS:
-        raise ValueError(f"{scans} scans of {image.width} x {image.height} pixels")
     check_mode(image)
