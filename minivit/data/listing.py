@@ -292,19 +292,23 @@ def _describe_lost_photos(contents: FolderContents, nested: Sequence[Path], fold
     misnamed = contents.names(MISNAMED)
     hidden = contents.names(HIDDEN)
     if unread:
-        reasons.append(
-            f"{count_extensions(unread)} files cannot be opened, so convert them to JPEG"
-        )
+        kinds = count_extensions(unread)
+        reasons.append(f"{kinds} in a format that cannot be opened, so convert to JPEG")
     if misnamed:
-        names = first_few(misnamed)
-        reasons.append(f"{len(misnamed):,} photos have another extension ({names}), so rename them")
+        reasons.append(_count(misnamed, "with another extension", "rename {}", first_few(misnamed)))
     if hidden:
-        names = first_few(hidden)
-        reasons.append(f"{len(hidden):,} photos are hidden by a dot ({names}), so rename them")
+        reasons.append(_count(hidden, "hidden by a dot", "rename {}", first_few(hidden)))
     if nested:
         place = nested[0].relative_to(folder).as_posix()
-        reasons.append(f"{len(nested):,} photos lie in folders inside ({place}), so move them up")
+        reasons.append(_count(nested, "in a folder inside", "move {} up", place))
     return "; ".join(reasons)
+
+
+def _count(photos: Sequence[object], what: str, advice: str, names: str) -> str:
+    """Return for example "2 photos hidden by a dot (.a.png, .b.png), so rename them"."""
+    if len(photos) == 1:
+        return f"1 photo {what} ({names}), so {advice.format('it')}"
+    return f"{len(photos):,} photos {what} ({names}), so {advice.format('them')}"
 
 
 def _note_beside_splits(listing: Listing, classes: set[str]) -> None:
