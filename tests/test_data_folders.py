@@ -321,12 +321,18 @@ def test_a_class_that_differs_by_case_between_splits_is_named(tmp_path):
 
 
 LOST = {
-    "heic": (lambda folder: save_photo(folder / "1.HEIC"), "1 .heic in a format that cannot be opened"),
+    "heic": (
+        lambda folder: save_photo(folder / "1.HEIC"),
+        "1 .heic in a format that cannot be opened",
+    ),
     "raw": (
         lambda folder: [save_photo(folder / f"{i}.{s}") for i in "12" for s in ("cr2", "nef")],
         "2 .cr2 and 2 .nef in a format that cannot be opened",
     ),
-    "other extension": (lambda folder: save_photo(folder / "1.dat"), "1 photo with another extension"),
+    "other extension": (
+        lambda folder: save_photo(folder / "1.dat"),
+        "1 photo with another extension",
+    ),
     "hidden": (lambda folder: save_photo(folder / ".1.png"), "1 photo hidden by a dot"),
     "nested": (
         lambda folder: save_photo(folder / "a" / "b" / "1.png"),
