@@ -76,7 +76,7 @@ def tell_story(args: argparse.Namespace) -> int:
         ["train", "--model", "demo", "--data", data, "--out", run, *TRAINING, *seed],
         [*infer, "--out", str(out / "after"), *tuned, "--html"],
         ["score", *tuned, "--data", data, "--gallery", "3", "--out", str(out / "score")],
-        ["drop", "--model", run, "--data", data, "--out", str(out / "drop")],
+        ["drop", "--model", run, "--data", data, "--photos", "60", "--out", str(out / "drop")],
     ):
         print(f"\n$ python -m minivit {shlex.join(command)}", flush=True)
         # It runs in this process, so that whatever ends the demo ends the command.
