@@ -137,8 +137,8 @@ def _photo_errors(path: str | os.PathLike[str]) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except FileNotFoundError:
-        found = "a link that leads nowhere" if Path(path).is_symlink() else "no such photo"
-        raise PhotoError(f"{path}: {found}") from None
+        link = " (a link that leads nowhere)" if Path(path).is_symlink() else ""
+        raise PhotoError(f"{path}: no such photo{link}") from None
     except Exception as error:
         explanation = stand_in(path)
         if explanation:
