@@ -283,7 +283,7 @@ def lay_out_project(folder: Path) -> None:
         (folder / "photos" / name).mkdir(parents=True)
         for photo in images.glob(f"{breed}_*.jpg"):
             shutil.copy(photo, folder / "photos" / name)
-    for name in ("cat.jpg", "PHOTO"):
+    for name in ("cat.jpg", "new.jpg", "PHOTO"):
         draw_photo(500, 375).save(folder / name, format="JPEG")
     (folder / "google").mkdir()
     for name in ("google/vit-base-patch16-224", "DINO_FOLDER", "MODEL", "runs/demo/run"):
@@ -339,7 +339,7 @@ def file_exists(name: str) -> bool:
 
 
 # Files that users have or that Google, torchvision and timm give them.
-USERS_FILES = {"cat.jpg", "cat.png", "cat-2.png", "answers.jsonl", "model_best.pth.tar"}
+USERS_FILES = {"cat.jpg", "new.jpg", "cat.png", "cat-2.png", "answers.jsonl", "model_best.pth.tar"}
 USERS_FILES |= {"vit_b_16-c867db91.pth", "ViT-B_16.npz", "vit_b_16-*.pth", "1.jpg"}
 
 
