@@ -226,6 +226,7 @@ NOT_RUN = {
     r"git ": "there is no repository in an empty folder",
     r"hf |.*--push-to-hub": "needs a login to the Hub",
     r"pip |\.venv/bin/pip |python3 -m venv|make setup": "installs gigabytes from a package index",
+    r".* --download": "fetches 774 MiB from Oxford's server",
     r"make demo|python -m minivit demo": "test_demo.py runs it",
     r".* --compile": "takes minutes, and needs a compiler of C++",
     r"make (test|coverage|mutants|fuzz|lint|figures|bench)": "a suite does not run itself",
