@@ -287,7 +287,13 @@ def lay_out_project(folder: Path) -> None:
     for name in ("cat.jpg", "new.jpg", "PHOTO"):
         draw_photo(500, 375).save(folder / name, format="JPEG")
     (folder / "google").mkdir()
-    for name in ("google/vit-base-patch16-224", "DINO_FOLDER", "MODEL", "runs/demo/run"):
+    for name in (
+        "google/vit-base-patch16-224",
+        "DINO_FOLDER",
+        "MODEL",
+        "runs/demo/run",
+        "runs/head",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(DEMO)
     for name in ("pets3", "pets37", "DIR", "FOLDER", "runs/demo/drawings"):
