@@ -246,7 +246,7 @@ def test_swapping_pet_and_background_swaps_the_answers():
     assert answers[1][conditions.BACKGROUND_ONLY].tolist() == pet_bright
 
 
-# What is said of it
+# Statistics and the sentence
 
 
 def test_accuracy_is_the_mean_of_the_classes_by_hand():

@@ -393,7 +393,7 @@ def check_written(model: ViT, folder: Path) -> None:
     changed, is no defect of what was written: a note on stderr says so.
     """
     tail = folder / "tail.safetensors"
-    # What loading says on stderr was said when the model was loaded.
+    # Loading would repeat the notes on stderr that it gave when the model was loaded.
     with contextlib.redirect_stderr(io.StringIO()):
         whole = load_pretrained(folder)
         problem = ""

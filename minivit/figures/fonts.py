@@ -118,7 +118,7 @@ def not_shaped(characters: Iterable[str]) -> set[str]:
 def report_lacking(characters: str | None) -> None:
     """Say on stderr that figures cannot show these characters as they should be.
 
-    That is said once for each font, or version of matplotlib, that would help.
+    Each font, or version of matplotlib, that would help is named once only.
     """
     unshaped = not_shaped(characters or "")
     if unshaped and "matplotlib" not in _reported:

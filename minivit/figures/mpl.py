@@ -1,7 +1,7 @@
-"""matplotlib, imported whatever the user's settings of it.
+"""Import matplotlib without letting the user's settings reach our figures.
 
-No other module imports matplotlib at run time, because with a wrong MPLBACKEND or matplotlibrc its
-import already fails.
+No other module imports matplotlib at run time, because a wrong MPLBACKEND or matplotlibrc makes the
+import itself fail.
 """
 
 from __future__ import annotations

@@ -70,9 +70,9 @@ def world_size() -> int:
 def launch() -> Launch | None:
     """Return what torchrun told this process, or None if torchrun did not start it.
 
-    Variables that an earlier job left in the shell must not change a result. They are believed only
-    together: some of them alone are ignored, which is said on stderr. Raises UserError for values
-    that cannot be.
+    Variables that an earlier job left in the shell must not change a result, so they count only if
+    all are set. If only some are, they are ignored, with a line on stderr. Raises UserError for
+    values that torchrun cannot have set.
     """
     values = {name: os.environ.get(name, "") for name in VARIABLES}
     local_rank = os.environ.get("LOCAL_RANK") or None

@@ -1,4 +1,4 @@
-"""Publish a finished run on the Hub: what is uploaded, what stays here, and what is said of it.
+"""Publish a finished run on the Hub: what is uploaded, what stays here, and what the user reads.
 
 The repository is private unless it is asked to be public. The user's photos are never uploaded, and
 no name of a local folder but the last part of a path.
