@@ -111,7 +111,17 @@ def read_photo(
     is the class token. `small` is passed to panel_shape. Raises PhotoError, or UserError if the
     model does not see that pixel.
     """
-    photo = open_photo(path)
+    return prepare_photo(open_photo(path), models, query, small=small)
+
+
+def prepare_photo(
+    photo: Image.Image,
+    models: Sequence[ViT],
+    query: tuple[float, float] | None = None,
+    *,
+    small: bool = False,
+) -> Photo:
+    """Prepare an open photo as read_photo does."""
     size = photo.size
     token = CLASS_TOKEN
     if query is not None:

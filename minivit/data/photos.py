@@ -30,7 +30,7 @@ from PIL import (
 )
 
 from ..errors import UserError
-from ..system.stand_ins import stand_in
+from ..system.stand_ins import explain_stand_in, stand_in
 from .image_data import JPEG_END, MAX_METADATA_BYTES, ImageData, next_restart, own_data
 from .modes import check_mode, load_rgb
 
@@ -91,11 +91,24 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
     above.
     """
     with _photo_errors(path), _open_regular(path) as file:
-        own = own_data(file, MAX_BYTES)
-        if own is not None and own.breaks_off:
-            return _decode_what_breaks_off(own)
-        with _open_image(file, own) as image:
-            return _decode(image)
+        return _read(file)
+
+
+def open_sent_photo(data: bytes, name: str) -> Image.Image:
+    """Open a photo whose bytes somebody sent, as open_photo opens a file.
+
+    `name` only says in the message of a PhotoError which photo is meant: no such file is opened.
+    """
+    with _photo_errors(name, data), _LimitedReads(io.BytesIO(data)) as file:
+        return _read(file)
+
+
+def _read(file: BinaryIO) -> Image.Image:
+    own = own_data(file, MAX_BYTES)
+    if own is not None and own.breaks_off:
+        return _decode_what_breaks_off(own)
+    with _open_image(file, own) as image:
+        return _decode(image)
 
 
 @contextlib.contextmanager
@@ -129,8 +142,11 @@ def holds_photo(path: str | os.PathLike[str]) -> bool:
 
 
 @contextlib.contextmanager
-def _photo_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn whatever decoders raise into PhotoError: anything from OSError to struct.error."""
+def _photo_errors(path: str | os.PathLike[str], sent: bytes | None = None) -> Iterator[None]:
+    """Turn whatever decoders raise into PhotoError: anything from OSError to struct.error.
+
+    `sent` holds the bytes of a photo that is not a file.
+    """
     try:
         with warnings.catch_warnings():
             # Pillow warns of odd metadata. Problems that matter are raised as errors.
@@ -140,7 +156,7 @@ def _photo_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         link = " (a link that leads nowhere)" if Path(path).is_symlink() else ""
         raise PhotoError(f"{path}: no such photo{link}") from None
     except Exception as error:
-        explanation = stand_in(path)
+        explanation = stand_in(path) if sent is None else explain_stand_in(sent)
         if explanation:
             raise PhotoError(f"{path}: {explanation}") from error
         raise PhotoError(f"{path}: cannot be read as a photo ({_reason(error)})") from error

@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..system.files import whole_file
 from .plots import shorten
 
+TEMPLATE = Path(__file__).with_name("explorer.html")
 MAX_BYTES = 3_000_000  # of a page: small enough to mail, and to keep one for every photo
 MAX_NAME = 200  # characters of any name
 # This leaves room for blocks 8-11 of ViT-B/16, which take 1.9 MB if they do not compress at all.
@@ -203,11 +204,19 @@ def _fill(data: dict) -> str:
 
     The page's policy lets only the script and the style with these hashes run.
     """
-    page = Path(__file__).with_name("explorer.html").read_text(encoding="utf-8")
+    page = TEMPLATE.read_text(encoding="utf-8")
     for tag in ("script", "style"):
-        content = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        digest = hashlib.sha256(content.encode()).digest()
-        page = page.replace(f"{tag.upper()}_HASH", base64.b64encode(digest).decode())
-    return page.replace(
-        "PAGE_DATA", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    )
+        page = page.replace(f"{tag.upper()}_HASH", content_hash(page, tag))
+    return page.replace("PAGE_DATA", to_json(data))
+
+
+def content_hash(page: str, tag: str) -> str:
+    """Return the hash by which a Content-Security-Policy allows a page's <script> or <style>."""
+    content = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    digest = hashlib.sha256(content.encode()).digest()
+    return "sha256-" + base64.b64encode(digest).decode()
+
+
+def to_json(data: dict) -> str:
+    """Return data as JSON that may stand in a page's <script>."""
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")

@@ -37,11 +37,17 @@ def stand_in(path: str | os.PathLike[str]) -> str:
     except OSError:
         return ""
     try:
-        start = os.read(descriptor, 200).lstrip().lower()
+        start = os.read(descriptor, 200)
     except OSError:  # a folder, for example
         return ""
     finally:
         os.close(descriptor)
+    return explain_stand_in(start)
+
+
+def explain_stand_in(data: bytes) -> str:
+    """Say the same of a file that begins with these bytes."""
+    start = data[:200].lstrip().lower()
     for beginning, explanation in STAND_INS:
         if start.startswith(beginning):
             return explanation
