@@ -1,0 +1,125 @@
+"""Show where the seconds of a run of train.py go.
+
+    python benchmarks/phases.py [--cold] --model FOLDER --data DIR --out DIR [train.py's flags]
+
+This is train.py with a clock around some of its functions. A line for each call says when it began
+and how long it took; a call inside another one is indented, and calls in other threads have a mark
+of their own. With --cold, decoded photos beside the data are removed before.
+"""
+
+from __future__ import annotations
+
+import time
+
+STARTED = time.perf_counter()
+
+import functools  # noqa: E402
+import importlib.abc  # noqa: E402
+import importlib.machinery  # noqa: E402
+import shutil  # noqa: E402
+import sys  # noqa: E402
+import threading  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from pkgutil import resolve_name  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from minivit import commands  # noqa: E402
+
+# The functions that are timed, by the module in which they are looked up.
+FUNCTIONS = """
+minivit.train: train prepare load_data photos_checksum decode_photos new_state working_copy
+minivit.train: choose_micro_batch run_epochs finish check_validation_loss write_weights
+minivit.train: train_epoch predict_photos measure_speed describe_training describe_run
+minivit.train: devices.pick_device devices.pick_amp weights.load_pretrained weights.save_tail
+minivit.train: weights.save_pretrained weights.check_written weights.hash_frozen
+minivit.train: store.prepare store.open_splits run_folder.begin_run run_folder.report_result
+minivit.train: Recorder.begin Recorder.save_and_report Evaluation.__init__ Evaluation.evaluate
+minivit.train: TrainingPhotos.of_epoch report.draw_figures report.wait_for_figures report.write_card
+minivit.train: FeatureExtractor.compute tensors.save_tensors RunState.snapshot
+"""
+
+
+class Clock:
+    """Notes when each call of some functions begins, and how long it takes."""
+
+    def __init__(self) -> None:
+        self.depths: dict[int, int] = {}  # of the calls under way, by thread
+        self.rows: list[list] = []  # begin, seconds, depth, whether in the main thread, name
+
+    def timed(self, function: Callable, name: str) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            thread = threading.get_ident()
+            depth = self.depths.get(thread, 0)
+            self.depths[thread] = depth + 1
+            in_main = threading.current_thread() is threading.main_thread()
+            began = time.perf_counter()
+            row = [began - STARTED, None, depth, in_main, name]
+            self.rows.append(row)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                row[1] = time.perf_counter() - began
+                self.depths[thread] = depth
+
+        return call
+
+    def wrap_functions(self) -> None:
+        for line in FUNCTIONS.strip().splitlines():
+            module, _, names = line.partition(": ")
+            for name in names.split():
+                path, _, function = f"{module}.{name}".rpartition(".")
+                try:
+                    owner = resolve_name(path)
+                    timed = self.timed(getattr(owner, function), name)
+                except AttributeError:
+                    continue  # Another version of minivit does not have it.
+                setattr(owner, function, timed)
+
+    def print_table(self) -> None:
+        print("\n  begin   seconds")
+        for began, seconds, depth, in_main, name in self.rows:
+            mark = "" if in_main else "(thread) "
+            took = "         " if seconds is None else f"{seconds:9.3f}"
+            print(f"{began:7.3f} {took}  {'  ' * depth}{mark}{name}")
+        print(f"{time.perf_counter() - STARTED:7.3f}  the end")
+
+
+class TimedImport(importlib.abc.MetaPathFinder):
+    """Wraps the functions as soon as minivit.train has been imported."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def find_spec(self, name, path, target=None):
+        if name not in ("minivit.train", "torch"):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        load = spec.loader.exec_module
+
+        def exec_module(module):
+            load(module)
+            if name == "minivit.train":
+                self.clock.wrap_functions()
+
+        spec.loader.exec_module = self.clock.timed(exec_module, f"import {name}")
+        return spec
+
+
+def main() -> None:
+    flags = sys.argv[1:]
+    if "--cold" in flags:
+        flags.remove("--cold")
+        data = Path(flags[flags.index("--data") + 1])
+        shutil.rmtree(data / ".minivit", ignore_errors=True)
+    clock = Clock()
+    sys.meta_path.insert(0, TimedImport(clock))
+    code = commands.train(flags)
+    clock.print_table()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
