@@ -140,8 +140,7 @@ def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch, capsy
     with pytest.raises(UserError, match="expected the name of a folder"):
         load_data("", seed=0)
     for command, arguments in ((doctor, ["--data", ""]), (describe, ["demo", "--data", ""])):
-        with pytest.raises(SystemExit, match="2"):
-            command.main(arguments)
+        assert command.main(arguments) == 2
         assert "empty" in capsys.readouterr().err
 
 
@@ -704,14 +703,33 @@ def save_masks(root: Path, *names: str) -> None:
     [("cat/0.png", "cat/1.png", "dog/3.png"), ("0.png", "2.png")],
     ids=["in folders of classes", "all in one folder"],
 )
-@pytest.mark.parametrize("split", ["", "train"])
-def test_masks_beside_class_folders_are_no_class(tmp_path, split, names):
+@pytest.mark.parametrize(
+    "split, place", [("", ""), ("train", "train"), ("train", "")], ids=["no splits", "in", "beside"]
+)
+def test_masks_are_no_class_and_no_split(tmp_path, split, place, names):
     make_classes(tmp_path / split, "cat", "dog")
-    save_masks(tmp_path / split, *names)
+    if split:
+        save_photo(tmp_path / split / "stray.png")  # It alone does not make train/ a class.
+    save_masks(tmp_path / place, *names)
     assert load_data(tmp_path, seed=0).classes == ("cat", "dog")
-    place = f"{split}/masks" if split else "masks"
-    assert found(tmp_path)["masks"] == [place]
-    assert not {"other", "nested", "beside"} & set(found(tmp_path))
+    assert found(tmp_path)["masks"] == [f"{place}/masks".lstrip("/")]
+    assert not {"other", "nested", "beside", "layout"} & set(found(tmp_path))
+
+
+def test_splits_without_classes_are_refused_beside_masks_too(tmp_path):
+    for name in ("train/0.png", "test/1.png"):
+        (tmp_path / name).parent.mkdir()
+        save_photo(tmp_path / name)
+    save_masks(tmp_path, "0.png", "1.png")
+    with pytest.raises(UserError, match="hold photos directly, so the classes are not known"):
+        load_data(tmp_path, seed=0)
+
+
+def test_photos_in_a_folder_called_masks_beside_train_are_not_taken_for_masks(tmp_path):
+    make_classes(tmp_path / "train", "cat", "dog")
+    make_classes(tmp_path / "masks", "cat", "dog")
+    with pytest.raises(UserError, match="masks: looks like a split"):
+        load_data(tmp_path, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from minivit import Preprocess, ViT, ViTConfig, save_pretrained
 from minivit.data.datasets import load_data
+from minivit.tools import doctor
 from minivit.tools.demo.drawings import draw_pets
 from minivit.tools.drop import command, conditions, gallery, measure, report, statistics
 from minivit.tools.drop.conditions import Shown, patch_sets
@@ -486,7 +487,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(
 
 
 def as_class_folders(drawings: Path, root: Path, place: str) -> Path:
-    """Copy drawings into class folders; `place` says where a mask goes."""
+    """Copy drawings into class folders; `place` says where a mask goes, seen from its split."""
     data = load_data(drawings, seed=0)
     for split in ("train", "val", "test"):
         photos = getattr(data, split)
@@ -502,7 +503,15 @@ def as_class_folders(drawings: Path, root: Path, place: str) -> Path:
     return root
 
 
-@pytest.mark.parametrize("place", ["masks/{breed}/{stem}.png", "masks/{stem}.png"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "masks/{breed}/{stem}.png",
+        "masks/{stem}.png",
+        "../masks/{breed}/{stem}.png",
+        "../masks/{stem}.png",
+    ],
+)
 def test_masks_beside_class_folders_give_the_same_photos(
     drawings, breeds_model, tmp_path, no_figures, place
 ):
@@ -516,16 +525,40 @@ def test_masks_beside_class_folders_give_the_same_photos(
     assert whole[0]["commonest"] == whole[1]["commonest"]
 
 
+@pytest.mark.parametrize(
+    "place, copy, advice",
+    [
+        ("masks/{stem}.png", "test/Ginger Tabby/1.jpg", "move it to {own}/test/masks/Ginger Tabby"),
+        ("../masks/{stem}.png", "test/Beagle/1.jpg", "move it to {own}/train/masks/Beagle/1."),
+        ("../masks/{breed}/{stem}.png", "test/Beagle/1.jpg", "to {own}/test/masks/Beagle/1.png"),
+        ("../masks/{stem}.png", "train/Beagle/1.jpeg", "rename one of the photos"),
+    ],
+    ids=["two classes", "two splits", "two splits, by class", "two photos of a class"],
+)
 def test_a_mask_that_could_be_that_of_two_photos_is_an_error(
-    drawings, breeds_model, tmp_path, capsys
+    drawings, breeds_model, tmp_path, capsys, place, copy, advice
 ):
-    own = as_class_folders(drawings, tmp_path / "own", "masks/{stem}.png")
-    folders = sorted(path for path in (own / "test").iterdir() if path.name != "masks")
-    photo = next(folders[0].iterdir())
-    shutil.copy(photo, folders[1])
+    own = as_class_folders(drawings, tmp_path / "own", place)
+    photo = own / ("test" if "Ginger" in copy else "train") / "Beagle" / "1.jpg"
+    mask = photo.parents[1] / place.format(breed="Beagle", stem="1")
+    first = next(path for path in photo.parent.iterdir())
+    first.rename(photo)
+    (photo.parents[1] / place.format(breed="Beagle", stem=first.stem)).rename(mask)
+    shutil.copy(photo, own / copy)
     assert run(own, tmp_path / "out", "--model", breeds_model) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert f"could also be that of {photo}; put it into masks/" in message
+    assert "could also be that of" in message and advice.format(own=own) in message
+    (finding,) = (each for each in doctor.check(own, workers=1)[1] if each.kind == "unclear-mask")
+    assert finding.severity == "warning" and finding.message in message
+    mask.unlink()
+    assert run(own, tmp_path / "out", "--model", breeds_model) == 0
+
+
+def test_masks_outside_of_the_data_folder_are_an_error(drawings, breeds_model, tmp_path, capsys):
+    own = as_class_folders(drawings, tmp_path / "own", "../masks/{stem}.png")
+    assert run(own / "train", tmp_path / "out", "--model", breeds_model) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"lies outside of {own}/train; name the folder that holds both with --data" in message
 
 
 # A shortcut that was planted

@@ -5,6 +5,7 @@ This module does not import torch, so that processes that only read photos start
 
 from __future__ import annotations
 
+import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,13 @@ SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information")
 # What iCloud leaves of "photo.jpg" while it is not downloaded: ".photo.jpg.icloud".
 ICLOUD = ".icloud"
+
+# What people call the folders of the splits, in lower or upper case.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 
 # What an entry of a folder is.
 PHOTO = "photo"
@@ -119,6 +127,10 @@ def photos_below(folder: Path) -> Iterator[Path]:
         )
         for name in read_folder(path).like_photos():
             yield Path(path, name)
+
+
+def is_split_name(name: str) -> bool:
+    return any(name.lower() in spellings for spellings in SPLIT_NAMES.values())
 
 
 def is_own_folder(folder: Path) -> bool:
@@ -226,11 +238,8 @@ def is_own_figure(path: str | os.PathLike[str]) -> bool:
 def _first_bytes(path: str | os.PathLike[str], n: int) -> bytes:
     """Return the first bytes of a file: none if it may not be read."""
     try:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            return os.read(file, n)
-        finally:
-            os.close(file)
+        with io.FileIO(path) as file:
+            return file.read(n)
     except OSError:
         return b""
 

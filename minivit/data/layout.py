@@ -12,15 +12,18 @@ from pathlib import Path
 
 from ..errors import UserError, first_few
 from ..settings import DATA_DIR
-from .folder import FolderContents, count_extensions, is_own_folder, photos_below, read_folder
+from .folder import (
+    SPLIT_NAMES,
+    FolderContents,
+    count_extensions,
+    is_own_folder,
+    is_split_name,
+    photos_below,
+    read_folder,
+)
+from .own_masks import is_folder_of_masks
 from .pets import PETS_FOLDER, SPLITS
 
-# What people call the folders of the splits, in lower or upper case.
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 
 
@@ -147,7 +150,8 @@ def _check_train_is_no_class(
 ) -> None:
     """Raise UserError if train/ could also be a class, because photos lie directly in it."""
     beside = [root / name for name in contents.folders if root / name not in splits.values()]
-    classes = [folder for folder in beside if read_folder(folder).photos]
+    filled = [folder for folder in beside if read_folder(folder).photos]
+    classes = [folder for folder in filled if not is_folder_of_masks(folder)]
     if classes:
         train = splits["train"].name
         raise UserError(
@@ -158,20 +162,17 @@ def _check_train_is_no_class(
 
 def _check_splits_are_no_classes(root: Path, contents: FolderContents) -> None:
     """Raise UserError if all class folders are called as splits are: train/ and test1/, say."""
-    splits = [name for name in contents.folders if _is_split_name(name.rstrip("0123456789"))]
+    splits = [name for name in contents.folders if is_split_name(name.rstrip("0123456789"))]
     filled = [root / name for name in splits if read_folder(root / name).like_photos()]
     if len(filled) < 2:
         return
     others = (root / name for name in contents.folders if name not in splits)
-    if not any(read_folder(folder).like_photos() for folder in others):
+    classes = (folder for folder in others if not is_folder_of_masks(folder))
+    if not any(read_folder(folder).like_photos() for folder in classes):
         raise UserError(
             f"{root}: {_names(filled)} hold photos directly, so the classes are not known; put the "
             f"photos into a folder for each class, as {filled[-1].name}/cat/"
         )
-
-
-def _is_split_name(name: str) -> bool:
-    return any(name.lower() in spellings for spellings in SPLIT_NAMES.values())
 
 
 def has_class_folders(folder: Path, contents: FolderContents | None = None) -> bool:

@@ -36,7 +36,7 @@ from .layout import (
     is_absent_or_empty,
     is_default_folder,
 )
-from .own_masks import MASKS_FOLDER, holds_masks
+from .own_masks import MASKS_FOLDER, holds_masks, is_folder_of_masks
 from .pets import SPLITS, download_pets, read_listing
 
 UNKNOWN_CLASS = -1  # the label of a class that has no training photos
@@ -320,6 +320,9 @@ def _note_beside_splits(listing: Listing, classes: set[str]) -> None:
     missing = [f"{split}/" for split in ("val", "test") if split not in splits]
     for path in (root / name for name in contents.folders):
         if path in splits.values():
+            continue
+        if is_folder_of_masks(path):
+            listing.unused[MASKS].append(path)
             continue
         _note_folder(listing, path)
         if path not in listing.unused[BESIDE] or not has_class_folders(path):

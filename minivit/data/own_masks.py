@@ -1,4 +1,4 @@
-"""Masks of one's own: `masks/` beside class folders, with a PNG for each photo.
+"""Masks of one's own: `masks/` beside class folders or beside train/, with a PNG for each photo.
 
 Only the measuring tools read these masks. Here is decided where they lie, and whether a folder
 called masks is one of them or a class.
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from .folder import read_folder
+from .folder import is_split_name, read_folder
 
 MASKS_FOLDER = "masks"
 HALF_GREY = 127  # Values above this are pet.
@@ -23,26 +23,55 @@ BLACK_OR_WHITE = 0.9  # at least this fraction of the pixels
 DARK, BRIGHT = 64, 191
 
 
-def own_mask_paths(photo: Path) -> tuple[Path, Path]:
-    """Return where the mask of a photo in a class folder may lie: the first one goes first."""
-    masks = photo.parents[1] / MASKS_FOLDER
-    name = f"{photo.stem}.png"
-    return masks / photo.parent.name / name, masks / name
+def own_mask_paths(photo: Path) -> list[Path]:
+    """Return where the mask of a photo in a class folder may lie: the first one goes first.
+
+    A folder of masks beside class folders goes before one that lies beside train/ and test/.
+    """
+    parents = [photo.parents[1]]
+    if is_split_name(photo.parents[1].name):
+        parents.append(photo.parents[2])
+    paths = []
+    for parent in parents:
+        masks = parent / MASKS_FOLDER
+        paths += [masks / photo.parent.name / f"{photo.stem}.png", masks / f"{photo.stem}.png"]
+    return paths
 
 
-def check_own_masks(photos: Iterable[Path]) -> None:
-    """Raise UserError if a mask could be that of two photos; `photos` are those of all splits."""
+def own_mask_path(photo: Path) -> Path | None:
+    """Return the mask of a photo in a class folder, if it has one."""
+    return next((path for path in own_mask_paths(photo) if path.is_file()), None)
+
+
+def check_own_masks(root: Path, photos: Iterable[Path]) -> None:
+    """Raise UserError if a mask could be that of two photos, or lies outside of the data folder.
+
+    `photos` are those of all splits in `root`. It can be train/ alone, with masks/ beside it.
+    """
     first: dict[Path, Path] = {}
-    for photo in photos:
-        mask = next((path for path in own_mask_paths(photo) if path.is_file()), None)
+    clashes = []
+    for photo in sorted(photos):  # so that all commands name the same photo first
+        mask = own_mask_path(photo)
         if mask is None:
             continue
-        other = first.setdefault(mask, photo)
-        if other != photo:
-            advice = "rename one of the photos"
-            if other.parent != photo.parent:
-                advice = f"put it into {MASKS_FOLDER}/{photo.parent.name}/ or the other's folder"
-            raise UserError(f"{photo}: its mask {mask} could also be that of {other}; {advice}")
+        if not mask.is_relative_to(root):
+            raise UserError(
+                f"{photo}: its mask {mask} lies outside of {root}; name the folder that holds "
+                f"both with --data, or move the masks into {root / MASKS_FOLDER}"
+            )
+        if first.setdefault(mask, photo) != photo:
+            clashes.append((mask, photo))
+    if not clashes:
+        return
+    mask, photo = clashes[0]
+    other = first[mask]
+    # Each photo has a place of its own, beside the class folders of its split.
+    place, place_of_other = own_mask_paths(photo)[0], own_mask_paths(other)[0]
+    advice = f"move it to {place} or to {place_of_other}"
+    if place == place_of_other:
+        advice = "rename one of the photos"
+    more = f" (and {len(clashes) - 1:,} more masks like it)" if len(clashes) > 1 else ""
+    raise UserError(f"{photo}: its mask {mask} could also be that of {other}; {advice}{more}")
 
 
 def holds_masks(folder: Path, class_folders: Sequence[str]) -> bool:
@@ -57,17 +86,34 @@ def holds_masks(folder: Path, class_folders: Sequence[str]) -> bool:
         if name != MASKS_FOLDER:
             stems[name] = {Path(photo).stem for photo in read_folder(folder / name).photos}
     contents = read_folder(masks)
-    found = [masks / name for name in contents.like_photos()]
-    if not {path.stem for path in found} <= set().union(*stems.values()):
+    if not _stems(contents.like_photos()) <= set().union(*stems.values()):
         return False
     for name in contents.folders:
         inner = read_folder(masks / name)
-        of_class = [masks / name / image for image in inner.like_photos()]
-        if inner.folders or not {path.stem for path in of_class} <= stems.get(name, set()):
+        if inner.folders or not _stems(inner.like_photos()) <= stems.get(name, set()):
             return False
-        found += of_class
-    checked = found[:: max(1, len(found) // NUM_CHECKED)]
-    return bool(found) and all(map(_is_black_and_white, checked))
+    return is_folder_of_masks(masks)
+
+
+def _stems(names: Iterable[str]) -> set[str]:
+    return {Path(name).stem for name in names}
+
+
+def is_folder_of_masks(folder: Path) -> bool:
+    """Return whether a folder is called masks, and what lies in it and in its folders are masks.
+
+    This is enough beside train/, where no class can lie.
+    """
+    if folder.name != MASKS_FOLDER:
+        return False
+    images: list[Path] = []
+    try:
+        for place in (folder, *(folder / name for name in read_folder(folder).folders)):
+            images += [place / name for name in read_folder(place).like_photos()]
+    except PermissionError:
+        return False
+    checked = images[:: max(1, len(images) // NUM_CHECKED)]
+    return bool(images) and all(map(_is_black_and_white, checked))
 
 
 def _is_black_and_white(path: Path) -> bool:

@@ -134,6 +134,7 @@ KINDS = {
         "{n} mask{s} {are} unreadable, of other values than 1 to 3, or of another size ({names})",
         "their photos get no attention scores; unpack annotations.tar.gz or draw {them} again",
     ),
+    "unclear-mask": ("warning", "{names}", ""),
     "part": (
         "note",
         "{names}",

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from .. import cli
 from ..data.datasets import split_data
 from ..data.listing import UNLISTED, ListedPhoto, list_data
+from ..data.own_masks import check_own_masks
 from ..data.photos import PhotoError, open_photo, open_undecoded
 from ..data.survey import Finding, Problems, describe_problems, survey
 from ..errors import UserError, first_few
@@ -131,7 +132,12 @@ def check(root: str | os.PathLike[str], *, workers: int) -> tuple[list[ListedPho
         except UserError as error:
             problems["layout"][str(error)] = ""
     candidates = [photo for photo in listing.photos() if not photo.problem]
-    if listing.folder.pets is not None:
+    if listing.folder.pets is None:
+        try:
+            check_own_masks(listing.folder.root, (photo.path for photo in candidates))
+        except UserError as error:
+            problems["unclear-mask"][str(error)] = ""
+    else:
         _check_archives(listing.folder.pets, problems)
         # A photo that no listing names does not stop training, but other tools may read it.
         candidates += [ListedPhoto(path.name, path) for path in listing.unused[UNLISTED]]

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
-from ...data.own_masks import HALF_GREY, own_mask_paths, read_grey
+from ...data.own_masks import HALF_GREY, own_mask_path, read_grey
 from ...data.photos import PhotoError, open_photo
 from ...data.preprocess import Preprocess
 from ...errors import UserError
@@ -75,8 +75,10 @@ def mask_path(photo: Path) -> Path:
     Without any, returns where Oxford-IIIT Pet's would be.
     """
     trimap = photo.parents[1] / "annotations" / "trimaps" / f"{photo.stem}.png"
-    places = (trimap, *own_mask_paths(photo))
-    return next((path for path in places if path.is_file()), trimap)
+    own = own_mask_path(photo)
+    if own is None or trimap.is_file():
+        return trimap
+    return own
 
 
 def head_box_path(photo: Path) -> Path:
@@ -92,7 +94,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
     file = mask_path(path)
     if not file.is_file():
         raise UserError("mask missing")
-    is_own = file in own_mask_paths(path)
+    is_own = file == own_mask_path(path)
     try:
         if is_own:
             mask = np.where(read_grey(file) > HALF_GREY, PET, BACKGROUND)

@@ -68,7 +68,7 @@ def load_masked_split(root: str, name: str, run: Run | None) -> tuple[Data, Spli
             "annotations/trimaps, or for drop masks/ beside class folders"
         )
     if not data.is_pets:
-        check_own_masks(data.train.paths + data.val.paths + data.test.paths)
+        check_own_masks(data.root, data.paths())
     return data, split
 
 
