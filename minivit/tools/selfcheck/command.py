@@ -1,4 +1,4 @@
-"""The command line of `selfcheck`. The checks are in checks.py."""
+"""The command line of `selfcheck`. The checks are in checks.py and published.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from ... import cli
+from ...errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14,7 +15,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         "selfcheck", description="Check the numerics of attention and training on this machine."
     )
     parser.add_argument(
-        "--model", metavar="ID|DIR|demo", default="demo", help="the checkpoint to run the checks on"
+        "--model",
+        metavar="ID|DIR|demo",
+        help="the checkpoint to run the checks on (default: demo); with --published, one of those "
+        "with published numbers, or a copy of it (default: all)",
+    )
+    parser.add_argument(
+        "--published",
+        action="store_true",
+        help="compare the real weights' outputs for a photo with the numbers in transformers' "
+        "tests; downloads 1.1 GB once",
+    )
+    parser.add_argument(
+        "--photo",
+        metavar="FILE",
+        help="with --published: the photo, COCO's val2017/000000039769.jpg (default: download it)",
     )
     parser.add_device_flags()
     return cli.run(selfcheck, parser, argv)
@@ -25,6 +40,13 @@ def selfcheck(args: argparse.Namespace) -> int:
 
     That is a defect of minivit, or of the libraries that compute on this device.
     """
+    if args.published:
+        from .published import compare_published
+
+        return compare_published(args)
+    if args.photo:
+        raise UserError("--photo is the photo of --published; expected both, or neither")
+
     import torch
 
     from ...checkpoints.weights import load_pretrained
@@ -36,13 +58,14 @@ def selfcheck(args: argparse.Namespace) -> int:
     amp = pick_amp(args.amp, device)
     be_deterministic()
     torch.manual_seed(0)
-    model = load_pretrained(args.model, labels=CLASSES).to(device)
+    source = args.model or "demo"
+    model = load_pretrained(source, labels=CLASSES).to(device)
     # A new head is all zeros, and with logits of zeros there is nothing to compare.
     torch.nn.init.trunc_normal_(model.get_parameter("head.weight"), std=0.02)
     images = torch.randn(7, 3, *model.config.img_size, device=device)
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-    print(f"{args.model} on {name}, torch {torch.__version__}\n")
+    print(f"{source} on {name}, torch {torch.__version__}\n")
     print(f"{'':58} {'measured':>9} {'bound':>9}")
     num_failed = 0
     for description, measured, bound in run_checks(model, images, amp):
