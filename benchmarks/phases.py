@@ -93,7 +93,7 @@ class TimedImport(importlib.abc.MetaPathFinder):
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
 
-    def find_spec(self, name, path, target=None):
+    def find_spec(self, name, path, target=None):  # noqa: ARG002
         if name not in ("minivit.train", "torch"):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)

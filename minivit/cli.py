@@ -60,6 +60,34 @@ class Parser(argparse.ArgumentParser):
     def add_workers(self, what: str) -> None:
         self.add_argument("--workers", type=at_least(1), default=cores(), help=what)
 
+    def add_measuring_flags(self, command: str) -> None:
+        """Add the flags that score and drop share; `command` is the one of the two."""
+        self.add_argument(
+            "--model",
+            metavar="ID|DIR|demo",
+            help=f"as in train.py; without it, {RUN_DIR} if it exists, else {BASE_MODEL}",
+        )
+        self.add_argument(
+            "--compare",
+            metavar="BASE",
+            help="the model before fine-tuning, which is measured too",
+        )
+        self.add_argument(
+            "--data",
+            default="data",
+            metavar="DIR",
+            help="the folder of Oxford-IIIT Pet with its annotations, or class folders with masks/",
+        )
+        self.add_device_flags()
+        self.add_workers("processes that decode photos")
+        self.add_argument(
+            "--out",
+            type=folder,
+            default=command,
+            metavar="DIR",
+            help=f"the folder for {command}.csv, {command}.json, {command}.png and the gallery",
+        )
+
 
 def cores() -> int:
     """Return how many cores this process may use.

@@ -28,9 +28,13 @@ def train(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from .train import train
+    from .training.ahead import decode_ahead
 
-    return train(TrainSettings(**vars(args)))
+    settings = TrainSettings(**vars(args))
+    with decode_ahead(settings) as wait_for_photos:
+        from .train import train  # This takes seconds.
+
+        return train(settings, wait_for_photos)
 
 
 def train_parser() -> cli.Parser:

@@ -61,8 +61,11 @@ DRAW_IN_WORKERS_FROM = 64
 
 
 @devices.own_defaults()
-def train(settings: TrainSettings) -> int:
-    """Do the whole job, and return its exit code."""
+def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = None) -> int:
+    """Do the whole job, and return its exit code.
+
+    If another process decodes the photos, `wait_for_photos` waits until it has done so.
+    """
     started = time.perf_counter()
     out = Path(settings.out)
     device = devices.pick_device(distributed.local_device(settings.device))
@@ -95,7 +98,9 @@ def train(settings: TrainSettings) -> int:
                 return 0
 
             checksum = photos_checksum(data)
-            data, train_split, val_split, test_split = decode_photos(settings, data, model)
+            data, train_split, val_split, test_split = decode_photos(
+                settings, data, model, wait_for_photos
+            )
             state = new_state(
                 working_model,
                 cut=cut,
@@ -421,11 +426,16 @@ def choose_micro_batch(
 
 
 def decode_photos(
-    settings: TrainSettings, data: Data, model: ViT
+    settings: TrainSettings,
+    data: Data,
+    model: ViT,
+    wait_for_photos: Callable[[], None] | None,
 ) -> tuple[Data, PixelsAndLabels, PixelsAndLabels, PixelsAndLabels]:
     """Decode all photos once; return the data without bad photos, and train, val and test."""
 
     def prepare_store() -> tuple[Data, Path | None]:
+        if wait_for_photos is not None:
+            wait_for_photos()
         return store.prepare(
             data,
             model.preprocess,

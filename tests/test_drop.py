@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from minivit import Preprocess, ViT, ViTConfig, save_pretrained
 from minivit.data.datasets import load_data
 from minivit.tools import doctor
 from minivit.tools.demo.drawings import draw_pets
-from minivit.tools.drop import command, conditions, gallery, measure, report, statistics
+from minivit.tools.drop import command, conditions, gallery, measure, statistics
 from minivit.tools.drop.conditions import Shown, patch_sets
 from minivit.tools.drop.measure import Question, Window
 from minivit.tools.score import masks
+from minivit.tools.score.outputs import output_names
 from minivit.tools.score.statistics import Estimate
 
+OUTPUTS = output_names("drop", gallery=True)
 GRID = (6, 6)
 # The fraction of each patch that is pet: a block of 3 x 3 patches, the lowest row a quarter pet.
 PET = np.zeros(GRID)
@@ -172,7 +175,7 @@ def test_answers_in_batches_are_those_of_a_plain_loop(small):
     labels = np.arange(12) % 3
     questions = measure.ask_about_conditions(window, labels)
     questions += measure.ask_in_order_of_maps(small, window, [1, 2], np.random.default_rng(0))
-    predicted, probability = measure.answer(small, window, questions)
+    predicted = measure.answer(small, window, questions)
     first = 1 + small.config.num_registers
     embedded = small.embed(small.preprocess.normalize(window.pixels))
     for photo, key, shown in questions:
@@ -181,14 +184,12 @@ def test_answers_in_batches_are_those_of_a_plain_loop(small):
             parts.append(embedded[shown.partner, first + shown.of_partner])
         logits = small.logits(torch.cat(parts)[None])[0]
         assert predicted[key][photo] == logits.argmax()
-        if key == conditions.EVERYTHING:
-            assert probability[photo] == pytest.approx(logits.softmax(0).max().item(), abs=1e-5)
     assert len(predicted) == 9 + 2 * 5 * (2 + 3 * 2)
 
 
 def test_a_condition_that_cannot_be_shown_has_no_answer(small):
     questions = measure.ask_about_conditions(window_of(3), np.array([0, 0, 1]))
-    predicted, _ = measure.answer(small, window_of(3), questions)
+    predicted = measure.answer(small, window_of(3), questions)
     assert predicted[conditions.SAME_CLASS][2] == measure.NO_ANSWER
     summary = statistics.summarize(predicted, np.zeros(3, int))
     assert summary.results[conditions.SAME_CLASS].photos == 2
@@ -198,7 +199,7 @@ def test_a_map_of_random_numbers_is_not_faithful(small):
     window = window_of(60)
     questions = measure.ask_about_conditions(window, np.zeros(60, int))
     questions += measure.ask_in_order_of_maps(small, window, [2], np.random.default_rng(1))
-    predicted, _ = measure.answer(small, window, questions)
+    predicted = measure.answer(small, window, questions)
     number = statistics.summarize(predicted, None).faithfulness[measure.RANDOM, None]
     assert number.low <= 0 <= number.high
 
@@ -239,7 +240,7 @@ def test_swapping_pet_and_background_swaps_the_answers():
     for sets in (sure, swapped):
         window = bright_pets(sets)
         questions = measure.ask_about_conditions(window, np.repeat([1, 0], 4))
-        answers.append(measure.answer(model, window, questions)[0])
+        answers.append(measure.answer(model, window, questions))
     pet_bright = [1] * 4 + [0] * 4
     assert answers[0][conditions.PET_ONLY].tolist() == pet_bright
     assert answers[0][conditions.BACKGROUND_ONLY].tolist() == [1 - c for c in pet_bright]
@@ -254,7 +255,7 @@ def test_accuracy_is_the_mean_of_the_classes_by_hand():
     true = np.array([0, 0, 0, 0, 1, 1])
     right = {conditions.EVERYTHING: true.copy()}
     one_answer = np.zeros(6, int)
-    counts = statistics.resample_counts(6, 0)
+    counts = statistics.photo_counts(6)
     valid = np.ones(6, bool)
     accuracy = statistics.resampled_macro_accuracy(one_answer, true, valid, counts)
     assert accuracy[0] == 0.5 and counts.shape == (1001, 6) and (counts.sum(1) == 6).all()
@@ -381,7 +382,8 @@ def test_the_table_and_the_files_say_the_same(drawings, breeds_model, tmp_path, 
     printed = capsys.readouterr().out
     about = json.loads((tmp_path / "out" / "drop.json").read_text())
     assert about["sentence"] in printed and "chance                  0.167" in printed
-    assert visible(tmp_path / "out") == set(about["files"]) == set(report.OUTPUTS)
+    assert visible(tmp_path / "out") == set(about["files"]) == set(OUTPUTS)
+    assert all(about["seconds"][part] > 0 for part in ("reading", "conditions", "maps"))
     photos = about["photos"]
     assert photos + sum(map(len, about["left_out"].values())) == 24
     assert f"{photos} photos of 6 classes" in printed
@@ -407,10 +409,22 @@ def test_a_base_of_other_classes_is_compared_by_its_answers(
 ):
     flags = ("--model", breeds_model, "--compare", things_model)
     assert run(drawings, tmp_path / "out", *flags) == 0
-    before, after = capsys.readouterr().out.split("after fine-tuning:")
-    assert "share of answers that stay" in before and "chance" not in before
-    assert "chance" in after
-    models = json.loads((tmp_path / "out" / "drop.json").read_text())["models"]
+    printed = capsys.readouterr().out
+    before, after = printed.split("after fine-tuning:")
+    assert "does not know the classes" in before and "does not know the classes" not in after
+    assert "accuracy" not in before and "chance" not in before
+    assert "chance" in after and "in accuracy, with" in after
+    assert before.count("share of answers that stay, with") == 1
+    assert after.count("share of answers that stay, with") == 1
+    about = json.loads((tmp_path / "out" / "drop.json").read_text())
+    models = about["models"]
+    assert re.search(r"Of the answers, .*; before fine-tuning, \d+% and \d+%\.$", about["sentence"])
+    assert about["sentence"] in printed
+    assert models["base"]["numbers"] == {}
+    assert len(models["model"]["numbers"]) == len(models["base"]["numbers_of_same_answers"]) == 4
+    with (tmp_path / "out" / "drop.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["model"] == "base"]
+    assert {row["accuracy"] for row in rows} == {""} and all(row["agreement_low"] for row in rows)
     for of_condition in models["base"]["conditions"].values():
         assert of_condition["accuracy"] is None
         assert 0 <= of_condition["agreement"]["mean"] <= 1
@@ -436,7 +450,7 @@ def test_the_number_of_photos_is_that_asked_for(drawings, breeds_model, tmp_path
     assert about["photos"] + sum(map(len, about["left_out"].values())) == 12
 
 
-@pytest.mark.parametrize("name", report.OUTPUTS)
+@pytest.mark.parametrize("name", OUTPUTS)
 def test_files_that_drop_did_not_write_are_kept(drawings, breeds_model, tmp_path, capsys, name):
     (tmp_path / name).write_text('{"models": "of cars"}')
     assert run(drawings, tmp_path, "--model", breeds_model) == 2
@@ -448,7 +462,7 @@ def test_nothing_of_an_earlier_drop_stays_beside_a_new_one(
     drawings, breeds_model, things_model, tmp_path, no_figures
 ):
     assert run(drawings, tmp_path, "--model", breeds_model, "--photos", 12) == 0
-    assert visible(tmp_path) == set(report.OUTPUTS)
+    assert visible(tmp_path) == set(OUTPUTS)
     # There is no gallery for a model that does not know the classes.
     assert run(drawings, tmp_path, "--model", things_model, "--photos", 12) == 0
     assert visible(tmp_path) == {"drop.json", "drop.csv", "drop.png"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -23,7 +24,17 @@ from minivit.attention import METHODS, class_relevance, rollout
 from minivit.data.datasets import load_data
 from minivit.errors import UserError
 from minivit.system import workers
-from minivit.tools.score import command, figure, gallery, masks, measure, report, statistics
+from minivit.tools.score import (
+    command,
+    figure,
+    gallery,
+    masks,
+    measure,
+    models,
+    outputs,
+    report,
+    statistics,
+)
 from minivit.tools.score.region_scores import region_scores
 from minivit.training import run_photos
 
@@ -561,13 +572,13 @@ def test_photos_without_a_pet_to_look_at_are_counted_and_named(pets, folders, ca
     [
         (["--blocks", "none"], "expected at least one block"),
         (["--blocks", "2"], "this model has blocks 0 to 1"),
-        (["--compare", "TINY"], "its embed_dim is 24, not 8; expected the model that"),
-        (["--compare", "OTHER"], "its preprocessing differs from that of"),
+        (["--compare", "WIDE"], "its embed_dim is 16, not 8; expected the model that"),
+        (["--compare", "OTHER"], "its preprocessing or its patches differ from those of"),
         (
             ["--model", "BARE", "--methods", "all"],
             "relevance needs a classifier, and this model has none",
         ),
-        (["--model", "BARE", "--gallery", "2"], "does not know these breeds"),
+        (["--model", "BARE", "--gallery", "2"], "does not know these classes"),
         (["--gallery", "51"], "expected at most 50 photos of each kind"),
         (["--data", "SHAPES"], "no photo of the test split has a mask"),
         (["--model", "nowhere"], "nowhere"),
@@ -575,18 +586,19 @@ def test_photos_without_a_pet_to_look_at_are_counted_and_named(pets, folders, ca
     ],
 )
 def test_a_mistake_ends_in_one_line_and_exit_code_2(
-    pets, folders, tiny_folder, shapes_data, tmp_path, capsys, flags, message
+    pets, folders, shapes_data, tmp_path, capsys, flags, message
 ):
     bare, other = looking_model(1), looking_model(1)
+    wide = with_changes(other, embed_dim=16)
     bare.reset_head(0)
     bare.labels, other.preprocess = (), Preprocess((32, 32), mean=(0.1, 0.2, 0.3))
     places = {
-        "TINY": tiny_folder,
+        "WIDE": tmp_path / "wide",
         "OTHER": tmp_path / "other",
         "BARE": tmp_path / "bare",
         "SHAPES": shapes_data,
     }
-    for name, model in (("OTHER", other), ("BARE", bare)):
+    for name, model in (("WIDE", wide), ("OTHER", other), ("BARE", bare)):
         places[name].mkdir()
         save_pretrained(model, places[name])
     places["FILE"] = folders[0] / "config.json"
@@ -675,7 +687,7 @@ def test_a_model_that_knows_other_classes_has_seed_0s_split(pets, tmp_path, scor
     assert run(pets, "--model", tmp_path, "--split", "val") == 0
     assert scored == [set(load_data(pets.parent, seed=0).val.paths)]
     printed = capsys.readouterr().out
-    assert "the val split is that of seed 0; no run trained this model on these breeds" in printed
+    assert "the val split is that of seed 0; no run trained this model on these classes" in printed
 
 
 def test_a_model_without_a_run_that_knows_the_breeds_is_refused(pets, folders, scored, capsys):
@@ -752,6 +764,29 @@ def test_score_needs_only_the_photos_of_its_split(pets, folders, capsys, no_figu
     assert run(pets, "--model", folders[0]) == 0
 
 
+def test_photos_in_class_folders_are_scored_with_masks_of_their_own(
+    pets, folders, tmp_path, no_figure, capsys
+):
+    data = load_data(pets.parent, seed=0)
+    for split, photos in (("train", data.train), ("test", data.test)):
+        for path, label in zip(photos.paths, photos.labels):
+            copy = tmp_path / "own" / split / data.classes[label] / path.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+            mask = tmp_path / "own" / "masks" / f"{path.stem}.png"
+            mask.parent.mkdir(exist_ok=True)
+            trimap = np.asarray(Image.open(masks.mask_path(path)))
+            Image.fromarray((trimap == masks.PET).astype(np.uint8) * 255).save(mask)
+    scores = []
+    for root in (pets.parent, tmp_path / "own"):
+        assert run(pets, "--model", folders[0], "--data", root) == 0
+        scores.append(read_csv(pets))
+    # It is not known of class folders which are cats.
+    of_group = {key for key in scores[0] if key[2] not in ("cats", "dogs")}
+    assert scores[1].keys() == of_group
+    assert all(scores[1][key] == scores[0][key] for key in of_group)
+
+
 # The folder of the outputs
 
 
@@ -777,9 +812,10 @@ def test_nothing_of_an_earlier_score_stays_beside_a_new_one(pets, folders):
     flags = ("--model", folders[0], "--blocks", "1")
     assert run(pets, *flags, "--gallery", "1") == 0
     visible = {path.name for path in out.iterdir() if not path.name.startswith(".")}
-    assert visible == set(report.OUTPUTS)
     about = json.loads((out / "score.json").read_text())
-    assert about.pop("files") == list(report.OUTPUTS)
+    files = about.pop("files")
+    assert files == outputs.output_names("score", gallery=True)
+    assert visible == set(files)
     (out / "score.json").write_text(json.dumps(about))  # as earlier versions wrote it
     assert run(pets, *flags) == 0
     visible = {path.name for path in out.iterdir() if not path.name.startswith(".")}
@@ -797,7 +833,8 @@ def test_photos_are_grouped_by_the_species_in_the_listings(pets):
         for stem in ("cat_breed_6", "cat_breed_7", "dog_breed_6", "dog_breed_0")
     ]
     (pets / "annotations" / "trainval.txt").unlink()  # Only the test photos need to be there.
-    groups = statistics.group_photos(paths, ["A", "A", "B", "B"], ["A", "A", "B", "A"], "test")
+    groups = statistics.group_photos(["A", "A", "B", "B"], ["A", "A", "B", "A"])
+    groups |= statistics.cats_and_dogs(paths, "test")
     assert {name: list(np.flatnonzero(chosen)) for name, chosen in groups.items()} == {
         "all": [0, 1, 2, 3],
         "cats": [0],
@@ -805,7 +842,7 @@ def test_photos_are_grouped_by_the_species_in_the_listings(pets):
         "right": [0, 1, 2],
         "wrong": [3],
     }
-    assert "right" not in statistics.group_photos(paths, ["A", "A", "B", "B"], None, "test")
+    assert "right" not in statistics.group_photos(["A", "A", "B", "B"], None)
 
 
 def test_a_table_names_the_highest_head_and_what_is_the_same():
@@ -887,17 +924,22 @@ def test_registers_that_differ_are_reported_and_no_error(pets, tmp_path, capsys,
         ({"depth": 3}, "its depth is 3, not 2"),
         ({"img_size": (64, 64)}, "its img_size is (64, 64), not (32, 32)"),
         ({"eps": 1e-6}, "its eps is 1e-06, not 1e-12"),
-        ({"preprocess": Preprocess((32, 32), resample=3)}, "its preprocessing differs from that"),
-        ({"preprocess": CROP}, "its preprocessing differs from that"),
     ],
 )
 def test_models_of_other_sizes_are_not_compared(changes, message):
     model = looking_model(1)
-    preprocess = changes.pop("preprocess", model.preprocess)
     base = with_changes(model, **changes)
-    base.preprocess = preprocess
     with pytest.raises(UserError, match=re.escape(message)):
         command.check_comparable(model, base, {"model": "runs/a", "base": "base"})
+
+
+@pytest.mark.parametrize("preprocess", [Preprocess((32, 32), resample=3), CROP])
+def test_models_of_other_preprocessing_are_not_compared(preprocess):
+    model = looking_model(1)
+    base = with_changes(model)
+    base.preprocess = preprocess
+    with pytest.raises(UserError, match="its preprocessing or its patches differ from those of"):
+        models.check_same_patches(model, base, {"model": "runs/a", "base": "base"})
 
 
 def test_the_base_may_store_positions_and_margins_otherwise(tiny):
@@ -907,6 +949,7 @@ def test_the_base_may_store_positions_and_margins_otherwise(tiny):
     run_of_base.preprocess = CROP
     state = base.state_dict() | {"pos_embed": base.positions()}
     run_of_base.load_state_dict(state)
+    models.check_same_patches(run_of_base, base, {})
     command.check_comparable(run_of_base, base, {})
     assert measure.count_equal_blocks(run_of_base, base) == 12
 

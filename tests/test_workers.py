@@ -17,6 +17,7 @@ from minivit.errors import UserError
 from minivit.system.workers import (
     map_ahead,
     processes_worth_starting,
+    silent_process,
     worker_pool,
     write_behind,
 )
@@ -126,6 +127,28 @@ def test_an_error_of_a_write_behind_is_raised_by_the_next_and_at_the_end():
     assert written == [1]
     with pytest.raises(FileNotFoundError), write_behind() as write_later:
         write_later(os.stat, "/no/such/file")
+
+
+def test_a_silent_process_has_workers_and_shows_nothing(tmp_path, capfd):
+    code = f"""
+from pathlib import Path
+from minivit.system.workers import worker_pool
+with worker_pool(1, {MODULE!r}) as pool:
+    Path({str(tmp_path / "done")!r}).write_text(str(pool.submit(abs, -1).result()))
+print("printed")
+raise ValueError("raised")
+"""
+    with silent_process(exec, code) as process:
+        process.join(20)
+        assert not process.is_alive()
+    assert (tmp_path / "done").read_text() == "1"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_silent_process_ends_with_the_context():
+    with pytest.raises(UserError), silent_process(time.sleep, 60) as process:
+        raise UserError
+    assert not is_running(process.pid)
 
 
 def test_processes_start_for_many_or_large_photos_only(tmp_path):

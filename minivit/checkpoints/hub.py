@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data.preprocess import Preprocess
 from ..errors import UserError, first_few
 from ..system.files import read_json
 from ..system.home import ensure_home
@@ -99,6 +100,20 @@ def fetch(source: str, revision: str | None, *, weights: bool = True) -> Files:
     return Files(config, preprocessor, tuple(paths), place.revision)
 
 
+def find_local(source: str, revision: str | None) -> str | None:
+    """Return what fetch() takes in place of a Hub id without asking the Hub: a folder of its cache.
+
+    That of main is the latest that was downloaded. Returns None if the config is not in the cache.
+    """
+    if source == "demo" or Path(os.path.expanduser(source)).exists():
+        return source
+    ensure_home()  # huggingface_hub looks for it when it is imported.
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(source, "config.json", revision=revision)
+    return str(Path(config).parent) if isinstance(config, str) else None
+
+
 def _files_beside(path: Path, source: str) -> Files:
     """Return a file of weights that the user named, with the config files in its folder if any."""
     if path.name != INDEX and path.suffix not in SUFFIXES:
@@ -137,6 +152,17 @@ def _find_preprocessor(place: _Folder | _Hub) -> Path | None:
     if path is not None and "image_processor" in read_json(path):
         return path
     return place.get(PREPROCESSOR)
+
+
+def read_preprocess(path: Path, model_type: str) -> Preprocess:
+    """Read the settings of the image processor that fetch() found, for a config's model_type."""
+    settings = read_json(path)
+    if path.name == PROCESSOR:
+        settings = settings["image_processor"]
+    try:
+        return Preprocess.from_config(settings, model_type)
+    except UserError as error:
+        raise UserError(f"{path.name}: {error}") from error
 
 
 def _hint_at_preprocessor(config: dict, place: _Folder | _Hub) -> str:

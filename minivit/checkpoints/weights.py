@@ -39,7 +39,7 @@ from .families import (
     recognise,
     without_wrappers,
 )
-from .hub import PROCESSOR, Files, Origin, fetch
+from .hub import Files, Origin, fetch, read_preprocess
 from .tensors import FLOATS, TAIL_KEY, content_hash, read_tensors, save_tensors, tail_metadata
 from .timm_configs import spec_from_timm
 
@@ -182,13 +182,7 @@ def _read_spec(files: Files, config: dict, names: Collection[str] | None) -> Che
     """Read the config files; the tensors' names tell whether there is a head, if they are known."""
     if files.preprocessor is None:
         return spec_from_timm(config)
-    settings = read_json(files.preprocessor)
-    if files.preprocessor.name == PROCESSOR:
-        settings = settings["image_processor"]
-    try:
-        preprocess = Preprocess.from_config(settings, config["model_type"])
-    except UserError as error:
-        raise UserError(f"{files.preprocessor.name}: {error}") from error
+    preprocess = read_preprocess(files.preprocessor, config["model_type"])
     return spec_from_hub(config, preprocess, names)
 
 

@@ -3,6 +3,7 @@
 It is written once and found again by later runs, until the photos or what decodes them change (see
 `_digest_files`). Without a store, photos are decoded whenever they are needed.
 
+torch is imported only where photos are read, so that a process can write a store without it.
 Shapes: n photos, B of a batch, h, w pixels of the model's input.
 """
 
@@ -14,19 +15,18 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import PIL
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError, first_few, printable
 from ..system.files import (
+    has_locks,
     is_writable,
     locked,
     read_json,
@@ -39,6 +39,9 @@ from ..system.workers import map_ahead, processes_worth_starting, read_ahead, wo
 from .datasets import Data
 from .photos import PhotoError, open_photo
 from .preprocess import Preprocess, decode_into
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = 2  # of the code that decodes: stores of other versions are not used
 SAMPLED_PHOTOS = 256  # whose content the checksum of a data set is of, besides one of each folder
@@ -62,6 +65,8 @@ class Pixels:
         stored: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> None:
+        import torch
+
         self.paths = paths
         self.preprocess = preprocess
         self.workers = workers
@@ -72,6 +77,8 @@ class Pixels:
         return len(self.paths)
 
     def __getitem__(self, index: slice | Tensor) -> Tensor:
+        import torch
+
         index = torch.arange(len(self))[index]
         if self.stored is not None:
             return self.stored[self.rows[index]]
@@ -96,8 +103,7 @@ def prepare(
     stderr. Otherwise they raise UserError, as does a class or split that has no photos left.
     """
     paths = data.paths()
-    kind = _kind(preprocess)
-    name = f"{kind}-{_digest_files(paths, data.root)[:16]}.npy"
+    name = _file_name(paths, data.root, preprocess)
     file = _find_store(data.root, name)
     if file is None or _has_become_readable(file, paths):
         folder = _writable_folder(data.root)
@@ -113,11 +119,45 @@ def prepare(
         with locked(folder, wait=True):
             # Another run may just have written it.
             if not _is_complete(file) or _has_become_readable(file, paths):
-                for old in folder.glob(f"{kind}-*"):
-                    old.unlink(missing_ok=True)
-                _write_store(file, paths, preprocess, workers)
+                with show_decoding(len(paths)) as bar:
+                    _write_store(file, paths, preprocess, workers, bar.update)
     errors = {paths[int(i)]: error for i, error in read_json(_errors_file(file)).items()}
     return _without(data, errors, skip_bad), file
+
+
+def prepare_ahead(
+    data: Data,
+    preprocess: Preprocess,
+    *,
+    workers: int,
+    cap_gib: float,
+    report: Callable[[int], object],
+) -> None:
+    """Write the store beside the photos, if there is none and nothing needs to be said about it.
+
+    This is for a process that runs ahead of the one that calls prepare(), which then finds the
+    store. Whatever stands in the way is left for that one to find and to report. `report` is called
+    with the number of all photos, and then with that of the photos in each job that is done.
+    """
+    paths = data.paths()
+    folder = _folders(data.root)[0]
+    file = folder / _file_name(paths, data.root, preprocess)
+    if _find_store(data.root, file.name) is not None:
+        return
+    if processes_worth_starting(paths, workers) == 0:
+        return
+    if not is_writable(folder) or not has_locks(folder):
+        return
+    with locked(folder):
+        if _is_complete(file) or _obstacle(len(paths), preprocess, folder, cap_gib):
+            return
+        report(len(paths))
+        _write_store(file, paths, preprocess, workers, report)
+
+
+def show_decoding(num_photos: int) -> tqdm:
+    """Return a bar, shown on a terminal only, that is told of the photos that are decoded."""
+    return tqdm(total=num_photos, desc="decoding", unit="photo", leave=False, disable=None)
 
 
 def open_splits(
@@ -127,6 +167,8 @@ def open_splits(
 
     `data` and `file` are what prepare() returned.
     """
+    import torch
+
     everything = open_pixels(data, file, preprocess, workers)
     row_of = {path: i for i, path in enumerate(everything.paths)}
     opened = []
@@ -143,6 +185,8 @@ def open_pixels(data: Data, file: Path | None, preprocess: Preprocess, workers: 
     `data` and `file` are what prepare() returned. Without the file, photos are decoded when they
     are needed.
     """
+    import torch
+
     stored = None
     # A rank on another machine may not see a temporary folder of rank 0's, and then decodes.
     if file is not None and _is_complete(file):
@@ -190,6 +234,10 @@ def _kind(preprocess: Preprocess) -> str:
         preprocess.round_margins,
     ]
     return f"{h}x{w}-{_digest(steps)[:8]}"
+
+
+def _file_name(paths: Sequence[Path], root: Path, preprocess: Preprocess) -> str:
+    return f"{_kind(preprocess)}-{_digest_files(paths, root)[:16]}.npy"
 
 
 def _digest_files(paths: Sequence[Path], root: Path) -> str:
@@ -294,14 +342,30 @@ def _bytes_per_photo(preprocess: Preprocess) -> int:
     return 3 * math.prod(preprocess.size)
 
 
-def _write_store(file: Path, paths: Sequence[Path], preprocess: Preprocess, workers: int) -> None:
-    """Write the pixels of all readable photos, uint8 (n, 3, h, w), and the errors of the rest."""
+def _write_store(
+    file: Path,
+    paths: Sequence[Path],
+    preprocess: Preprocess,
+    workers: int,
+    report: Callable[[int], object],
+) -> None:
+    """Write the pixels of all readable photos, uint8 (n, 3, h, w), and the errors of the rest.
+
+    Older stores of this kind are removed. `report` is called with the number of photos in each job
+    that is done.
+    """
+    for old in file.parent.glob(f"{_kind(preprocess)}-*"):
+        with contextlib.suppress(PermissionError):  # On Windows, another run may have it mapped.
+            old.unlink(missing_ok=True)
     size = _bytes_per_photo(preprocess)
     with whole_file(file) as partial, partial.open("wb+") as store:
         _write_header(store, len(paths), preprocess)
         offset = store.tell()
         store.flush()
-        errors = _decode_all(partial, offset, paths, preprocess, workers)
+        errors: list[str] = []
+        for chunk in _decode_all(partial, offset, paths, preprocess, workers):
+            errors += chunk
+            report(len(chunk))
         readable = [i for i, error in enumerate(errors) if not error]
         # Move photos up into the gaps that unreadable ones have left.
         for row, i in enumerate(readable):
@@ -325,23 +389,16 @@ def _write_header(store: BinaryIO, n: int, preprocess: Preprocess) -> None:
 
 def _decode_all(
     file: Path, offset: int, paths: Sequence[Path], preprocess: Preprocess, workers: int
-) -> list[str]:
-    """Decode photos into a file from a byte offset on; return each one's error, or ""."""
+) -> Iterator[list[str]]:
+    """Decode photos into a file from a byte offset on; yield the error of each, or "", by jobs."""
     size = _bytes_per_photo(preprocess)
     jobs = (
         (file, offset + i * size, paths[i : i + CHUNK], preprocess)
         for i in range(0, len(paths), CHUNK)
     )
     processes = processes_worth_starting(paths, workers)
-    errors: list[str] = []
-    with (
-        worker_pool(processes, "minivit.data.preprocess") as pool,
-        tqdm(total=len(paths), desc="decoding", unit="photo", leave=False, disable=None) as bar,
-    ):
-        for chunk in map_ahead(pool, decode_into, jobs, ahead=2 * workers):
-            errors += chunk
-            bar.update(len(chunk))
-    return errors
+    with worker_pool(processes, "minivit.data.preprocess") as pool:
+        yield from map_ahead(pool, decode_into, jobs, ahead=2 * workers)
 
 
 def _without(data: Data, errors: dict[Path, str], skip_bad: bool) -> Data:

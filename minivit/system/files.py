@@ -163,7 +163,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     import filelock
 
     lock = filelock.FileLock(folder / ".lock")
-    if not _has_locks(folder):
+    if not has_locks(folder):
         print(
             f"{folder}: its file system has no locks; see to it that no other run writes there",
             file=sys.stderr,
@@ -193,7 +193,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
-def _has_locks(folder: Path) -> bool:
+def has_locks(folder: Path) -> bool:
     """Return whether a new file in a folder can be locked. Raises OSError if none can be made."""
     try:
         import fcntl

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn, TypeVar
@@ -86,6 +87,36 @@ def worker_pool(num_processes: int, module: str) -> Iterator[Executor]:
 
 
 @contextlib.contextmanager
+def silent_process(function: Callable[..., object], *args: object) -> Iterator[BaseProcess]:
+    """Run function(*args) in a process of its own, which ends with the context at the latest.
+
+    It may have workers itself. Nothing that it prints or raises is shown. It leaves Ctrl-C to this
+    process, and it ends when this one ends, even if that is killed.
+    """
+    _silence_resource_tracker()
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_run_silently, args=(function, *args))
+    with _without_main_module():
+        process.start()
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _run_silently(function: Callable[..., object], *args: object) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # Workers inherit them, and may end before they have wholly started.
+        os.dup2(nowhere, stream)
+    _follow_parent()
+    try:
+        function(*args)
+    finally:
+        os._exit(0)  # Its workers end when it ends. A normal exit might wait for them forever.
+
+
+@contextlib.contextmanager
 def _without_main_module() -> Iterator[None]:
     """Hide the main module from worker processes that are started meanwhile.
 
@@ -113,13 +144,18 @@ class InlineExecutor(Executor):
 
 
 def _start_worker(module: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _exit_at_once)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _follow_parent()
     # A module that cannot be imported is the first job's to report: an error here would look as if
     # the worker had been killed.
     with contextlib.suppress(Exception):
         import_module(module)
+
+
+def _follow_parent() -> None:
+    """Let this process end when its parent ends, and leave Ctrl-C to that one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _exit_at_once)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:

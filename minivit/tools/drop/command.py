@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,22 +23,7 @@ SEED = 0  # of the patches that are left out, the backgrounds that are joined, a
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("drop", description=DESCRIPTION)
-    parser.add_argument(
-        "--model",
-        metavar="ID|DIR|demo",
-        help=f"as in train.py; without it, {cli.RUN_DIR} if it exists, else {cli.BASE_MODEL}",
-    )
-    parser.add_argument(
-        "--compare",
-        metavar="BASE",
-        help="the model before fine-tuning, which is asked too",
-    )
-    parser.add_argument(
-        "--data",
-        default="data",
-        metavar="DIR",
-        help="the folder of Oxford-IIIT Pet with its annotations, or class folders with masks/",
-    )
+    parser.add_measuring_flags("drop")
     parser.add_argument(
         "--photos",
         type=cli.at_least(1),
@@ -57,15 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="RANGE",
         help="the blocks whose maps --maps compares, counted from 0; default: the last one",
     )
-    parser.add_device_flags()
-    parser.add_workers("processes that decode photos")
-    parser.add_argument(
-        "--out",
-        type=cli.folder,
-        default="drop",
-        metavar="DIR",
-        help="the folder for drop.csv, drop.json, drop.png and the gallery",
-    )
     return cli.run(drop, parser, argv)
 
 
@@ -73,55 +47,49 @@ def drop(args: argparse.Namespace) -> int:
     """Ask about every photo under every condition, then print, write and draw the results."""
     from ...model import working_copy
     from ...system.device import peak_gib, pick_amp, pick_device
-    from ...system.files import locked
-    from ..score import splits
+    from ..score import outputs, splits
+    from ..score.models import load_models, model_names
     from . import figure, gallery, measure, report, statistics
 
     out = Path(args.out)
-    report.check_folder(out)
-    names = {"model": cli.default_model(args.model)}
-    if args.compare:
-        names["base"] = args.compare
-    print(f"model: {printable(names['model'])}", file=sys.stderr)
+    outputs.check_folder(out, "drop", gallery=True)
+    names = model_names(args)
     device = pick_device(args.device)
     amp = pick_amp(args.amp, device)
     data, split = splits.load_masked_split(args.data, "test", run=None)
     split = split.take(measure.order_of_photos(split.labels, args.photos, SEED))
     models = load_models(names)
+    check_classifiers(models, names)
     model = models["model"]
     map_blocks = blocks_of_maps(args, models)
 
-    started = time.perf_counter()
     copies = {key: working_copy(each, device, amp, train=False) for key, each in models.items()}
     answers = measure.ask(
         copies, split.paths, split.labels, map_blocks=map_blocks, workers=args.workers, seed=SEED
     )
-    seconds = time.perf_counter() - started
 
     split = split.take(answers.photos)
     true = {key: class_indices(each, data.classes, split.labels) for key, each in models.items()}
     summaries = {}
     for key in models:
         summaries[key] = statistics.summarize(answers.predicted[key], true[key])
-    sentence = statistics.one_sentence(summaries["model"])
+    sentence = statistics.one_sentence(summaries["model"], summaries.get("base"))
     print(*report.overview(names, answers, len(set(split.labels))), sep="\n")
     print(*report.tables(summaries), "", sentence, sep="\n")
 
     has_gallery = true["model"] is not None
-    outputs = report.OUTPUTS if has_gallery else report.OUTPUTS[:3]
+    files = outputs.output_names("drop", gallery=has_gallery)
     settings = vars(args) | {"model": names["model"], "device": str(device), "amp": str(amp)}
     about = {
         "sentence": sentence,
         "photos": len(split),
         "left_out": answers.left_out,
-        "seconds": seconds,
+        "seconds": answers.seconds,
         "peak_gib": peak_gib(device),
-        "files": list(outputs),
+        "files": files,
         "settings": settings | {"seed": SEED},
     }
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out, wait=True):
-        report.remove_earlier(out)
+    with outputs.replace_earlier(out, "drop"):
         report.write_files(out, summaries, about)
         figure.draw_drop(out / "drop.png", summaries, sentence)
         if has_gallery:
@@ -138,34 +106,19 @@ def drop(args: argparse.Namespace) -> int:
                 model.preprocess,
                 model.config.grid,
             )
-    print(f"{len(split)} photos asked about in {seconds:.1f} s", file=sys.stderr)
-    print(*(printable(out / name) for name in outputs), sep="\n")
+    print(report.timing(len(split), answers.seconds), file=sys.stderr)
+    print(*(printable(out / name) for name in files), sep="\n")
     return 0
 
 
-def load_models(names: Mapping[str, str]) -> dict[str, ViT]:
-    """Load the models, keyed like `names`; all must have the first one's patches."""
-    from ...checkpoints.weights import load_pretrained
-
-    model = load_pretrained(names["model"])
-    models = {"model": model}
-    if "base" in names:
-        # A run may have been trained at another input size than its base.
-        models["base"] = load_pretrained(names["base"], img_size=model.config.img_size)
-    for key, each in models.items():
-        if each.config.num_classes == 0:
+def check_classifiers(models: Mapping[str, ViT], names: Mapping[str, str]) -> None:
+    """Raise UserError if a model gives no answers."""
+    for key, model in models.items():
+        if model.config.num_classes == 0:
             raise UserError(
                 f"{names[key]}: expected a model with a classifier, found none, and so no answers; "
                 "train.py --blocks none gives it one and leaves its blocks as they are"
             )
-        # Training keeps all of its base's preprocessing but for the rounding of margins.
-        preprocess = replace(each.preprocess, round_margins=model.preprocess.round_margins)
-        if preprocess != model.preprocess or each.config.grid != model.config.grid:
-            raise UserError(
-                f"{names[key]}: its preprocessing or its patches differ from those of "
-                f"{names['model']}; expected the model that it was fine-tuned from"
-            )
-    return models
 
 
 def blocks_of_maps(args: argparse.Namespace, models: Mapping[str, ViT]) -> list[int]:

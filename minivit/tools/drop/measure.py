@@ -6,7 +6,9 @@ always stay. Shapes: n photos, B of a batch, P patches, N tokens, D embed_dim, K
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,9 @@ from ...attention import CLASS_TOKEN, METHODS, method_rows, query_maps
 from ...errors import UserError
 from ...model import ViT
 from ...system.device import cpu_batch
-from ...system.workers import map_ahead, processes_worth_starting, worker_pool
+from ..score.measure import CHUNK, read_in_workers
 from .conditions import (
     CONDITIONS,
-    EVERYTHING,
     OTHER_CLASS,
     SAME_CLASS,
     PatchSets,
@@ -33,12 +34,11 @@ from .conditions import (
     show_joined,
     spread_classes,
 )
-from .photos import DropPhoto, read_photos
+from .photos import read_photos
 
 # Photos whose pixels are in memory together. Their conditions are sorted by the number of patches
 # that are shown, so that a batch needs no padding; many photos fill the batches.
 WINDOW = 1024
-CHUNK = 8  # photos that a worker reads in one job
 GPU_BATCH = 128
 NO_ANSWER = -1  # where a condition cannot be shown of a photo
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the patches, left out in the order of a map
@@ -84,7 +84,9 @@ class Answers:
     photos: list[int]  # the indices of the photos that were taken
     left_out: dict[str, list[str]]  # the names of the others, by reason
     predicted: dict[str, dict[Key, np.ndarray]]  # NO_ANSWER where a condition cannot be shown
-    probability: dict[str, np.ndarray]  # (n,), of the answer to the whole photo
+    # What the main thread spent: waiting for photos, which workers read meanwhile, and on the
+    # conditions and the maps of all models.
+    seconds: dict[str, float]
 
 
 def ask(
@@ -101,33 +103,53 @@ def ask(
     For `map_blocks` the patches are left out in the order of these blocks' maps, too. The models
     have the same preprocessing and patches. Raises UserError if no photo can be taken.
     """
-    first = next(iter(models.values()))
-    answers = Answers([], {}, {name: {} for name in models}, {})
-    parts: dict[str, list[tuple[dict[Key, np.ndarray], np.ndarray]]] = {name: [] for name in models}
+    seconds = dict.fromkeys(("reading", "conditions", "maps"), 0.0)
+    answers = Answers([], {}, {}, seconds)
+    parts: dict[str, list[dict[Key, np.ndarray]]] = {name: [] for name in models}
     label_of = np.asarray(labels)
+    first = next(iter(models.values()))
+    windows = read_windows(first, paths, workers, answers.left_out, seed)
     bar = tqdm(total=len(paths), unit="photo", leave=False, disable=None)
     with torch.inference_mode(), bar as progress:
-        for window in read_windows(first, paths, workers, answers.left_out, seed):
-            questions = ask_about_conditions(window, label_of[window.photos])
+        while True:
+            with timed(seconds, "reading"):
+                window = next(windows, None)
+            if window is None:
+                break
             for name, model in models.items():
-                of_model = questions
+                with timed(seconds, "conditions"):
+                    questions = ask_about_conditions(window, label_of[window.photos])
+                    no_answer = np.full(len(window.photos), NO_ANSWER)
+                    predicted: dict[Key, np.ndarray] = {}
+                    predicted.update((key, no_answer) for key in CONDITIONS)
+                    predicted |= answer(model, window, questions)
                 if map_blocks:
-                    # All models' maps have the same random order beside them.
-                    rng = np.random.default_rng([seed, window.photos[0]])
-                    of_model = questions + ask_in_order_of_maps(model, window, map_blocks, rng)
-                parts[name].append(answer(model, window, of_model))
+                    with timed(seconds, "maps"):
+                        # All models' maps have the same random order beside them.
+                        rng = np.random.default_rng([seed, window.photos[0]])
+                        questions = ask_in_order_of_maps(model, window, map_blocks, rng)
+                        predicted |= answer(model, window, questions)
+                parts[name].append(predicted)
             answers.photos += window.photos
             progress.update(window.photos[-1] + 1 - progress.n)
     if not answers.photos:
         reasons = ", ".join(sorted(answers.left_out))
         raise UserError(f"none of {len(paths)} photos can be taken: {reasons}")
-    for name, windows in parts.items():
-        predicted, probability = zip(*windows)
-        answers.probability[name] = np.concatenate(probability)
-        # Every window has the same maps, in every order, and thus the same keys.
-        for key in predicted[0]:
-            answers.predicted[name][key] = np.concatenate([part[key] for part in predicted])
+    for name, windows_of_model in parts.items():
+        # Every window has all conditions and the same maps, and thus the same keys.
+        answers.predicted[name] = {
+            key: np.concatenate([part[key] for part in windows_of_model])
+            for key in windows_of_model[0]
+        }
     return answers
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the seconds that the block takes. Answers come to the CPU, so a GPU is waited for."""
+    started = time.perf_counter()
+    yield
+    seconds[part] += time.perf_counter() - started
 
 
 def read_windows(
@@ -139,28 +161,12 @@ def read_windows(
         (paths[first : first + CHUNK], first, preprocess, grid, seed)
         for first in range(0, len(paths), CHUNK)
     )
-    indices: list[int] = []
-    photos: list[DropPhoto] = []
-
-    def window() -> Window:
-        pixels, sets, shown = zip(*photos)
+    reading = read_in_workers(read_photos, jobs, paths, workers=workers, left_out=left_out)
+    while read := list(itertools.islice(reading, WINDOW)):
+        indices = [index for index, _ in read]
+        pixels, sets, shown = zip(*(photo for _, photo in read))
         on_device = torch.from_numpy(np.stack(pixels)).to(model.cls_token.device)
-        return Window(indices[:], on_device, list(sets), list(shown))
-
-    num_processes = processes_worth_starting(paths, workers)
-    with worker_pool(num_processes, "minivit.tools.drop.photos") as pool:
-        chunks = map_ahead(pool, read_photos, jobs, ahead=2 * workers)
-        for index, photo in enumerate(itertools.chain.from_iterable(chunks)):
-            if isinstance(photo, str):
-                left_out.setdefault(photo, []).append(paths[index].name)
-                continue
-            indices.append(index)
-            photos.append(photo)
-            if len(photos) == WINDOW:
-                yield window()
-                indices, photos = [], []
-    if photos:
-        yield window()
+        yield Window(indices, on_device, list(sets), list(shown))
 
 
 def ask_about_conditions(window: Window, labels: np.ndarray) -> list[Question]:
@@ -229,10 +235,8 @@ def class_token_maps(
     return {key: np.concatenate(values) for key, values in maps.items()}
 
 
-def answer(
-    model: ViT, window: Window, questions: Sequence[Question]
-) -> tuple[dict[Key, np.ndarray], np.ndarray]:
-    """Return the classes (W,) that are predicted, by condition, and the whole photos' probability.
+def answer(model: ViT, window: Window, questions: Sequence[Question]) -> dict[Key, np.ndarray]:
+    """Return the classes (W,) that are predicted, by condition.
 
     Questions that show equally many patches are answered together.
     """
@@ -241,26 +245,21 @@ def answer(
         own, partner, of_partner = question.shown
         group = len(own) + len(of_partner), partner is not None
         groups.setdefault(group, []).append(i)
-    num_photos = len(window.photos)
-    keys = [*CONDITIONS, *dict.fromkeys(question.key for question in questions)]
-    predicted = {key: np.full(num_photos, NO_ANSWER) for key in keys}
-    probability = np.zeros(num_photos)
+    predicted: dict[Key, np.ndarray] = {}
+    for question in questions:
+        predicted.setdefault(question.key, np.full(len(window.photos), NO_ANSWER))
     batch = batch_size(model)
     waiting: list[tuple[list[int], Tensor]] = []  # results that are still on the device
     for indices in groups.values():
         for start in range(0, len(indices), batch):
             chosen = indices[start : start + batch]
             tokens = shown_tokens(model, window.pixels, [questions[i] for i in chosen])
-            best = model.logits(tokens).float().softmax(1).max(1)
-            waiting.append((chosen, torch.stack([best.values, best.indices.float()])))
+            waiting.append((chosen, model.logits(tokens).argmax(1)))
     for chosen, result in waiting:
-        values, classes = result.cpu().numpy()
-        for i, value, predicted_class in zip(chosen, values, classes):
-            photo, key, _ = questions[i]
-            predicted[key][photo] = int(predicted_class)
-            if key == EVERYTHING:
-                probability[photo] = value
-    return predicted, probability
+        for i, predicted_class in zip(chosen, result.tolist()):
+            question = questions[i]
+            predicted[question.key][question.photo] = predicted_class
+    return predicted
 
 
 def shown_tokens(model: ViT, pixels: Tensor, questions: Sequence[Question]) -> Tensor:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import csv
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ...errors import UserError, first_few, printable
-from ...system.files import read_json, refuse_to_overwrite, whole_file, write_json
+from ...errors import printable
+from ...system.files import write_json
+from ..score.outputs import write_csv
+from ..score.report import named
 from ..score.statistics import Estimate
 from .conditions import CONDITIONS
 from .measure import Answers, MapKey
 from .statistics import Result, Summary
 
-# Everything that `drop` may write; the last two only if the model knows the classes.
-OUTPUTS = ("drop.json", "drop.csv", "drop.png", "gallery.png", "gallery.html")
+UNKNOWN = Estimate(math.nan, math.nan, math.nan)  # the accuracy of a model of other classes
 # What was published for another model, a ViT-B fine-tuned on Oxford-IIIT Pet, with another formula:
 # the area between the two curves, in points. Its GenAtt is the relevance of this package.
 # Source: LibraGrad, CVPR 2025, table 2
@@ -26,36 +27,44 @@ def overview(names: Mapping[str, str], answers: Answers, num_classes: int) -> It
     model = printable(names["model"])
     yield f"{model}: {len(answers.photos)} photos of {num_classes} classes"
     for reason, files in answers.left_out.items():
-        yield f"left out, {reason}: {len(files)} ({first_few(map(printable, files), 5)})"
+        yield f"left out, {reason}: {named(files)}"
     if "base" in names:
         yield f"before: {printable(names['base'])}"
+
+
+def timing(num_photos: int, seconds: Mapping[str, float]) -> str:
+    """Say how long it took, and where the time went."""
+    parts = ", ".join(f"{part} {each:.1f} s" for part, each in seconds.items() if each)
+    return f"{num_photos} photos asked about in {sum(seconds.values()):.1f} s ({parts})"
 
 
 def tables(summaries: Mapping[str, Summary]) -> Iterator[str]:
     """Yield the lines of all tables of each model, the model before fine-tuning first."""
     titles = {"base": "before fine-tuning", "model": "after fine-tuning"}
+    all_know_classes = all(summary.chance is not None for summary in summaries.values())
     for name in ("base", "model"):
         if name in summaries:
             yield ""
             if len(summaries) > 1:
                 yield f"{titles[name]}:"
-            yield from model_tables(summaries[name])
+            yield from model_tables(summaries[name], with_same_answers=not all_know_classes)
 
 
-def model_tables(summary: Summary) -> Iterator[str]:
-    knows_classes = summary.chance is not None
-    accuracy = "accuracy [95% interval]  " if knows_classes else ""
+def model_tables(summary: Summary, *, with_same_answers: bool) -> Iterator[str]:
+    """Yield the lines of a model's tables. Its same answers compare with those of any model."""
+    accuracy = "accuracy [95% interval]  "
+    if summary.chance is None:
+        accuracy = ""
+        yield "this model does not know the classes: no answer is right or wrong, but it may stay"
     yield f"{'what is shown':34}  photos  {accuracy}same answer [95% interval]  commonest answer"
     for key in CONDITIONS:
         if key in summary.results:
             yield f"{key:34}  {result_columns(summary.results[key])}"
-    yield ""
-    unit = "accuracy" if knows_classes else "share of answers that stay"
-    yield f"in {unit}, with 95% intervals:"
-    for name, number in summary.numbers.items():
-        yield f"  {name:23} {interval(number)}"
-    if knows_classes:
+    if summary.chance is not None:
+        yield from number_lines("accuracy", summary.numbers)
         yield f"  {'chance':23} {summary.chance:.3f}"
+    if with_same_answers:
+        yield from number_lines("the share of answers that stay", summary.numbers_of_same_answers)
     if summary.faithfulness:
         yield ""
         yield "how much more the least important patches can be spared than the most important ones"
@@ -63,6 +72,14 @@ def model_tables(summary: Summary) -> Iterator[str]:
         for (method, block), number in summary.faithfulness.items():
             yield f"  {map_name(method, block):23} {interval(number)}"
         yield f"  published for another model, by another formula, in points: {PUBLISHED}"
+
+
+def number_lines(unit: str, numbers: Mapping[str, Estimate]) -> Iterator[str]:
+    """Yield the lines of the four numbers."""
+    yield ""
+    yield f"in {unit}, with 95% intervals:"
+    for name, number in numbers.items():
+        yield f"  {name:23} {interval(number)}"
 
 
 def result_columns(result: Result) -> str:
@@ -97,45 +114,15 @@ def csv_rows(summaries: Mapping[str, Summary]) -> list[dict[str, object]]:
                 row["block"] = "" if key.block is None else key.block
                 row["first"] = "most important" if key.most_important_first else "least important"
                 row["fraction"] = key.fraction
-            for name in ("accuracy", "agreement"):
-                estimate = getattr(result, name)
-                for suffix in ("mean", "low", "high"):
-                    column = name if suffix == "mean" else f"{name}_{suffix}"
-                    row[column] = "" if estimate is None else getattr(estimate, suffix)
+            accuracy = UNKNOWN if result.accuracy is None else result.accuracy
+            row |= accuracy.columns("accuracy") | result.agreement.columns("agreement")
             row["commonest"] = result.commonest
             rows.append(row)
     return rows
 
 
-def earlier_outputs(out: Path) -> set[str]:
-    """Return the names of the files in a folder that an earlier `drop` wrote there."""
-    try:
-        about = read_json(out / "drop.json")
-    except (UserError, OSError):
-        return set()
-    files = about.get("files")
-    if "models" not in about or not isinstance(files, list):
-        return set()  # Another program wrote this file.
-    return {name for name in OUTPUTS if name in files}
-
-
-def check_folder(out: Path) -> None:
-    """Raise UserError if writing into a folder might overwrite what no `drop` wrote."""
-    earlier = earlier_outputs(out)
-    refuse_to_overwrite(out, [name for name in OUTPUTS if name not in earlier])
-
-
-def remove_earlier(out: Path) -> None:
-    """Remove what an earlier `drop` wrote, so that results of two models never lie together."""
-    for name in earlier_outputs(out) - {"drop.json"}:  # This one is replaced first.
-        (out / name).unlink(missing_ok=True)
-
-
 def write_files(out: Path, summaries: Mapping[str, Summary], about: Mapping[str, object]) -> None:
-    """Write drop.json with the numbers, and drop.csv with all conditions.
-
-    The JSON file comes first, because its list says which other files are of a `drop`.
-    """
+    """Write drop.json with the numbers, and then drop.csv with all conditions."""
     models = {}
     for model, summary in summaries.items():
         conditions = {
@@ -150,7 +137,8 @@ def write_files(out: Path, summaries: Mapping[str, Summary], about: Mapping[str,
         }
         models[model] = {
             "chance": summary.chance,
-            "numbers": {name: number._asdict() for name, number in summary.numbers.items()},
+            "numbers": as_dicts(summary.numbers),
+            "numbers_of_same_answers": as_dicts(summary.numbers_of_same_answers),
             "conditions": conditions,
             "faithfulness": [
                 {"method": method, "block": block, **number._asdict()}
@@ -158,8 +146,8 @@ def write_files(out: Path, summaries: Mapping[str, Summary], about: Mapping[str,
             ],
         }
     write_json(out / "drop.json", {**about, "models": models})
-    rows = csv_rows(summaries)
-    with whole_file(out / "drop.csv") as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out / "drop.csv", csv_rows(summaries))
+
+
+def as_dicts(numbers: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
+    return {name: number._asdict() for name, number in numbers.items()}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..score.statistics import RESAMPLES, Estimate
+from ..score.statistics import RESAMPLES, Estimate, resample_counts
 from .conditions import (
     BACKGROUND_ONLY,
     BACKGROUND_OUT,
@@ -45,7 +45,8 @@ class Summary:
     """What is known of one model."""
 
     results: dict[Key, Result]
-    numbers: dict[str, Estimate]  # the four numbers by name; of accuracy, else of agreement
+    numbers: dict[str, Estimate]  # the four numbers by name; none if the classes are unknown
+    numbers_of_same_answers: dict[str, Estimate]  # the same, from agreement in place of accuracy
     # By method and block: agreement with the least important patches left out, minus with the most
     # important ones, averaged over FRACTIONS.
     faithfulness: dict[tuple[str, int | None], Estimate]
@@ -59,15 +60,13 @@ class Summary:
         return accuracy
 
 
-def summarize(
-    predicted: Mapping[Key, np.ndarray], true: np.ndarray | None, *, seed: int = 0
-) -> Summary:
+def summarize(predicted: Mapping[Key, np.ndarray], true: np.ndarray | None) -> Summary:
     """Summarise a model's answers; `true` (n,) has the right classes, if the model knows them.
 
     Intervals are those of 1,000 resamplings of the photos, the same for every condition.
     """
     whole = predicted[EVERYTHING]
-    counts = resample_counts(len(whole), seed)
+    counts = photo_counts(len(whole))
     accuracies: dict[Key, np.ndarray] = {}
     agreements: dict[Key, np.ndarray] = {}
     results = {}
@@ -84,22 +83,17 @@ def summarize(
         results[key] = Result(
             int(valid.sum()), accuracy, estimate(agreements[key]), answers.max() / valid.sum()
         )
-    chance = None if true is None else 1 / len(np.unique(true))
-    return Summary(
-        results,
-        four_numbers(agreements if true is None else accuracies),
-        faithfulness(agreements),
-        chance,
-    )
+    numbers = {}
+    chance = None
+    if true is not None:
+        numbers = four_numbers(accuracies)
+        chance = 1 / len(np.unique(true))
+    return Summary(results, numbers, four_numbers(agreements), faithfulness(agreements), chance)
 
 
-def resample_counts(n: int, seed: int) -> np.ndarray:
-    """Return how often each resample draws each photo, (1 + R, n); the first row has each once."""
-    rng = np.random.default_rng(seed)
-    counts = np.ones((1 + RESAMPLES, n), np.float32)
-    for row in counts[1:]:
-        row[:] = np.bincount(rng.integers(n, size=n), minlength=n)
-    return counts
+def photo_counts(n: int) -> np.ndarray:
+    """Return how often each photo counts, (1 + R, n): once each, and then in each resample."""
+    return np.vstack([np.ones((1, n), np.float32), resample_counts(n)])
 
 
 def resampled_mean(right: np.ndarray, valid: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -165,14 +159,25 @@ def faithfulness(agreements: Mapping[Key, np.ndarray]) -> dict[tuple[str, int | 
     return differences
 
 
-def one_sentence(summary: Summary) -> str:
-    """Say in a sentence where the answer comes from."""
-    if summary.chance is None:
-        return sentence_of_agreement(summary)
+def one_sentence(summary: Summary, base: Summary | None = None) -> str:
+    """Say in a sentence where the answer comes from.
+
+    If the model, or the one before fine-tuning, does not know the classes, a sentence says how many
+    of the answers stay, which can be said of both.
+    """
+    sentences = []
+    if summary.chance is not None:
+        sentences.append(sentence_of_accuracy(summary, summary.chance))
+    if summary.chance is None or (base is not None and base.chance is None):
+        sentences.append(sentence_of_agreement(summary, base))
+    return " ".join(sentences)
+
+
+def sentence_of_accuracy(summary: Summary, chance: float) -> str:
+    """Say where the right answers come from."""
     whole = summary.accuracy(EVERYTHING)
     pet = summary.accuracy(PET_ONLY)
     background = summary.accuracy(background_condition(summary.results))
-    chance = summary.chance
     if whole.low <= chance:
         return (
             f"The model is right on {whole.mean:.0%} of the whole photos, which is not above "
@@ -198,11 +203,19 @@ def one_sentence(summary: Summary) -> str:
     )
 
 
-def sentence_of_agreement(summary: Summary) -> str:
-    """Say what a model does that does not know the classes: whether its answers stay."""
-    pet = summary.results[PET_ONLY].agreement.mean
-    background = summary.results[background_condition(summary.results)].agreement.mean
-    return (
-        f"Of the answers, {pet:.0%} stay with the pet alone, "
-        f"and {background:.0%} with the background alone."
+def sentence_of_agreement(summary: Summary, base: Summary | None) -> str:
+    """Say how many of the answers stay without the background, and without the pet."""
+    sentence = (
+        f"Of the answers, {stays(summary, PET_ONLY)} stay with the pet alone, "
+        f"and {stays(summary, background_condition(summary.results))} with the background alone"
     )
+    if base is None:
+        return f"{sentence}."
+    return (
+        f"{sentence}; before fine-tuning, {stays(base, PET_ONLY)} "
+        f"and {stays(base, background_condition(base.results))}."
+    )
+
+
+def stays(summary: Summary, key: Key) -> str:
+    return f"{summary.results[key].agreement.mean:.0%}"

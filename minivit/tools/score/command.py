@@ -1,4 +1,4 @@
-"""Measure how much of a model's attention falls on the pet in Oxford-IIIT Pet's photos.
+"""Measure how much of a model's attention falls on the pet.
 
 This module imports neither torch nor NumPy before the job starts, so that --help answers at once.
 """
@@ -9,7 +9,6 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,31 +18,14 @@ from ...errors import UserError, printable
 if TYPE_CHECKING:
     from ...model import ViT
 
-DESCRIPTION = (
-    "Measure how much of a model's attention falls on the pet in Oxford-IIIT Pet's photos."
-)
+DESCRIPTION = "Measure how much of a model's attention falls on the pet."
 METHODS = ("attention", "rollout", "relevance")  # those of attention.py, which imports torch
 MAX_GALLERY = 50
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("score", description=DESCRIPTION)
-    parser.add_argument(
-        "--model",
-        metavar="ID|DIR|demo",
-        help=f"as in train.py; without it, {cli.RUN_DIR} if it exists, else {cli.BASE_MODEL}",
-    )
-    parser.add_argument(
-        "--compare",
-        metavar="BASE",
-        help="the model before fine-tuning, which is scored too, to report what changed",
-    )
-    parser.add_argument(
-        "--data",
-        default="data",
-        metavar="DIR",
-        help="the folder that holds oxford-iiit-pet with its annotations",
-    )
+    parser.add_measuring_flags("score")
     parser.add_argument(
         "--split",
         choices=("test", "trainval", "train", "val"),
@@ -70,15 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="show up to N photos of each kind that is worth a look",
     )
-    parser.add_device_flags()
-    parser.add_workers("processes that decode photos")
-    parser.add_argument(
-        "--out",
-        type=cli.folder,
-        default="score",
-        metavar="DIR",
-        help="the folder for score.csv, score.json, score.png and the gallery",
-    )
     return cli.run(score, parser, argv)
 
 
@@ -99,23 +72,22 @@ def score(args: argparse.Namespace) -> int:
     """Score the maps of every photo in a split, then print, write and draw the results."""
     from ...model import working_copy
     from ...system.device import peak_gib, pick_amp, pick_device
-    from ...system.files import locked
-    from . import figure, gallery, measure, report, splits, statistics
+    from . import figure, gallery, measure, outputs, report, splits, statistics
+    from .models import load_models, model_names
 
     out = Path(args.out)
-    outputs = report.OUTPUTS if args.gallery else report.OUTPUTS[:3]
-    report.check_folder(out, outputs)
-    names = {"model": cli.default_model(args.model)}
-    if args.compare:
-        names["base"] = args.compare
-    print(f"model: {printable(names['model'])}", file=sys.stderr)
+    has_gallery = args.gallery > 0
+    outputs.check_folder(out, "score", gallery=has_gallery)
+    names = model_names(args)
     device = pick_device(args.device)
     amp = pick_amp(args.amp, device)
     run = splits.run_that_split(args.data, args.split, names)
-    classes, split = splits.load_split(args.data, args.split, run)
-    models, blocks = load_models(names, args.blocks, args.methods)
+    data, split = splits.load_masked_split(args.data, args.split, run)
+    models = load_models(names)
+    blocks = cli.parse_blocks(args.blocks, models["model"].config.depth)
+    check_models(models, names, blocks, args.methods)
     labels = models["model"].labels
-    knows_classes = set(classes) <= set(labels)
+    knows_classes = set(data.classes) <= set(labels)
     origin = splits.describe_split(args.split, run, names["model"], knows_classes)
     check_gallery(args.gallery, names, knows_classes)
 
@@ -136,10 +108,12 @@ def score(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - started
 
     split = split.take(measured.photos)
-    true_names = [classes[label] for label in split.labels]
+    true_names = [data.classes[label] for label in split.labels]
     predicted_names = [labels[i] for i in measured.predicted] if knows_classes else None
-    listing = "test" if args.split == "test" else "trainval"
-    groups = statistics.group_photos(split.paths, true_names, predicted_names, listing)
+    groups = statistics.group_photos(true_names, predicted_names)
+    if data.is_pets:
+        listing = "test" if args.split == "test" else "trainval"
+        groups |= statistics.cats_and_dogs(split.paths, listing)
     scores = statistics.summarize(measured.scores, measured.map_keys, groups)
     sentence = report.one_sentence(scores, blocks[-1], names)
     print(*report.overview(names, measured, groups, args.split, blocks), sep="\n")
@@ -148,6 +122,7 @@ def score(args: argparse.Namespace) -> int:
     print(*report.tables(scores, args.methods), "", sentence, sep="\n")
 
     settings = vars(args) | {"model": names["model"], "device": str(device), "amp": str(amp)}
+    files = outputs.output_names("score", gallery=has_gallery)
     summary = {
         "sentence": sentence,
         "split": origin or f"the {args.split} split",
@@ -158,15 +133,13 @@ def score(args: argparse.Namespace) -> int:
         "equal_blocks": measured.equal_blocks,
         "seconds": seconds,
         "peak_gib": peak_gib(device),
-        "files": list(outputs),
+        "files": files,
         "settings": settings,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out, wait=True):
-        report.remove_earlier(out)
+    with outputs.replace_earlier(out, "score"):
         report.write_scores(out, scores, summary)
         figure.draw_scores(out / "score.png", scores, names, sentence)
-        if args.gallery:
+        if has_gallery:
             preprocess = models["model"].preprocess
             kinds = gallery.choose_photos(measured, groups.get("right"), args.gallery)
             captions = gallery.photo_captions(measured, split.paths, true_names, predicted_names)
@@ -174,37 +147,27 @@ def score(args: argparse.Namespace) -> int:
                 out, kinds, measured, split.paths, captions, preprocess, blocks[-1]
             )
     print(f"{len(split)} photos scored in {seconds:.1f} s", file=sys.stderr)
-    print(*(printable(out / name) for name in outputs), sep="\n")
+    print(*(printable(out / name) for name in files), sep="\n")
     return 0
 
 
-def load_models(
-    names: Mapping[str, str], blocks_text: str, methods: Sequence[str]
-) -> tuple[dict[str, ViT], list[int]]:
-    """Load the models, keyed like `names`, and parse the blocks to score.
-
-    Raises UserError if there is no block, if a method does not suit a model, or if the models
-    cannot be compared.
-    """
-    from ...checkpoints.weights import load_pretrained
-
-    model = load_pretrained(names["model"])
-    models = {"model": model}
-    if "base" in names:
-        # A run may have been trained at another input size than its base.
-        models["base"] = load_pretrained(names["base"], img_size=model.config.img_size)
-    blocks = cli.parse_blocks(blocks_text, model.config.depth)
+def check_models(
+    models: Mapping[str, ViT],
+    names: Mapping[str, str],
+    blocks: Sequence[int],
+    methods: Sequence[str],
+) -> None:
+    """Raise UserError if there is no block, or if a method or the base does not suit a model."""
     if not blocks:
         raise UserError("blocks 'none': expected at least one block to score")
     if "base" in models:
-        check_comparable(model, models["base"], names)
-    for key, each in models.items():
-        if "relevance" in methods and each.config.num_classes == 0:
+        check_comparable(models["model"], models["base"], names)
+    for key, model in models.items():
+        if "relevance" in methods and model.config.num_classes == 0:
             raise UserError(
                 f"{names[key]}: relevance needs a classifier, and this model has none; "
                 "choose other --methods"
             )
-    return models, blocks
 
 
 def check_comparable(model: ViT, base: ViT, names: Mapping[str, str]) -> None:
@@ -220,20 +183,13 @@ def check_comparable(model: ViT, base: ViT, names: Mapping[str, str]) -> None:
                 f"{names['base']}: its {field} is {base_size}, not {size}; "
                 f"expected the model that {names['model']} was fine-tuned from"
             )
-    # Training keeps all of its base's preprocessing but for the rounding of margins.
-    margins = model.preprocess.round_margins
-    if model.preprocess != replace(base.preprocess, round_margins=margins):
-        raise UserError(
-            f"{names['base']}: its preprocessing differs from that of {names['model']}, "
-            "so their maps cannot be compared; expected the model before fine-tuning"
-        )
 
 
 def check_gallery(count: int, names: Mapping[str, str], knows_classes: bool) -> None:
     """Raise UserError if the gallery cannot show `count` photos of any kind."""
     if count and not knows_classes and "base" not in names:
         raise UserError(
-            f"{names['model']}: does not know these breeds, so no prediction is right or wrong; "
+            f"{names['model']}: does not know these classes, so no prediction is right or wrong; "
             "--gallery needs --compare"
         )
     if count > MAX_GALLERY:

@@ -7,10 +7,10 @@ block's heads and their mean, L (H + 1), then L of rollout and L of relevance wh
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ BATCH = 64  # photos that go through a model at once
 CHUNK = 8  # photos that a worker reads in one job
 AFTER_BLOCKS = ("norm.", "head.")  # the weights that no map depends on
 
+T = TypeVar("T")
 MapKey = tuple[str, int, int | str]  # method, block, and head or "mean"
 
 
@@ -242,25 +243,42 @@ def read_photos(
         (paths[start : start + CHUNK], model.preprocess, model.config.grid)
         for start in range(0, len(paths), CHUNK)
     )
-    num_processes = processes_worth_starting(paths, workers)
-    with worker_pool(num_processes, "minivit.tools.score.masks") as pool:
-        chunks = map_ahead(pool, read_pets, jobs, ahead=2 * workers)
-        indices: list[int] = []
-        photos: list[PetPhoto] = []
-        for index, result in enumerate(itertools.chain.from_iterable(chunks)):
-            if isinstance(result, str):
-                left_out.setdefault(result, []).append(paths[index].name)
-                continue
-            if result.head_problem:
-                without_head.setdefault(result.head_problem, []).append(paths[index].name)
-            indices.append(index)
-            photos.append(result)
-            if len(photos) == BATCH:
-                yield stack_photos(indices, photos)
-                indices = []
-                photos = []
-        if photos:
+    indices: list[int] = []
+    photos: list[PetPhoto] = []
+    for index, photo in read_in_workers(read_pets, jobs, paths, workers=workers, left_out=left_out):
+        if photo.head_problem:
+            without_head.setdefault(photo.head_problem, []).append(paths[index].name)
+        indices.append(index)
+        photos.append(photo)
+        if len(photos) == BATCH:
             yield stack_photos(indices, photos)
+            indices = []
+            photos = []
+    if photos:
+        yield stack_photos(indices, photos)
+
+
+def read_in_workers(
+    read: Callable[..., list[T | str]],
+    jobs: Iterable[tuple],
+    paths: Sequence[Path],
+    *,
+    workers: int,
+    left_out: dict[str, list[str]],
+) -> Iterator[tuple[int, T]]:
+    """Yield the index of each photo and what `read` returns of it, a little ahead of its use.
+
+    Each job has the arguments that read the next photos of `paths`. Where `read` returns a string,
+    the photo cannot be used: its name is added to `left_out` under this reason.
+    """
+    num_processes = processes_worth_starting(paths, workers)
+    with worker_pool(num_processes, read.__module__) as pool:
+        chunks = map_ahead(pool, read, jobs, ahead=2 * workers)
+        for index, photo in enumerate(itertools.chain.from_iterable(chunks)):
+            if isinstance(photo, str):
+                left_out.setdefault(photo, []).append(paths[index].name)
+            else:
+                yield index, photo
 
 
 def stack_photos(indices: list[int], photos: Sequence[PetPhoto]) -> PhotoBatch:

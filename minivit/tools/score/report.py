@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...errors import UserError, first_few, printable
-from ...system.files import read_json, refuse_to_overwrite, whole_file, write_json
+from ...errors import first_few, printable
+from ...system.files import write_json
+from .outputs import write_csv
 from .statistics import METRICS, REGIONS, Estimate, Score, ScoreKey
 
 if TYPE_CHECKING:
     from .measure import Measured
-
-# Everything that `score` may write; the last two only with a gallery.
-OUTPUTS = ("score.json", "score.csv", "score.png", "gallery.png", "gallery.html")
 
 TableKey = tuple[str, str, int, int | str]  # model, group, block, and head or "mean"
 
@@ -35,7 +31,7 @@ def overview(
     model = printable(names["model"])
     yield f"{model} on {len(measured.photos)} photos of the {split} split: {', '.join(sizes)}"
     if "right" not in groups:
-        yield "the model does not know these breeds, so no prediction is right or wrong"
+        yield "the model does not know these classes, so no prediction is right or wrong"
     for reason, files in measured.left_out.items():
         yield f"left out, {reason}: {named(files)}"
     for reason, files in measured.without_head.items():
@@ -156,46 +152,14 @@ def one_sentence(scores: Mapping[ScoreKey, Score], block: int, names: Mapping[st
     )
 
 
-def earlier_outputs(out: Path) -> set[str]:
-    """Return the names of the files in a folder that an earlier `score` wrote there."""
-    try:
-        summary = read_json(out / "score.json")
-    except (UserError, OSError):
-        return set()
-    settings = summary.get("settings")
-    if "scores" not in summary or not isinstance(settings, dict):
-        return set()  # Another program wrote this file.
-    # Older files have no list.
-    usual = OUTPUTS if settings.get("gallery") else OUTPUTS[:3]
-    return set(summary.get("files", usual)) & set(OUTPUTS)
-
-
-def check_folder(out: Path, names: Sequence[str]) -> None:
-    """Raise UserError if writing files of these names would overwrite what no `score` wrote."""
-    earlier = earlier_outputs(out)
-    refuse_to_overwrite(out, [name for name in names if name not in earlier])
-
-
-def remove_earlier(out: Path) -> None:
-    """Remove what an earlier `score` wrote, so that results of two models never lie together."""
-    for name in earlier_outputs(out) - {"score.json"}:  # This one is replaced first.
-        (out / name).unlink(missing_ok=True)
-
-
 def write_scores(
     out: Path, scores: Mapping[ScoreKey, Score], summary: Mapping[str, object]
 ) -> None:
-    """Write score.csv with all scores, and score.json with the summary and the means over heads.
-
-    The JSON file comes first, because its list says which other files are of a `score`.
-    """
+    """Write score.json with the summary and the means over heads, and score.csv with all scores."""
     rows = score_rows(scores)
     head_means = [row for row in rows if row["head"] == "mean"]
     write_json(out / "score.json", {**summary, "scores": head_means})
-    with whole_file(out / "score.csv") as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out / "score.csv", rows)
 
 
 def score_rows(scores: Mapping[ScoreKey, Score]) -> list[dict[str, object]]:
@@ -204,8 +168,6 @@ def score_rows(scores: Mapping[ScoreKey, Score]) -> list[dict[str, object]]:
     for key, score in scores.items():
         row: dict[str, object] = {**key._asdict(), "photos": score.photos}
         for metric in METRICS:
-            estimate = getattr(score, metric)
-            for suffix, value in zip(("", "_low", "_high"), estimate):
-                row[metric + suffix] = None if math.isnan(value) else value
+            row |= getattr(score, metric).columns(metric)
         rows.append(row)
     return rows

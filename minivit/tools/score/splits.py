@@ -10,7 +10,7 @@ from ...errors import UserError, printable
 from ...training.run_photos import Run, runs_behind, was_trained_on
 from .masks import mask_path
 
-SPLITS_BY_SEED = ("train", "val")  # Of Oxford-IIIT Pet, the others are the same for every seed.
+SPLITS_BY_SEED = ("train", "val")  # The others are the same for every seed.
 
 
 def run_that_split(root: str, name: str, names: Mapping[str, str]) -> Run | None:
@@ -43,18 +43,10 @@ def run_that_split(root: str, name: str, names: Mapping[str, str]) -> Run | None
     return run
 
 
-def load_split(root: str, name: str, run: Run | None) -> tuple[tuple[str, ...], Split]:
-    """Do what load_masked_split does, for Oxford-IIIT Pet only: it is known what is a cat there."""
-    data, split = load_masked_split(root, name, run)
-    if not data.is_pets:
-        raise UserError(f"{root}: expected Oxford-IIIT Pet's listings, found class folders")
-    return data.classes, split
-
-
 def load_masked_split(root: str, name: str, run: Run | None) -> tuple[Data, Split]:
     """Return a data set, and its split called `name` as the run splits it.
 
-    Only the photos of this split of Oxford-IIIT Pet need to be there. Raises UserError if none of
+    Of Oxford-IIIT Pet, only the photos of this split need to be there. Raises UserError if none of
     them has a mask, and if a mask could be that of two photos.
     """
     data = load_data(root, seed=run.seed if run else 0, only=name)
@@ -65,7 +57,7 @@ def load_masked_split(root: str, name: str, run: Run | None) -> tuple[Data, Spli
     if not any(mask_path(path).is_file() for path in split.paths):
         raise UserError(
             f"{root}: no photo of the {name} split has a mask; expected Oxford-IIIT Pet with its "
-            "annotations/trimaps, or for drop masks/ beside class folders"
+            "annotations/trimaps, or masks/ beside class folders"
         )
     if not data.is_pets:
         check_own_masks(data.root, data.paths())
@@ -83,7 +75,7 @@ def describe_split(name: str, run: Run | None, model: str, knows_classes: bool) 
         return f"the {name} split is that of {printable(run.folder)}, made with seed {run.seed}"
     if knows_classes:
         raise UserError(
-            f"{model}: knows these breeds, and no summary.json beside it says which of the photos "
+            f"{model}: knows these classes, and no summary.json beside it says which of the photos "
             "it was trained on; expected --split test or trainval"
         )
-    return f"the {name} split is that of seed 0; no run trained this model on these breeds"
+    return f"the {name} split is that of seed 0; no run trained this model on these classes"

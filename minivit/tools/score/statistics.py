@@ -5,6 +5,7 @@ Shapes: n photos, M maps of each (measure.py), 2 regions, 4 metrics.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,11 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def columns(self, name: str) -> dict[str, float | None]:
+        """Return the columns of a table: `name`, and the same with _low and _high."""
+        values = zip((name, f"{name}_low", f"{name}_high"), self)
+        return {column: None if math.isnan(value) else value for column, value in values}
+
 
 @dataclass(frozen=True)
 class Score:
@@ -50,25 +56,26 @@ class Score:
 
 
 def group_photos(
-    paths: Sequence[Path],
-    true_names: Sequence[str],
-    predicted_names: Sequence[str] | None,
-    listing: str,
+    true_names: Sequence[str], predicted_names: Sequence[str] | None
 ) -> dict[str, np.ndarray]:
     """Return a boolean array (n,) for each group of photos: the photos that belong to it.
 
     The groups have the order in which reports show them. Without predicted names there are no
-    groups "right" and "wrong": the model has other classes. Cats and dogs are told apart by the
-    listing of Oxford-IIIT Pet, "trainval" or "test", that the photos are in.
+    groups "right" and "wrong": the model has other classes.
     """
-    listed = read_listing(paths[0].parents[1], listing)
-    cat_stems = {stem for stem, _, species in listed if species == "cat"}
-    cats = np.array([path.stem in cat_stems for path in paths])
-    groups = {"all": np.ones(len(paths), bool)}
+    groups = {"all": np.ones(len(true_names), bool)}
     if predicted_names is not None:
         right = np.array([name == true for name, true in zip(predicted_names, true_names)])
         groups |= {"right": right, "wrong": ~right}
-    return groups | {"cats": cats, "dogs": ~cats}
+    return groups
+
+
+def cats_and_dogs(paths: Sequence[Path], listing: str) -> dict[str, np.ndarray]:
+    """Return the two groups of Oxford-IIIT Pet, by its listing that the photos are in."""
+    listed = read_listing(paths[0].parents[1], listing)
+    cat_stems = {stem for stem, _, species in listed if species == "cat"}
+    cats = np.array([path.stem in cat_stems for path in paths])
+    return {"cats": cats, "dogs": ~cats}
 
 
 def summarize(
@@ -113,9 +120,14 @@ def bootstrap(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if n == 1:
         unknown = np.full(shape, np.nan)
         return mean, unknown, unknown
+    low, high = np.quantile(resample_counts(n) @ flat / n, (0.025, 0.975), axis=0)
+    return mean, low.reshape(shape), high.reshape(shape)
+
+
+def resample_counts(n: int) -> np.ndarray:
+    """Return how often each resample draws each of n photos, (RESAMPLES, n); always the same."""
     rng = np.random.default_rng(0)
-    counts = np.empty((RESAMPLES, n), np.float32)  # how often each resample draws each photo
+    counts = np.empty((RESAMPLES, n), np.float32)
     for row in counts:
         row[:] = np.bincount(rng.integers(n, size=n), minlength=n)
-    low, high = np.quantile(counts @ flat / n, (0.025, 0.975), axis=0)
-    return mean, low.reshape(shape), high.reshape(shape)
+    return counts
