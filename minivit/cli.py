@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -202,8 +203,18 @@ def run(
 ) -> int:
     """Parse the flags, do the job, and return its exit code.
 
-    What a user can mend ends in one line and exit code 2, an interrupt in 130.
+    What a user can mend ends in one line and exit code 2, an interrupt in 130. Nothing ends the
+    interpreter: the caller may be a program or a notebook that goes on.
     """
+    with _escaping_output():
+        try:
+            args = _parse(parser, argv)
+        except SystemExit as ended:  # argparse ends --help and mistakes like this.
+            return 2 if ended.code else 0
+        return _do(job, args, parser)
+
+
+def _parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if value == "":  # Path would take it for the working directory.
@@ -211,6 +222,11 @@ def run(
                 f"argument --{name.replace('_', '-')}: expected a value, found an empty one; "
                 "is a variable of the shell not set?"
             )
+    return args
+
+
+def _do(job: Callable[[argparse.Namespace], int], args: argparse.Namespace, parser: Parser) -> int:
+    """Do the job and return its exit code, after a line on stderr if it failed."""
     try:
         ensure_home()
         code = job(args)
@@ -218,12 +234,11 @@ def run(
         return code
     except UserError as error:
         message = str(error)
-    except BrokenPipeError:
-        # The program that reads our output has seen enough, as `head` does. What is still to be
-        # flushed goes nowhere, and the exit code is that of programs that SIGPIPE ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
     except OSError as error:  # A full disk, a folder that is read-only, a file that vanished.
+        if _is_broken_pipe(error):
+            # The program that reads our output has seen enough, as `head` does. The exit code is
+            # that of programs that SIGPIPE ends.
+            return 141
         message = str(error)
         if error.filename and error.strerror:
             message = f"{error.filename}: {error.strerror}"
@@ -241,17 +256,44 @@ def run(
     return 2
 
 
+def _is_broken_pipe(error: OSError) -> bool:
+    """Return whether nobody reads our output any more.
+
+    Windows calls that an invalid argument, of no file.
+    """
+    if isinstance(error, BrokenPipeError):
+        return True
+    return sys.platform == "win32" and error.errno == errno.EINVAL and not error.filename
+
+
+@contextlib.contextmanager
+def _escaping_output() -> Iterator[None]:
+    """Print as escapes what the encoding of a terminal lacks, such as names in Chinese.
+
+    stderr does so by itself.
+    """
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    errors = stream.errors
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Nobody reads on.
+            stream.reconfigure(errors=errors)
+
+
 def start(main: Callable[[], int]) -> None:
     """Run main as a program, which ends with its exit code.
 
     Ctrl-C and SIGTERM end it at once. In a notebook or an interactive session, main is only
-    called: the session goes on, its signal handlers are left alone, and an exit code other than 0
-    raises SystemExit.
+    called: the session goes on, and its signal handlers are left alone. Nothing is raised for a
+    job that failed, which has said why, because SystemExit would end some sessions.
     """
     if _is_part_of_a_session():
-        code = main()
-        if code:
-            sys.exit(code)
+        main()
         return
     _open_standard_streams()
     end_on_signals()
@@ -286,6 +328,3 @@ def _open_standard_streams() -> None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names may hold characters that the encoding of an old terminal lacks.
-        sys.stdout.reconfigure(errors="backslashreplace")

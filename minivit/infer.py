@@ -35,7 +35,7 @@ from .model import ViT, working_copy
 from .settings import InferSettings
 from .system import device as devices
 from .system import distributed
-from .system.files import refuse_to_overwrite
+from .system.files import portable_stem, refuse_to_overwrite
 from .system.workers import read_ahead, worker_pool
 
 # Figures of fewer photos are drawn before worker processes would have started.
@@ -243,7 +243,7 @@ def place_figures(photos: Sequence[Path], out: Path, suffixes: Sequence[str]) ->
     """
     taken = {_path_key(path) for path in photos}
     for path in photos:
-        stem = path.stem
+        stem = portable_stem(path.stem)
         while len(os.fsencode(stem)) > MAX_STEM_BYTES:
             stem = stem[:-1]
         figure = out / f"{stem}.png"

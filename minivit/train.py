@@ -502,7 +502,7 @@ def finish(
     # All results are on the disk now, so a figure that cannot be drawn costs nothing else.
     figures = report.draw_figures(pool, out, state.rows, data, test_logits, confusion)
     if report.wait_for_figures(figures, out):
-        (out / run_folder.STATE).unlink()
+        files.remove_file(out / run_folder.STATE)
     print(summary["verdict"])
 
 

@@ -375,8 +375,7 @@ def test_what_gives_no_map_is_refused(tiny, call, message):
 @pytest.mark.parametrize("command", ["infer", "score"])
 def test_commands_offer_the_methods_that_there_are(command, capsys):
     """They keep a list of their own, so that --help does not have to import torch."""
-    with pytest.raises(SystemExit):
-        commands.main([command, "--help"])
+    assert commands.main([command, "--help"]) == 0
     help_text = "".join(capsys.readouterr().out.split())
     assert ",".join(METHODS) in help_text
 

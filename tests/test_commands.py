@@ -367,10 +367,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(
     tiny_folder, shapes_data, tmp_path, capsys, monkeypatch, flags, message
 ):
     monkeypatch.chdir(ROOT)
-    try:
-        code = run_train(tiny_folder, shapes_data, tmp_path / "run", *flags)
-    except SystemExit as stop:  # argparse
-        code = stop.code
+    code = run_train(tiny_folder, shapes_data, tmp_path / "run", *flags)
     err = capsys.readouterr().err
     assert code == 2
     assert message in err.splitlines()[-1]
@@ -492,9 +489,9 @@ def test_photos_of_any_name_are_printed_and_drawn(tiny_folder, odd_photos, tmp_p
     figures = sorted(path.name for path in out.iterdir())
     stems = [
         "a b",
-        "q\"'",
-        "new\nline",
-        "\x1b[31mred",
+        "q_'",  # Windows takes no `"` in a name, and no control characters.
+        "new_line",
+        "_[31mred",
         "caf\udce9",
         "\N{CAT FACE}",
         "-x",
@@ -741,15 +738,15 @@ def test_an_interrupt_that_was_ignored_from_the_start_stays_so(tmp_path):
 
 
 def test_names_that_the_terminals_encoding_lacks_are_printed_as_escapes(tmp_path):
-    assert started(r"print('\N{CAT FACE}.png')", tmp_path) == (0, "\\U0001f431.png\n", "")
+    line = r"cli.run(lambda _: print('\N{CAT FACE}.png'), cli.Parser('score'), [])"
+    assert started(line, tmp_path) == (0, "\\U0001f431.png\n", "")
 
 
 @pytest.mark.parametrize("command", ["train", "infer", "demo", "score", "drop", "study", "export"])
 def test_an_empty_out_is_refused_and_a_tilde_is_the_home(command, monkeypatch, capsys):
     """A shell leaves `~` alone in --out=~/run, and an unset variable makes --out "$OUT" empty."""
     positional = {"infer": ["a.png"], "export": ["run", "--to", "timm"]}.get(command, [])
-    with pytest.raises(SystemExit, match="2"):
-        __main__.main([command, *positional, "--out", ""])
+    assert __main__.main([command, *positional, "--out", ""]) == 2
     assert "argument --out: expected a value, found an empty one;" in capsys.readouterr().err
     asked = []
 
@@ -762,11 +759,10 @@ def test_an_empty_out_is_refused_and_a_tilde_is_the_home(command, monkeypatch, c
 
 
 HELP_WITHOUT_TORCH = """
-import contextlib, sys, socket, train, infer, minivit
+import sys, socket, train, infer, minivit
 socket.socket.connect = None
 for script in (train, infer):
-    with contextlib.suppress(SystemExit):
-        script.main(['--help'])
+    assert script.main(['--help']) == 0
 slow = {'torch', 'numpy', 'PIL', 'matplotlib', 'transformers', 'torchvision', 'huggingface_hub'}
 assert not slow & set(sys.modules), slow & set(sys.modules)
 from minivit import load_pretrained

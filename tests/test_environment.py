@@ -321,10 +321,8 @@ def test_a_session_goes_on_after_a_command(monkeypatch):
     """`%run infer.py` in a notebook must not end its kernel."""
     monkeypatch.setattr(sys, "ps1", "In [1]: ", raising=False)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert cli.start(lambda: 0) is None
-    with pytest.raises(SystemExit) as ended:
-        cli.start(lambda: 2)
-    assert ended.value.code == 2
+    for code in (0, 2):
+        assert cli.start(lambda code=code: code) is None
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
@@ -403,7 +401,7 @@ from minivit import __main__
 assert not __main__.__doc__
 for name in __main__.COMMANDS:
     printed = io.StringIO()
-    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed):
         __main__.main([name, "--help"])
     usage, description, *_ = printed.getvalue().split("\\n\\n")
     assert usage.startswith("usage: ") and len(description.split()) > 5, printed.getvalue()

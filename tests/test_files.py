@@ -192,7 +192,7 @@ def test_containers_and_machines_are_told_apart(monkeypatch):
     readlink, read_text = Path.readlink, Path.read_text
     for namespace, boot in (("pid:[1]", "a"), ("pid:[2]", "a"), ("pid:[1]", "b")):
         monkeypatch.setattr(Path, "readlink", lambda _, value=namespace: Path(value))
-        monkeypatch.setattr(Path, "read_text", lambda _, value=boot: value)
+        monkeypatch.setattr(Path, "read_text", lambda _, value=boot, **__: value)
         spaces |= {files._process_space.__wrapped__() for _ in range(2)}
     assert len(spaces) == 3
     monkeypatch.setattr(Path, "readlink", readlink)

@@ -408,7 +408,8 @@ def kill_at(patch, number):
         (os, "link"),
         (Path, "mkdir"),
         (Path, "touch"),
-        (Path, "rename"),
+        (os, "replace"),
+        (os, "unlink"),
         (Path, "unlink"),
         (Path, "rmdir"),
     ):

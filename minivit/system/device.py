@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,10 +130,37 @@ def peak_gib(device: torch.device) -> float:
     """Return the most memory used so far, in GiB: the CUDA device's, else this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # Windows does not have it.
+    if sys.platform == "win32":
+        return _peak_bytes_on_windows() / 2**30
+    import resource
 
     units_per_gib = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, else KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_gib
+
+
+class _MemoryCounters(ctypes.Structure):
+    """What Windows counts of a process, where `sizes` begins with the peak of the working set.
+
+    Source: https://learn.microsoft.com/windows/win32/api/psapi/ns-psapi-process_memory_counters
+    """
+
+    _fields_ = (
+        ("size_of_this", ctypes.c_uint32),
+        ("page_faults", ctypes.c_uint32),
+        ("sizes", ctypes.c_size_t * 8),
+    )
+
+
+def _peak_bytes_on_windows() -> int:
+    """Return the most memory that this process has had, which Python's library does not tell."""
+    kernel = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined,unused-ignore]
+    kernel.GetCurrentProcess.restype = ctypes.c_void_p
+    size = ctypes.sizeof(_MemoryCounters)
+    counters = _MemoryCounters(size)
+    ask = kernel.K32GetProcessMemoryInfo
+    ask.argtypes = (ctypes.c_void_p, ctypes.POINTER(_MemoryCounters), ctypes.c_uint32)
+    ask(kernel.GetCurrentProcess(), ctypes.byref(counters), size)
+    return counters.sizes[0]
 
 
 @contextlib.contextmanager
@@ -148,6 +177,32 @@ def own_defaults() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         yield
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make a CUDA device the current one inside the context; other devices are never that.
+
+    Otherwise torch switches from the first device to this one and back for each kernel, and some of
+    what it allocates belongs to the first one.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def warm_up(device: torch.device, amp: torch.dtype | None) -> None:
+    """Let a thread start a CUDA device and load its library of products, which takes a second.
+
+    Whoever uses the device first then waits less. An error comes up there again.
+    """
+
+    def multiply() -> None:
+        with contextlib.suppress(RuntimeError), torch.inference_mode():
+            matrix = torch.zeros(256, 256, device=device, dtype=amp or torch.float32)
+            (matrix @ matrix).sum().item()
+
+    if device.type == "cuda":
+        threading.Thread(target=multiply, daemon=True).start()
 
 
 def be_deterministic() -> None:

@@ -265,7 +265,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     _patient_group = dist.new_group(backend="gloo", timeout=RANK_0_LIMIT)
     with contextlib.ExitStack() as silence:
         if launched.rank != 0:
-            devnull = silence.enter_context(Path(os.devnull).open("w"))
+            devnull = silence.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
             silence.enter_context(contextlib.redirect_stdout(devnull))
             silence.enter_context(contextlib.redirect_stderr(devnull))
         try:

@@ -7,12 +7,14 @@ import functools
 import hashlib
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +25,11 @@ from .stand_ins import stand_in
 LEFTOVER_AFTER_S = 3600
 # Decoding the photos of a very large data set, for which other runs wait, takes hours.
 LOCK_LIMIT_S = 12 * 3600
+# A program that looks at new files, as a virus scanner does, has closed them by then.
+IN_USE_LIMIT_S = 2.0
+# Names of devices, which Windows takes for no file's, with any extension or none.
+DEVICE_NAMES = {"con", "prn", "aux", "nul", "conin$", "conout$"}
+DEVICE_NAMES |= {f"{port}{number}" for port in ("com", "lpt") for number in "0123456789¹²³"}
 # Files that are being written.
 _unfinished: set[Path] = set()
 
@@ -53,14 +60,54 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        replace_file(partial, path)
     except OSError as error:
         if error.strerror and error.filename in (None, str(partial), partial):
             error.filename = str(path)
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # A scanner has it open: it is a leftover now.
+            partial.unlink(missing_ok=True)
         _unfinished.discard(partial)
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Give a file or folder the name `target`, which a file may have had until now."""
+    _patiently(target, os.replace, source, target)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file."""
+    _patiently(path, os.unlink, path)
+
+
+def _patiently(path: Path, change: Callable[..., None], *arguments: Path) -> None:
+    """Call change(*arguments), again and again for a while if that is not allowed.
+
+    Windows neither removes nor replaces a file that a program has open or mapped into memory.
+    Raises PermissionError, which names `path`, if it stays open.
+    """
+    deadline = time.monotonic() + IN_USE_LIMIT_S
+    while True:
+        try:
+            return change(*arguments)
+        except PermissionError as error:
+            if time.monotonic() > deadline:
+                reason = f"{error.strerror}; if a program or a notebook has it open, close it there"
+                raise PermissionError(error.errno, reason, str(path)) from error
+            time.sleep(0.05)
+
+
+def portable_stem(stem: str) -> str:
+    """Return a file name without its extension, changed if need be to one that any system takes.
+
+    Windows has no names with `: * ? " < > | \\`, with a dot or space at the end, or of devices.
+    """
+    stem = re.sub(r'[\x00-\x1f:*?"<>|/\\]', "_", stem)
+    stem = re.sub(r"[. ]+$", "_", stem)
+    if stem.partition(".")[0].rstrip(" ").lower() in DEVICE_NAMES:
+        stem = f"_{stem}"
+    return stem
 
 
 def _temporary_path(path: Path) -> Path:
@@ -99,7 +146,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
+        replace_file(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         _unfinished.discard(partial)
@@ -112,11 +159,11 @@ def _process_space() -> str:
     Machines differ in it, and so do containers and the starts of one machine.
     """
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
         namespace = Path("/proc/self/ns/pid").readlink()
     except OSError:  # Not Linux. Nothing tells whose process numbers are ours.
         return secrets.token_hex(4)
-    space = f"{os.uname().nodename} {boot} {namespace}"
+    space = f"{platform.node()} {boot} {namespace}"
     return hashlib.sha256(space.encode()).hexdigest()[:8]
 
 
@@ -142,8 +189,12 @@ def _is_leftover(partial: Path) -> bool:
 
 
 def _is_alive(process: int) -> bool:
+    if process == os.getpid():
+        return True
     try:
-        os.kill(process, 0)  # This sends no signal. It is asked on Linux only.
+        # This sends no signal. On Windows it would, but it is asked on Linux only, where
+        # _process_space() is that of other processes, too.
+        os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # It is somebody else's.
@@ -195,10 +246,10 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 def has_locks(folder: Path) -> bool:
     """Return whether a new file in a folder can be locked. Raises OSError if none can be made."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has locks of its own.
+    if sys.platform == "win32":  # Each of its file systems has them.
         return True
+    import fcntl
+
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -228,7 +279,10 @@ def refuse_to_overwrite(folder: Path, names: Iterable[str]) -> None:
     before. Raises UserError too if no files can be written there. The folder need not exist, and
     nothing is left in it.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    places = [path for path in (folder, *folder.absolute().parents) if os.path.lexists(path)]
+    if not places:
+        raise UserError(f"{folder}: there is no such drive; give another --out")
+    existing = places[0]
     if not existing.is_dir():
         found = "a file" if existing.exists() else "a link that leads nowhere"
         raise UserError(f"{existing}: expected a folder, found {found}; give another --out")
@@ -251,7 +305,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     """Give a file a second name in another folder; where the disk cannot do that, copy it."""
     try:
         os.link(source, target, follow_symlinks=False)
-    except OSError:  # FAT and some network file systems have no hard links.
+    except (OSError, NotImplementedError):  # FAT and some network file systems have no hard links.
         shutil.copy2(source, target, follow_symlinks=False)
 
 

@@ -19,13 +19,15 @@ def ensure_home() -> None:
     """
     try:
         getpass.getuser()
-    except (KeyError, OSError):  # Until Python 3.12 it is the first.
+    except (KeyError, ImportError, OSError):  # From Python 3.13 on, always the last.
         os.environ["USER"] = _temporary_home().name
     home = Path(os.path.expanduser("~"))
     if not home.is_absolute():
         folder = _make_temporary_home()
-        os.environ["HOME"] = str(folder)
-        print(f"HOME is not set; what is kept for later runs goes into {folder}", file=sys.stderr)
+        variable = "USERPROFILE" if sys.platform == "win32" else "HOME"
+        os.environ[variable] = str(folder)
+        message = f"{variable} is not set; what is kept for later runs goes into {folder}"
+        print(message, file=sys.stderr)
     elif not os.access(home, os.W_OK) and "MPLCONFIGDIR" not in os.environ:
         # matplotlib would make a temporary folder in each process, and complain.
         os.environ["MPLCONFIGDIR"] = str(_make_temporary_home() / "matplotlib")

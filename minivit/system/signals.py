@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ from types import FrameType
 
 from .files import remove_unfinished
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+if sys.platform == "win32":
+    SIGNALS += (signal.SIGBREAK,)  # Ctrl-Break, and what other programs end a console's with
 # Seconds that the main thread has to run the handler of a signal.
 HANDLER_LIMIT = 0.5
 # Seconds until a run must have seen a request to stop, unless its steps take longer.
@@ -55,7 +58,8 @@ def end_on_signals() -> None:
         if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
             signal.signal(number, end_now)
     reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    if sys.platform != "win32":  # Windows neither asks for that nor, before Python 3.12, has it.
+        os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), daemon=True).start()
 

@@ -34,6 +34,8 @@ Result = TypeVar("Result")
 WORTH_STARTING_BYTES = 16 * 2**20
 # A smaller photo counts as this many bytes, because it too has to be opened and resized.
 LEAST_PHOTO_BYTES = 2**14
+# Windows waits for no more at a time.
+MAX_PROCESSES_ON_WINDOWS = 61
 # Small photos that are read ahead, so that a device that takes many at once never waits.
 READ_AHEAD = 16
 
@@ -70,6 +72,8 @@ def worker_pool(num_processes: int, module: str) -> Iterator[Executor]:
     _silence_resource_tracker()
     # A forked process would inherit torch's threads with their locks held.
     context = multiprocessing.get_context("spawn")
+    if sys.platform == "win32":
+        num_processes = min(num_processes, MAX_PROCESSES_ON_WINDOWS)
     pool = ProcessPoolExecutor(num_processes, context, _start_worker, (module,))
     try:
         with _without_main_module():
@@ -155,6 +159,8 @@ def _follow_parent() -> None:
     """Let this process end when its parent ends, and leave Ctrl-C to that one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _exit_at_once)
+    if sys.platform == "win32":
+        signal.signal(signal.SIGBREAK, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -261,7 +261,7 @@ def keep_earlier_run(out: Path) -> None:
     while os.path.lexists(out / f"earlier-{number}"):
         number += 1
     earlier = out / f"earlier-{number}"
-    hidden.rename(earlier)
+    files.replace_file(hidden, earlier)
     finish_moving(out)
     print(f"{out} holds an earlier run: moved to {earlier}", file=sys.stderr)
 
@@ -279,7 +279,7 @@ def finish_moving(out: Path) -> None:
             continue
         for name in (*other_files, *TELLING_FILES):
             if _is_copy(out / name, earlier / name):
-                (out / name).unlink()
+                files.remove_file(out / name)
         (earlier / MOVED).unlink()
 
 

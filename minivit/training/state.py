@@ -144,7 +144,8 @@ def read_state(path: Path, settings: Mapping[str, object]) -> tuple[dict[str, Te
     """
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies, because Windows would not let the next state replace a file that is mapped.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             about = json.loads(file.metadata()["state"])
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise UserError(

@@ -75,7 +75,7 @@ def _draw_pet(folder: Path, seed: int, num_trainval: int, breed: str, number: in
     if scene.head and number <= num_trainval:
         W, H = scene.photo.size
         text = XML.format(*scene.head, stem=stem, W=W, H=H, species=BREEDS[breed].species)
-        (folder / "annotations" / "xmls" / f"{stem}.xml").write_text(text)
+        (folder / "annotations" / "xmls" / f"{stem}.xml").write_text(text, "utf-8")
 
 
 def _write_listing(folder: Path, split: str, numbers: range) -> None:
@@ -85,4 +85,4 @@ def _write_listing(folder: Path, split: str, numbers: range) -> None:
         species = SPECIES[BREEDS[breed].species]
         for number in numbers:
             lines.append(f"{breed}_{number} {label} {species} {label}\n")
-    (folder / "annotations" / f"{split}.txt").write_text("".join(lines))
+    (folder / "annotations" / f"{split}.txt").write_text("".join(lines), "utf-8")
