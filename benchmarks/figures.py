@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from minivit import ViT, load_pretrained, open_photo, query_maps  # noqa: E402
-from minivit.figures.plots import HEAT, overlay, value_range  # noqa: E402
+from minivit.figures.panels import HEAT, overlay, value_range  # noqa: E402
 from minivit.tools.demo.drawings import ANIMAL, BREEDS  # noqa: E402
 from minivit.tools.demo.scenes import draw_scene  # noqa: E402
 from minivit.tools.score.masks import read_pet  # noqa: E402

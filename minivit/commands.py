@@ -195,7 +195,12 @@ def infer_parser() -> cli.Parser:
         metavar="N|HxW",
         help="another input size in pixels; default: the checkpoint's",
     )
-    add("--layers", metavar="RANGE", help="blocks to draw, counted from 0: 8-11, 10,11, all")
+    add(
+        "--layers",
+        "--blocks",
+        metavar="RANGE",
+        help="blocks to draw, counted from 0: 8-11, 10,11, all",
+    )
     add(
         "--method",
         choices=("attention", "rollout", "relevance"),
@@ -240,8 +245,13 @@ def infer_parser() -> cli.Parser:
         action="store_true",
         help="also write <stem>.npz, the rows of attention as arrays; with --html, all rows",
     )
+    add(
+        "--no-figures",
+        action="store_true",
+        help="print names only, which is much faster for many photos",
+    )
     add("--json", action="store_true", help="print one JSON object a photo")
-    parser.add_workers("threads that decode, and processes that draw")
+    parser.add_workers("processes that decode and draw")
     parser.add_device_flags()
     defaults = asdict(InferSettings(photos=()))
     del defaults["photos"]

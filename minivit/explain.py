@@ -2,7 +2,7 @@
 
 This is the work of infer.py, without its flags.
 Shapes: B photos, C classes, H heads, Q queries (the tokens whose rows are kept), N tokens (the
-class token, then the patches); gh, gw patches of a map; h, w pixels of a figure's panel.
+class token, then the patches); gh, gw patches of a map.
 """
 
 from __future__ import annotations
@@ -26,25 +26,14 @@ from .attention import (
     query_maps,
     shares,
 )
-from .data.photos import open_photo
+from .data import prepared
+from .data.prepared import Needs, PanelSize, Photo
 from .figures.explorer import Pane
-from .figures.plots import Panel, Row, panel_shape
+from .figures.panels import AttentionFigure, Panel, Row
 from .model import ViT
 from .system.files import whole_file
 
-PAGE_SIDE = 1000  # pixels; the explorer shows a photo no larger
 KEEPS_MOST = 0.5  # above this, the class token keeps more attention than all patches get
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A photo, prepared for the figure, the page and the models."""
-
-    size: tuple[int, int]  # of the whole photo, (W, H)
-    panel: np.ndarray  # for the figure, uint8 (h, w, 3)
-    page_image: Image.Image
-    inputs: list[Tensor]  # for each model, (3, height, width)
-    query: int  # the token whose attention is shown
 
 
 @dataclass(frozen=True)
@@ -102,35 +91,25 @@ class Explanation:
         return headline
 
 
-def read_photo(
-    path: Path, models: Sequence[ViT], query: tuple[float, float] | None, *, small: bool
-) -> Photo:
-    """Open a photo and prepare it for these models.
-
-    `query` is the pixel (x, y) whose patch, in the last model, is the query; without it, the query
-    is the class token. `small` is passed to panel_shape. Raises PhotoError, or UserError if the
-    model does not see that pixel.
-    """
-    return prepare_photo(open_photo(path), models, query, small=small)
-
-
-def prepare_photo(
-    photo: Image.Image,
+def needs_of(
     models: Sequence[ViT],
     query: tuple[float, float] | None = None,
     *,
-    small: bool = False,
-) -> Photo:
-    """Prepare an open photo as read_photo does."""
-    size = photo.size
-    token = CLASS_TOKEN
-    if query is not None:
-        token = 1 + models[-1].preprocess.patch_at(*query, size, models[-1].config.grid)
-    inputs = [model.preprocess(photo) for model in models]
-    h, w = panel_shape(size, small=small)
-    panel = np.asarray(photo.resize((w, h), Image.Resampling.LANCZOS, reducing_gap=2))
-    photo.thumbnail((PAGE_SIDE, PAGE_SIDE))
-    return Photo(size, panel, photo, inputs, token)
+    panel: PanelSize | None = None,
+    page: bool = False,
+) -> Needs:
+    """Say what photos need so that these models can explain them.
+
+    `query` is the pixel (x, y) whose patch, in the last model, is the query; without it, the query
+    is the class token. `panel` is for a figure, and `page` for the explorer's page.
+    """
+    preprocesses = [model.preprocess for model in models]
+    return Needs(preprocesses, models[-1].config.grid, query, panel, page)
+
+
+def prepare_photo(photo: Image.Image, models: Sequence[ViT]) -> Photo:
+    """Prepare an open photo for these models and for the explorer's page."""
+    return prepared.prepare_photo(photo, needs_of(models, page=True))
 
 
 def explain_photos(
@@ -147,10 +126,11 @@ def explain_photos(
 
     `model_index` says which of each photo's inputs belongs to this model. Relevance explains the
     class `target` or, without it, each photo's first prediction. With `all_rows`, every token is
-    a query. Registers are left out of the rows and do not count as tokens.
+    a query. Registers are left out of the rows and do not count as tokens. Without methods, there
+    are predictions only.
     """
-    images = torch.stack([photo.inputs[model_index] for photo in photos])
-    images = images.to(model.cls_token.device)
+    pixels = torch.from_numpy(np.stack([photo.inputs[model_index] for photo in photos]))
+    images = model.preprocess.normalize(pixels.to(model.cls_token.device))
     config = model.config
     # The model's own index of each token, where registers follow the class token.
     kept = [CLASS_TOKEN, *range(1 + config.num_registers, config.num_tokens)]
@@ -161,6 +141,7 @@ def explain_photos(
     if target is not None:
         targets = torch.full((len(photos),), target, device=images.device)
     with torch.inference_mode():
+        logits = None
         for method in methods:
             tokens[method] = [CLASS_TOKEN] if method == "relevance" else queries
             indices = [kept[token] for token in tokens[method]]
@@ -171,6 +152,8 @@ def explain_photos(
                 block: _without_registers(attn.float().cpu(), config.num_registers)
                 for block, attn in with_registers.items()
             }
+        if logits is None:
+            logits = model(images)
     # A model without a classifier has no labels, and its logits are features.
     probabilities = logits[:, : len(model.labels)].float().softmax(1).cpu()
 
@@ -196,7 +179,6 @@ def _without_registers(rows: Tensor, num_registers: int) -> Tensor:
 
 
 def figure_rows(
-    photo: Photo,
     explanations: Sequence[Explanation],
     method: str,
     blocks: Sequence[int],
@@ -214,15 +196,15 @@ def figure_rows(
             label = "photo"
             if len(explanations) > 1:
                 label = f"{explanation.model.origin.source}\n{explanation.headline(method)}"
-            rows.append(Row(label, _panels(photo, explanation, method, group, heads)))
+            rows.append(Row(label, _panels(explanation, method, group, heads)))
         if len(explanations) == 2:
-            panels = _difference_panels(photo, explanations, method, group, heads)
+            panels = _difference_panels(explanations, method, group, heads)
             rows.append(Row("difference", panels, signed=True))
     return rows
 
 
 def _panels(
-    photo: Photo, explanation: Explanation, method: str, blocks: Sequence[int], heads: bool
+    explanation: Explanation, method: str, blocks: Sequence[int], heads: bool
 ) -> list[Panel]:
     """Return panels of a model's maps, each with a note on its sink shares."""
     panels = []
@@ -233,12 +215,11 @@ def _panels(
             receiver = "keeps" if explanation.query == CLASS_TOKEN else "to class token"
             note = f"{receiver} {100 * kept:.0f}% · {note}"
             warn = warn or kept > KEEPS_MOST
-        panels.append(Panel(title, _on_panel(photo, explanation, values), note, warn))
+        panels.append(Panel(title, 100 * values.numpy(), note, warn))
     return panels
 
 
 def _difference_panels(
-    photo: Photo,
     explanations: Sequence[Explanation],
     method: str,
     blocks: Sequence[int],
@@ -249,7 +230,7 @@ def _difference_panels(
     panels = []
     for (title, before, _), (_, after, _) in zip(first, second):
         change = difference(after, before)
-        panels.append(Panel(title, _on_panel(photo, explanations[1], change)))
+        panels.append(Panel(title, 100 * change.numpy()))
     return panels
 
 
@@ -274,10 +255,34 @@ def _maps(
     return maps
 
 
-def _on_panel(photo: Photo, explanation: Explanation, values: Tensor) -> np.ndarray:
-    """Bring a map onto the figure's panel, in per cent."""
-    preprocess = explanation.model.preprocess
-    return preprocess.to_photo(100 * values, photo.size, photo.panel.shape[:2])
+def attention_figure(
+    photo: Photo,
+    explanations: Sequence[Explanation],
+    method: str,
+    blocks: Sequence[int],
+    *,
+    title: str,
+    heads: bool,
+    shared_scale: bool,
+) -> AttentionFigure:
+    """Return the figure of a photo that was prepared with a panel.
+
+    The title is followed by the prediction. With two models, each row is labelled with its own.
+    """
+    model = explanations[-1].model
+    titles = [title]
+    if len(explanations) == 1 and model.labels:
+        titles.append(explanations[0].headline(method))
+    return AttentionFigure(
+        photo.panel,
+        photo.size,
+        model.preprocess,
+        figure_rows(explanations, method, blocks, heads=heads),
+        titles,
+        figure_caption(photo, explanations, method, heads=heads, shared_scale=shared_scale),
+        shared_scale,
+        query_box(photo, model),
+    )
 
 
 def figure_caption(
@@ -331,15 +336,16 @@ def query_box(photo: Photo, model: ViT) -> tuple[float, float, float, float] | N
     return left + column * x, top + row * y, left + (column + 1) * x, top + (row + 1) * y
 
 
-def summary(explanation: Explanation, top_k: int, method: str) -> dict:
+def summary(explanation: Explanation, top_k: int, method: str | None) -> dict:
     """Return a model's answer for JSON: its predictions, and the sink shares of each block.
 
-    The shares are those of the mean of the heads.
+    The shares are those of the mean of the heads. Without a method there are none.
     """
     maps = {}
-    for block in explanation.rows[method]:
-        class_token, top_patch = explanation.sink_shares(method, block)[0]
-        maps[block] = {"class_token": class_token, "top_patch": top_patch}
+    if method is not None:
+        for block in explanation.rows[method]:
+            class_token, top_patch = explanation.sink_shares(method, block)[0]
+            maps[block] = {"class_token": class_token, "top_patch": top_patch}
     return {
         "model": explanation.model.origin.source,
         "predictions": [

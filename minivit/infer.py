@@ -5,6 +5,7 @@ What a model makes of a photo is in explain.py; how attention becomes a map is i
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import json
@@ -26,21 +27,29 @@ from .checkpoints.weights import load_pretrained
 from .cli import default_model, parse_blocks
 from .data.folder import FORMAT, MISNAMED, SUFFIXES, FolderContents, has_suffix, read_folder
 from .data.photos import PhotoError
+from .data.prepared import LARGE, SMALL, Needs, read_photo
 from .data.survey import describe_unread
 from .errors import UserError, first_few, printable
 from .explain import Explanation, Photo
-from .figures import explorer, fonts, plots
+from .figures import explorer, fonts, panels
 from .figures.marks import is_ours
 from .model import ViT, working_copy
-from .settings import InferSettings
+from .settings import InferSettings, flag
 from .system import device as devices
 from .system import distributed
 from .system.files import portable_stem, refuse_to_overwrite
-from .system.workers import read_ahead, worker_pool
+from .system.workers import (
+    InlineExecutor,
+    map_ahead,
+    processes_worth_starting,
+    read_ahead,
+    worker_pool,
+)
 
 # Figures of fewer photos are drawn before worker processes would have started.
 DRAW_IN_WORKERS_FROM = 8
 GPU_BATCH = 32
+NAMES_GPU_BATCH = 128  # where there are no figures, of which the first should come soon
 # Memory for attention in a batch, where all rows of it are kept.
 MAX_ROWS_GIB = 0.5
 # Bytes that a file name can have, less some for a number and an extension.
@@ -59,51 +68,50 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """A photo, and the path of its figure."""
+    """A photo, and the path of its figure, if it gets one."""
 
     photo: Path
-    figure: Path
+    figure: Path | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to one photo, as JSON, and the figure that is being drawn for it."""
+    """The answer to one photo, as JSON, and the figure that is being drawn for it, if any."""
 
     json: dict
-    figure: Future[str]  # the characters that it cannot show
+    figure: Future[str] | None = None  # the characters that it cannot show
 
 
 @devices.own_defaults()
 def infer(settings: InferSettings) -> int:
     """Do the whole job: name photos and draw figures, and return the exit code."""
-    refuse_to_overwrite(Path(settings.out), [])  # No name is: figures give way to other files.
+    if not settings.no_figures:
+        refuse_to_overwrite(Path(settings.out), [])  # No name is: figures give way to other files.
     photos, num_unread = find_photos(settings.photos)
-    jobs = list(place_figures(photos, Path(settings.out), written_suffixes(settings)))
+    jobs = list(place_figures(photos, settings))
     # torchrun's processes share the photos out, which is right only if all of them are there.
     distributed.join_others()
     jobs = jobs[distributed.launched_rank() :: distributed.launched_world_size()]
-    plan = make_plan(settings)
-    Path(settings.out).mkdir(parents=True, exist_ok=True)
 
     num_unreadable = 0
-    num_workers = min(settings.workers, len(jobs)) if len(jobs) >= DRAW_IN_WORKERS_FROM else 0
     pending: deque[Answer] = deque()
-    with (
-        progress_bar(len(jobs)) as progress,
-        worker_pool(num_workers, "minivit.figures.plots") as pool,
-    ):
-        for job, photo, explanations in explain_all(jobs, plan, settings):
-            if isinstance(photo, UserError):
-                report_unreadable(job, photo)
-                num_unreadable += 1
-                progress.update()
-                distributed.report_progress()
-                continue
-            pending.append(answer_photo(settings, plan, job, photo, explanations, pool))
-            if len(pending) > 2 * settings.workers:
+    with start_workers(jobs, settings) as pool:  # They start while the model is loaded.
+        plan = make_plan(settings)
+        if not settings.no_figures:
+            Path(settings.out).mkdir(parents=True, exist_ok=True)
+        with progress_bar(len(jobs)) as progress:
+            for job, photo, explanations in explain_all(jobs, plan, settings, pool):
+                if isinstance(photo, UserError):
+                    report_unreadable(job, photo)
+                    num_unreadable += 1
+                    progress.update()
+                    distributed.report_progress()
+                    continue
+                pending.append(answer_photo(settings, plan, job, photo, explanations, pool))
+                if len(pending) > 2 * settings.workers:
+                    finish(pending.popleft(), settings, progress)
+            while pending:
                 finish(pending.popleft(), settings, progress)
-        while pending:
-            finish(pending.popleft(), settings, progress)
     distributed.wait_for_all_ranks()
     return 2 if num_unreadable or num_unread else 0
 
@@ -118,6 +126,17 @@ def written_suffixes(settings: InferSettings) -> list[str]:
     return suffixes
 
 
+def start_workers(
+    jobs: Sequence[Job], settings: InferSettings
+) -> contextlib.AbstractContextManager[Executor]:
+    """Start the processes that decode photos and draw figures, where they are worth starting."""
+    if settings.no_figures:
+        num_processes = processes_worth_starting([job.photo for job in jobs], settings.workers)
+        return worker_pool(num_processes, "minivit.data.prepared")
+    num_processes = min(settings.workers, len(jobs)) if len(jobs) >= DRAW_IN_WORKERS_FROM else 0
+    return worker_pool(num_processes, "minivit.figures.panels")
+
+
 def progress_bar(num_photos: int) -> tqdm:
     """Return a progress bar, which a single photo does not need."""
     disable = True if num_photos < 2 else None  # None: shown on a terminal only
@@ -129,6 +148,9 @@ def make_plan(settings: InferSettings) -> Plan:
     device = devices.pick_device(distributed.local_device(settings.device))
     amp = devices.pick_amp(settings.amp, device)
     models = [working_copy(model, device, amp, train=False) for model in load_models(settings)]
+    if settings.no_figures:
+        check_names_only(settings, models)
+        return Plan(models, [None] * len(models), [], [])
     targets = [find_target(settings.target, model, models) for model in models]
     blocks = parse_blocks(settings.layers, min(model.config.depth for model in models))
     check_settings(settings, models, blocks)
@@ -136,21 +158,18 @@ def make_plan(settings: InferSettings) -> Plan:
 
 
 def explain_all(
-    jobs: Sequence[Job], plan: Plan, settings: InferSettings
+    jobs: Sequence[Job], plan: Plan, settings: InferSettings, pool: Executor
 ) -> Iterator[tuple[Job, Photo | UserError, Sequence[Explanation]]]:
     """Yield for each job its photo and each model's explanation, computed batch by batch.
 
     A photo that cannot be read is replaced by the error, without explanations.
     """
-
-    def read(job: Job) -> Photo | UserError:
-        try:
-            return explain.read_photo(job.photo, plan.models, settings.query, small=settings.heads)
-        except UserError as error:
-            return error
-
+    panel = None
+    if not settings.no_figures:
+        panel = SMALL if settings.heads else LARGE
+    needs = explain.needs_of(plan.models, settings.query, panel=panel, page=settings.html)
     batch_size = choose_batch_size(settings, plan)
-    photos = read_ahead(read, jobs, settings.workers)
+    photos = read_photos(jobs, needs, pool, settings.workers, ahead=batch_size)
     for start in range(0, len(jobs), batch_size):
         batch = list(itertools.islice(photos, batch_size))
         readable = [photo for photo in batch if isinstance(photo, Photo)]
@@ -160,6 +179,19 @@ def explain_all(
                 yield job, photo, next(explanations)
             else:
                 yield job, photo, ()
+
+
+def read_photos(
+    jobs: Sequence[Job], needs: Needs, pool: Executor, workers: int, *, ahead: int
+) -> Iterator[Photo | UserError]:
+    """Yield each job's photo in order, read in the pool's processes; if it has none, in threads.
+
+    Up to `ahead` photos wait to be taken, and some more for each worker.
+    """
+    if isinstance(pool, InlineExecutor):
+        return read_ahead(lambda job: read_photo(job.photo, needs), jobs, workers)
+    arguments = ((job.photo, needs) for job in jobs)
+    return map_ahead(pool, read_photo, arguments, ahead=ahead + 2 * workers)
 
 
 def explain_batch(
@@ -184,8 +216,9 @@ def explain_batch(
 
 
 def finish(answer: Answer, settings: InferSettings, progress: tqdm) -> None:
-    """Wait for a photo's figure, and print its answer."""
-    fonts.report_lacking(answer.figure.result())
+    """Wait for a photo's figure, if it gets one, and print its answer."""
+    if answer.figure is not None:
+        fonts.report_lacking(answer.figure.result())
     progress.update()
     distributed.report_progress()
     report(answer.json, settings)
@@ -235,12 +268,17 @@ def describe_left_out(contents: FolderContents, inner: Sequence[str]) -> list[st
     return left_out
 
 
-def place_figures(photos: Sequence[Path], out: Path, suffixes: Sequence[str]) -> Iterator[Job]:
+def place_figures(photos: Sequence[Path], settings: InferSettings) -> Iterator[Job]:
     """Yield a job for each photo. Figures are named cat.png, cat-2.png and so on.
 
-    None of the files that are written, which have these suffixes, takes the place of a photo, of
-    another photo's files, or of a file that minivit did not write.
+    None of the files that are written takes the place of a photo, of another photo's files, or of
+    a file that minivit did not write.
     """
+    if settings.no_figures:
+        yield from map(Job, photos)
+        return
+    out = Path(settings.out)
+    suffixes = written_suffixes(settings)
     taken = {_path_key(path) for path in photos}
     for path in photos:
         stem = portable_stem(path.stem)
@@ -311,6 +349,20 @@ def check_settings(settings: InferSettings, models: Sequence[ViT], blocks: Seque
         )
 
 
+def check_names_only(settings: InferSettings, models: Sequence[ViT]) -> None:
+    """Raise UserError for settings that mean nothing without figures, and without a classifier."""
+    defaults = InferSettings(photos=())
+    for name in ("layers", "method", "target", "heads", "query", "scale", "html", "npz"):
+        if getattr(settings, name) != getattr(defaults, name):
+            raise UserError(f"--no-figures prints names only; leave {flag(name)} away")
+    for model in models:
+        if not model.labels:
+            raise UserError(
+                f"{model.origin.source} has no classifier, so there are no names; "
+                "leave --no-figures away"
+            )
+
+
 def choose_methods(settings: InferSettings, models: Sequence[ViT]) -> list[str]:
     """Return the methods to compute: the figure's and, for the page, all that are possible."""
     if not settings.html:
@@ -353,7 +405,8 @@ def choose_batch_size(settings: InferSettings, plan: Plan) -> int:
     """
     model = plan.models[0]
     is_cpu = model.cls_token.device.type == "cpu"
-    batch_size = devices.CPU_BATCH if is_cpu else GPU_BATCH
+    gpu_batch = NAMES_GPU_BATCH if settings.no_figures else GPU_BATCH
+    batch_size = devices.CPU_BATCH if is_cpu else gpu_batch
     if settings.method == "attention" and not settings.html:
         return batch_size
     config = model.config
@@ -370,37 +423,33 @@ def answer_photo(
     explanations: Sequence[Explanation],
     pool: Executor,
 ) -> Answer:
-    """Start drawing a photo's figure, and return the answer to the photo.
+    """Start drawing a photo's figure, if it gets one, and return the answer to the photo.
 
     With settings.html and settings.npz, the explorer's page and the arrays are written beside it.
     """
-    method = settings.method
-    rows = explain.figure_rows(photo, explanations, method, plan.blocks, heads=settings.heads)
-    report_dominant_tokens(job.photo, rows, is_compared=len(explanations) > 1)
-    title = plots.shorten(job.photo.name, 60)
-    model = explanations[-1].model
-    if len(explanations) == 1 and model.labels:
-        title += plots.shorten(f": {explanations[0].headline(method)}", 80)
-    shared_scale = settings.scale == "row"
-    drawing = pool.submit(
-        plots.draw_attention,
-        job.figure,
-        photo.panel,
-        rows,
-        title,
-        explain.figure_caption(
-            photo, explanations, method, heads=settings.heads, shared_scale=shared_scale
-        ),
-        shared_scale=shared_scale,
-        query_box=explain.query_box(photo, model),
-    )
+    method = None if settings.no_figures else settings.method
     answer: dict = {
         "photo": str(job.photo),
         **explain.summary(explanations[-1], settings.top_k, method),
-        "figure": str(job.figure),
+        "figure": None if job.figure is None else str(job.figure),
         "layers": list(plan.blocks),
         "method": method,
     }
+    if len(explanations) > 1:
+        answer["compare"] = explain.summary(explanations[0], settings.top_k, method)
+    if job.figure is None:
+        return Answer(answer)
+    figure = explain.attention_figure(
+        photo,
+        explanations,
+        settings.method,
+        plan.blocks,
+        title=job.photo.name,
+        heads=settings.heads,
+        shared_scale=settings.scale == "row",
+    )
+    report_dominant_tokens(job.photo, figure.rows, is_compared=len(explanations) > 1)
+    drawing = pool.submit(panels.draw_attention, job.figure, figure)
     if settings.html:
         page = job.figure.with_suffix(".html")
         panes = [explain.explorer_pane(photo, each, settings.top_k) for each in explanations]
@@ -408,14 +457,12 @@ def answer_photo(
         answer["html"] = str(page)
     if settings.npz:
         arrays = job.figure.with_suffix(".npz")
-        explain.write_arrays(arrays, photo, explanations, method)
+        explain.write_arrays(arrays, photo, explanations, settings.method)
         answer["npz"] = str(arrays)
-    if len(explanations) > 1:
-        answer["compare"] = explain.summary(explanations[0], settings.top_k, method)
     return Answer(answer, drawing)
 
 
-def report_dominant_tokens(path: Path, rows: Sequence[plots.Row], *, is_compared: bool) -> None:
+def report_dominant_tokens(path: Path, rows: Sequence[panels.Row], *, is_compared: bool) -> None:
     """Warn on stderr about maps in which one token has most of the attention."""
     dominated = []
     for row in rows:
@@ -450,7 +497,7 @@ def report(answer: dict, settings: InferSettings) -> None:
         for prediction in summary["predictions"]:
             say(f"{prediction['probability']:.3f}  {prediction['label']}", sys.stdout)
     for kind in ("figure", "html", "npz"):
-        if kind in answer:
+        if answer.get(kind) is not None:
             say(answer[kind], sys.stdout)
 
 

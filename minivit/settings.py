@@ -84,6 +84,7 @@ class InferSettings:
     out: str = "attention"
     html: bool = False
     npz: bool = False
+    no_figures: bool = False
     json: bool = False
     workers: int = 1
     device: str = "auto"

@@ -20,8 +20,8 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 from safetensors.torch import load_file
 
-from minivit import cli
-from minivit.figures import drawing, fonts, plots
+from minivit import Preprocess, cli
+from minivit.figures import canvas, drawing, fonts, panels, plots
 from minivit.figures.mpl import font_manager, matplotlib
 from minivit.tools.score import figure as score_figure
 from minivit.tools.score.gallery import CaptionedStrip, draw_gallery
@@ -61,13 +61,15 @@ def draw_confusion(path):
 def draw_predictions(path):
     photo = path.with_name("photo.png")
     Image.new("RGB", (90, 60), "green").save(photo)
-    plots.draw_predictions(path, [photo] * 2, [("a", "a", 0.9), ("a", "b", 0.8)], "Test photos")
+    panels.draw_predictions(path, [photo] * 2, [("a", "a", 0.9), ("a", "b", 0.8)], "Test photos")
 
 
 def draw_attention(path):
     photo = np.full((60, 90, 3), 128, np.uint8)
-    panel = plots.Panel("block 0", np.linspace(0, 1, 60 * 90).reshape(60, 90), "top patch 2%")
-    plots.draw_attention(path, photo, [plots.Row("photo", [panel, panel])], "title", "caption")
+    panel = panels.Panel("block 0", np.linspace(0, 1, 16).reshape(4, 4), "top patch 2%")
+    rows = [panels.Row("photo", [panel, panel])]
+    figure = panels.AttentionFigure(photo, (90, 60), Preprocess(), rows, ["title"], "caption")
+    panels.draw_attention(path, figure)
 
 
 def draw_scores(path):
@@ -214,6 +216,14 @@ def make_font(path: Path, characters: str) -> None:
     builder.save(path)
 
 
+CACHES = (fonts.fallback_families, canvas._draw_line, canvas._open_font)
+
+
+def clear_caches():
+    for cached in CACHES:
+        cached.cache_clear()
+
+
 @pytest.fixture
 def installed(monkeypatch):
     """A list of the fonts that are installed besides DejaVu Sans."""
@@ -223,9 +233,9 @@ def installed(monkeypatch):
     monkeypatch.setattr(manager, "ttflist", dejavu)
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: paths)
     monkeypatch.setattr(fonts, "_reported", set())
-    fonts.fallback_families.cache_clear()
+    clear_caches()
     yield paths
-    fonts.fallback_families.cache_clear()
+    clear_caches()
 
 
 NAMES = ["猫", "犬 dog"]
@@ -265,8 +275,9 @@ def test_characters_that_no_font_has_are_said_once_with_what_helps(installed, tm
 
 @pytest.mark.parametrize("draw", [draw_predictions, draw_attention, draw_scores, draw_strips])
 def test_no_figure_shows_boxes_without_a_word(draw, installed, tmp_path, capsys, monkeypatch):
-    real_text = matplotlib.text.Text.set_text
+    real_text, real_line = matplotlib.text.Text.set_text, canvas._draw_line
     monkeypatch.setattr(matplotlib.text.Text, "set_text", lambda text, s: real_text(text, f"{s}猫"))
+    monkeypatch.setattr(canvas, "_draw_line", lambda text, *style: real_line(f"{text}猫", *style))
     draw(tmp_path / "figure.png")
     assert capsys.readouterr().err.startswith("no installed font has 猫: ")
 

@@ -28,8 +28,9 @@ from minivit import (
 )
 from minivit.attention import METHODS, class_relevance, query_maps, rollout
 from minivit.checkpoints.hub import Origin
+from minivit.data.prepared import LARGE, NO_PAGE, NO_PANEL, panel_shape, read_photo
 from minivit.errors import UserError
-from minivit.figures import plots
+from minivit.figures import panels
 from minivit.figures.marks import is_ours
 
 CPU = ["--device", "cpu", "--amp", "off"]
@@ -49,6 +50,10 @@ def answers(*flags, capsys):
 def pixels(path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(int)
+
+
+def prepare(path, models, query=None, panel=LARGE) -> explain.Photo:
+    return read_photo(path, explain.needs_of(models, query, panel=panel, page=True))
 
 
 # The way back to the photo
@@ -113,23 +118,37 @@ def test_the_map_is_brightest_on_the_object_however_exif_turns_it(
         paths.append(tmp_path / str(orientation) / "photo.png")
         paths[-1].parent.mkdir()
         lying.save(paths[-1], exif=exif, compress_level=1)
-    (h, w), model, panels = plots.panel_shape(size), load_pretrained(folder), []
+    (h, w), model, prepared = panel_shape(size), load_pretrained(folder), []
     for path in paths:
-        seen = explain.read_photo(path, [model], None, small=False)
+        seen = prepare(path, [model])
         assert seen.size == size
         (answer,) = explain.explain_photos(model, [seen], 0, [1])
-        (row,) = explain.figure_rows(seen, [answer], "attention", [1], heads=False)
-        panels.append((seen.panel, row.panels[0].values))
-        y, x = np.unravel_index(np.nanargmax(row.panels[0].values), (h, w))
-        box = preprocess.box(size)
-        # Each of the 14 x 14 patches is brightest in its middle.
-        half_w, half_h = (box[2] - box[0]) / 28, (box[3] - box[1]) / 28
-        assert left - half_w <= x * W / w <= left + side + half_w
-        assert top - half_h <= y * H / h <= top + side + half_h
-        assert np.isnan(row.panels[0].values).any() == (preprocess.crop is not None)
-    for panel, values in panels:
-        assert np.array_equal(panel, panels[0][0])
-        assert np.array_equal(values, panels[0][1], equal_nan=True)
+        figure = explain.attention_figure(
+            seen, [answer], "attention", [1], title="", heads=False, shared_scale=False
+        )
+        prepared.append((seen.panel, figure.rows[0].panels[0].values))
+    for panel, values in prepared:
+        assert np.array_equal(panel, prepared[0][0])
+        assert np.array_equal(values, prepared[0][1])
+
+    panels.draw_attention(tmp_path / "drawn.png", figure)
+    shown, over_map = (
+        pixels(tmp_path / "drawn.png")[y : y + h, x : x + w]
+        for x, y in (panels._lay_out(figure).position(0, column) for column in (0, 1))
+    )
+    assert np.array_equal(shown, seen.panel)
+    pale = (over_map >= 190).all(-1)
+    y, x = np.unravel_index(np.argmax(over_map[..., :2].sum(-1) * ~pale), (h, w))
+    box = preprocess.box(size)
+    # Each of the 14 x 14 patches is brightest in its middle.
+    half_w, half_h = (box[2] - box[0]) / 28, (box[3] - box[1]) / 28
+    assert left - half_w <= x * W / w <= left + side + half_w
+    assert top - half_h <= y * H / h <= top + side + half_h
+    outside = np.ones((h, w), bool)
+    x0, y0, x1, y1 = (round(edge * w / W) for edge in box)
+    outside[max(y0 - 1, 0) : y1 + 1, max(x0 - 1, 0) : x1 + 1] = False
+    assert pale[outside].all()
+    assert outside.any() == pale.any() == (preprocess.crop is not None)
     flags = ("--model", folder, "--layers", "1", "--out", tmp_path / "out")
     upright, turned = answers(paths[0], paths[5], *flags, capsys=capsys)
     assert np.array_equal(pixels(upright["figure"]), pixels(turned["figure"]))
@@ -137,15 +156,17 @@ def test_the_map_is_brightest_on_the_object_however_exif_turns_it(
 
 def test_a_figure_shows_each_value_over_its_pixel_of_the_photo(tmp_path):
     photo = np.full((120, 200, 3), (0, 128, 0), np.uint8)
-    values = np.zeros((120, 200))
-    values[30:40, 150:170] = 7
-    values[:, :20] = np.nan
+    preprocess = Preprocess((120, 200), (120, 160))  # which does not see 20 pixels at each side
+    values = np.zeros((120, 160))
+    values[30:40, 130:150] = 7
     rows = [
-        plots.Row("photo", [plots.Panel("block 8", values), plots.Panel("block 9", values / 2)])
+        panels.Row("photo", [panels.Panel("block 8", values), panels.Panel("block 9", values / 2)])
     ]
-    plots.draw_attention(
-        tmp_path / "f.png", photo, rows, "$title", "caption", query_box=(0.5, 0.25, 0.6, 0.5)
+    box = (0.5, 0.25, 0.6, 0.5)
+    figure = panels.AttentionFigure(
+        photo, (200, 120), preprocess, rows, ["$title"], "caption", query_box=box
     )
+    panels.draw_attention(tmp_path / "f.png", figure)
     figure = pixels(tmp_path / "f.png")
     green = (figure == (0, 128, 0)).all(-1)
     ys, xs = green.nonzero()
@@ -162,17 +183,17 @@ def test_a_figure_shows_each_value_over_its_pixel_of_the_photo(tmp_path):
         x = left + i * 214
         ys, xs = bright[top : top + 120, x : x + 200].nonzero()
         assert (ys.min(), ys.max(), xs.min(), xs.max()) == (30, 39, 150, 169)
-        unseen = figure[top : top + 120, x : x + 20]
-        assert (unseen > 190).all()
-        assert (figure[top + 60, x + 30] < 30).all()
+        for unseen in (x, x + 180):
+            assert (figure[top : top + 120, unseen : unseen + 20] > 190).all()
+        assert (figure[top + 60, x + 20 : x + 180] < 30).all()
 
 
 def test_a_scale_ignores_unseen_pixels_and_is_symmetric_if_signed():
     maps = [np.array([[-1.0, np.nan], [0.5, 0.0]]), np.array([[3.0, np.nan]])]
-    assert plots.value_range(maps) == (-1, 3)
-    assert plots.value_range(maps, signed=True) == (-3, 3)
-    assert plots.value_range(maps[:1], signed=True) == (-1, 1)
-    assert plots.value_range([np.full((2, 2), np.nan)]) == (0, 0)
+    assert panels.value_range(maps) == (-1, 3)
+    assert panels.value_range(maps, signed=True) == (-3, 3)
+    assert panels.value_range(maps[:1], signed=True) == (-1, 1)
+    assert panels.value_range([np.full((2, 2), np.nan)]) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +246,7 @@ def test_a_pixels_patch_is_the_one_whose_mark_holds_it(size, preprocess):
     for x, y in np.random.default_rng(0).uniform(0, 1, (200, 2)):
         x, y = left + x * (right - left), top + y * (bottom - top)
         token = 1 + preprocess.patch_at(x, y, size, (8, 12))
-        box = explain.query_box(explain.Photo(size, None, None, [], token), model)
+        box = explain.query_box(explain.Photo(size, NO_PANEL, NO_PAGE, [], token), model)
         assert box[0] * size[0] - 1e-9 <= x <= box[2] * size[0] + 1e-9
         assert box[1] * size[1] - 1e-9 <= y <= box[3] * size[1] + 1e-9
 
@@ -391,11 +412,11 @@ def test_json_holds_what_the_text_says_and_the_sink_shares(
 
 def test_a_difference_is_the_second_models_share_less_the_firsts(tiny_folder, other_folder, photo):
     models = [load_pretrained(folder).eval() for folder in (other_folder, tiny_folder)]
-    seen = explain.read_photo(photo, models, None, small=False)
+    seen = prepare(photo, models)
     explanations = [
         explain.explain_photos(model, [seen], i, [10, 11])[0] for i, model in enumerate(models)
     ]
-    rows = explain.figure_rows(seen, explanations, "attention", [10, 11], heads=False)
+    rows = explain.figure_rows(explanations, "attention", [10, 11], heads=False)
     assert [row.signed for row in rows] == [False, False, True]
     for i, block in enumerate((10, 11)):
         maps = [
@@ -403,9 +424,7 @@ def test_a_difference_is_the_second_models_share_less_the_firsts(tiny_folder, ot
             for folder in (other_folder, tiny_folder)
         ]
         first, second = ((m / m.sum()).view(4, 4) for m in maps)
-        wanted = models[0].preprocess.to_photo(
-            100 * (second - first), seen.size, seen.panel.shape[:2]
-        )
+        wanted = 100 * (second - first)
         np.testing.assert_allclose(rows[2].panels[i].values, wanted, atol=1e-4)
     assert str(other_folder) in rows[0].label
     assert str(tiny_folder) in rows[1].label
@@ -413,9 +432,9 @@ def test_a_difference_is_the_second_models_share_less_the_firsts(tiny_folder, ot
 
 def test_heads_have_a_panel_each_and_their_mean(tiny_folder, photo):
     model = load_pretrained(tiny_folder).eval()
-    seen = explain.read_photo(photo, [model], None, small=True)
+    seen = prepare(photo, [model])
     rows = explain.figure_rows(
-        seen, explain.explain_photos(model, [seen], 0, [9, 11]), "attention", [9, 11], heads=True
+        explain.explain_photos(model, [seen], 0, [9, 11]), "attention", [9, 11], heads=True
     )
     attn = attention_of(tiny_folder, photo)[3]
     assert [[panel.title for panel in row.panels] for row in rows] == [
@@ -424,8 +443,7 @@ def test_heads_have_a_panel_each_and_their_mean(tiny_folder, photo):
     for row, block in zip(rows, (9, 11), strict=True):
         maps = query_maps(attn[block], (4, 4))[0]
         for panel, values in zip(row.panels, [maps.mean(0), *maps], strict=True):
-            wanted = model.preprocess.to_photo(100 * values, seen.size, seen.panel.shape[:2])
-            np.testing.assert_allclose(panel.values, wanted, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(panel.values, 100 * values, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -435,7 +453,7 @@ def test_a_batch_explains_each_photo_and_its_query_as_if_alone(tiny_folder, tmp_
     for i, size in enumerate([(80, 60), (50, 90), (300, 40)]):
         draw_photo(*size, seed=i).save(tmp_path / f"{i}.png")
         query = None if method == "relevance" else (35.0, 30.0)
-        photos.append(explain.read_photo(tmp_path / f"{i}.png", [model], query, small=False))
+        photos.append(prepare(tmp_path / f"{i}.png", [model], query))
     together = explain.explain_photos(model, photos, 0, [2, 11], methods=[method])
     for photo, one in zip(photos, together, strict=True):
         (alone,) = explain.explain_photos(model, [photo], 0, [2, 11], methods=[method])
@@ -483,7 +501,7 @@ def test_registers_are_no_queries_and_have_no_place_in_a_map(photo, all_rows):
     with torch.no_grad():
         attn = model.forward_with_attention(images, range(12))[1]
     kept = [0, *range(3, 19)]
-    seen = explain.read_photo(photo, [model], (79, 59), small=False)
+    seen = prepare(photo, [model], (79, 59))
     (one,) = explain.explain_photos(
         model, [seen], 0, [11], methods=["attention", "rollout"], all_rows=all_rows
     )
@@ -500,7 +518,7 @@ def test_registers_are_no_queries_and_have_no_place_in_a_map(photo, all_rows):
 
 def test_relevance_explains_the_first_prediction_or_the_target(tiny_folder, photo):
     model, images, logits, _ = attention_of(tiny_folder, photo)
-    seen = explain.read_photo(photo, [model], None, small=False)
+    seen = prepare(photo, [model])
     for target in (None, 0, 3):
         (one,) = explain.explain_photos(
             model, [seen], 0, [11], methods=["relevance"], target=target
@@ -512,10 +530,8 @@ def test_relevance_explains_the_first_prediction_or_the_target(tiny_folder, phot
         )
         headline = one.headline("relevance")
         assert headline.endswith(f", relevance for thing {index}") == (index != logits.argmax())
-        (row,) = explain.figure_rows(seen, [one], "relevance", [11], heads=False)
-        assert np.nansum(row.panels[0].values) * 16 / row.panels[0].values.size == pytest.approx(
-            100, rel=0.05
-        )
+        (row,) = explain.figure_rows([one], "relevance", [11], heads=False)
+        assert row.panels[0].values.sum() == pytest.approx(100, rel=1e-4)
 
 
 def test_a_dominated_map_is_named_on_stderr_and_in_the_figure(tmp_path, photo, capsys):
@@ -528,17 +544,14 @@ def test_a_dominated_map_is_named_on_stderr_and_in_the_figure(tmp_path, photo, c
     )
     assert code == 0
     assert f"{photo}: one token dominates block 1 (keeps 0% · top patch 100%)" in printed.err
-    seen = explain.read_photo(photo, [load_pretrained(model)], None, small=False)
-    (row,) = explain.figure_rows(
-        seen,
-        explain.explain_photos(load_pretrained(model), [seen], 0, [1]),
-        "attention",
-        [1],
-        heads=False,
+    seen = prepare(photo, [load_pretrained(model)])
+    answered = explain.explain_photos(load_pretrained(model), [seen], 0, [1])
+    figure = explain.attention_figure(
+        seen, answered, "attention", [1], title="", heads=False, shared_scale=False
     )
-    assert row.panels[0].warn
-    plots.draw_attention(tmp_path / "a.png", seen.panel, [row], "", "")
-    red, green, blue = np.moveaxis(pixels(tmp_path / "a.png")[-60:], 2, 0)
+    assert figure.rows[0].panels[0].warn
+    panels.draw_attention(tmp_path / "a.png", figure)
+    red, green, blue = np.moveaxis(pixels(tmp_path / "a.png")[-110:], 2, 0)
     assert ((red > 150) & (green < 60) & (blue < 80)).sum() > 100  # the note below the map
     Image.new("RGB", (64, 64), "grey").save(photo)
     assert (

@@ -68,11 +68,11 @@ HOSTILE = "$x^2 <b>\x1b[31m" + "long " * 50
 
 
 def test_figures_show_their_contents_and_take_any_name(tmp_path):
-    from minivit.figures import plots
+    from minivit.figures import panels, plots
 
     name = HOSTILE.replace("\x1b", "")
     Image.new("RGB", (300, 200), "green").save(tmp_path / "green.png")
-    plots.draw_predictions(
+    panels.draw_predictions(
         tmp_path / "p.png",
         [tmp_path / "green.png"] * 7,
         [(name, "a", 0.5)] * 7,
@@ -147,7 +147,7 @@ def test_the_most_confused_pairs_come_first_and_right_ones_never():
 
 
 def test_workers_that_draw_figures_do_not_import_torch():
-    modules = "minivit.training.report, minivit.figures.plots"
+    modules = "minivit.training.report, minivit.figures.plots, minivit.figures.panels"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

@@ -661,9 +661,9 @@ KILL = """
 import json, os, random, signal, sys, time
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch, train, minivit.train
-from minivit.figures import plots
+from minivit.figures import panels, plots
 torch.set_num_threads(1)
-plots.draw_confusion = plots.draw_predictions = lambda path, *_, **__: path.touch()
+plots.draw_confusion = panels.draw_predictions = lambda path, *_, **__: path.touch()
 seed, kills, flags = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 rng, died = random.Random(seed), []
 

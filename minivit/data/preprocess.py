@@ -147,35 +147,29 @@ class Preprocess:
         return left, top, resized_w, resized_h
 
     def to_photo(
-        self, values: Tensor, photo_size: tuple[int, int], shape: tuple[int, int] | None = None
+        self,
+        values: Tensor | np.ndarray,
+        photo_size: tuple[int, int],
+        shape: tuple[int, int] | None = None,
     ) -> np.ndarray:
         """Bring a map (gh, gw) back onto a photo of (W, H) pixels: float32 (H, W), upsampled.
 
         The result is NaN where the photo was cropped away. To draw the whole photo at another
         resolution, give its `shape` (rows, columns).
         """
-        import torch
-        import torch.nn.functional as F
-
+        if not isinstance(values, np.ndarray):
+            values = values.detach().float().cpu().numpy()
         W, H = photo_size
         rows, columns = (H, W) if shape is None else shape
         left, top, right, bottom = self.box(photo_size)
-        # The centres of the pixels, where -1 and 1 are the edges of what the model sees.
-        x = ((np.arange(columns) + 0.5) * W / columns - left) / (right - left) * 2 - 1
-        y = ((np.arange(rows) + 0.5) * H / rows - top) / (bottom - top) * 2 - 1
-        ys, xs = torch.meshgrid(
-            torch.from_numpy(y).float(), torch.from_numpy(x).float(), indexing="ij"
-        )
-        sampled = F.grid_sample(
-            values.detach().float().cpu()[None, None],
-            torch.stack([xs, ys], -1)[None],
-            mode="bicubic",
-            padding_mode="border",
-            align_corners=False,
-        )[0, 0]
-        sampled = sampled.clamp(values.min().item(), values.max().item())  # Bicubic may overshoot.
-        seen = (xs.abs() <= 1) & (ys.abs() <= 1)
-        return torch.where(seen, sampled, torch.nan).numpy()
+        # The centres of the pixels, where 0 and 1 are the edges of what the model sees.
+        x = ((np.arange(columns) + 0.5) * W / columns - left) / (right - left)
+        y = ((np.arange(rows) + 0.5) * H / rows - top) / (bottom - top)
+        sampled = _sample_rows(_sample_rows(values.T, x).T, y)
+        sampled = sampled.clip(values.min(), values.max())  # Bicubic may overshoot.
+        sampled[(y < 0) | (y > 1)] = np.nan
+        sampled[:, (x < 0) | (x > 1)] = np.nan
+        return sampled
 
     def at(self, size: tuple[int, int]) -> Preprocess:
         """Return the same steps for another input size (h, w).
@@ -252,6 +246,25 @@ def decode_into(
             store.seek(offset + i * pixels.nbytes)
             store.write(pixels.data)
     return errors
+
+
+def _sample_rows(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Interpolate rows (n, m) at positions from 0 to 1, bicubically, as torch's grid_sample does.
+
+    Beyond the first and the last row, these are repeated.
+    """
+    sharpness = -0.75  # as in torch and OpenCV; Pillow and the cubic spline have -0.5
+    index = positions * len(values) - 0.5
+    first = np.floor(index)
+    sampled = np.zeros((len(positions), values.shape[1]), np.float32)
+    for neighbour in (-1, 0, 1, 2):
+        t = np.abs(index - (first + neighbour))
+        near = ((sharpness + 2) * t - (sharpness + 3)) * t**2 + 1
+        far = sharpness * (((t - 5) * t + 8) * t - 4)
+        weight = np.where(t <= 1, near, far).astype(np.float32)
+        row = (first + neighbour).clip(0, len(values) - 1).astype(int)
+        sampled += weight[:, None] * values[row]
+    return sampled
 
 
 @functools.cache

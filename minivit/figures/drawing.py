@@ -1,6 +1,7 @@
-"""Begin a figure and write it: every figure of minivit goes through `new_figure` and `save`.
+"""Begin a chart and write it: every figure of matplotlib goes through `new_figure` and `save`.
 
-A figure looks the same whatever the user's settings of matplotlib.
+A figure looks the same whatever the user's settings of matplotlib. Figures of photos are composed
+on a canvas (canvas.py) instead, which is much faster.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import multiprocessing
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,19 @@ DPI = 120
 
 
 @contextlib.contextmanager
+def default_settings() -> Iterator[None]:
+    """Give matplotlib its own settings, and not the user's, until the block ends."""
+    settings = dict(matplotlib.rcParamsDefault)
+    del settings["backend"]  # A figure's canvas is what draws it, whatever the backend.
+    with contextlib.ExitStack() as stack:
+        with warnings.catch_warnings():
+            # Some settings are deprecated, and setting them to their defaults would warn.
+            warnings.simplefilter("ignore", matplotlib.MatplotlibDeprecationWarning)
+            stack.enter_context(matplotlib.rc_context(settings))
+        yield
+
+
+@contextlib.contextmanager
 def new_figure(
     size: tuple[float, float],
     *,
@@ -30,27 +44,16 @@ def new_figure(
 ) -> Iterator[Figure]:
     """Yield an empty white figure of a size in inches.
 
-    Until the block ends, matplotlib has its own settings and not the user's, whose figures in the
-    same program are left as they are.
+    The user's own figures in the same program are left as they are.
     """
-    settings = dict(matplotlib.rcParamsDefault)
-    del settings["backend"]  # A figure's canvas is what draws it, whatever the backend.
-    with contextlib.ExitStack() as stack:
-        with warnings.catch_warnings():
-            # Some settings are deprecated, and setting them to their defaults would warn.
-            warnings.simplefilter("ignore", matplotlib.MatplotlibDeprecationWarning)
-            stack.enter_context(matplotlib.rc_context(settings))
+    with default_settings():
         figure = Figure(size, layout=layout, dpi=dpi)
         FigureCanvasAgg(figure)
         yield figure
 
 
 def save(figure: Figure, path: Path) -> str:
-    """Write a figure as PNG, whole or not at all; return the characters that it cannot show.
-
-    These are reported on stderr, but not from a worker process: whoever gets its result reports
-    them once for all workers.
-    """
+    """Write a figure as PNG, whole or not at all; return the characters that it cannot show."""
     missing = _give_fonts(figure)
     with whole_file(path) as partial, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -65,6 +68,14 @@ def save(figure: Figure, path: Path) -> str:
         glyph = re.match(r"Glyph (\d+) ", str(warning.message))
         if glyph:
             missing.add(chr(int(glyph[1])))
+    return report_from_main_process(missing)
+
+
+def report_from_main_process(missing: Iterable[str]) -> str:
+    """Say on stderr which characters a figure cannot show, and return them.
+
+    A worker process says nothing: whoever gets its result reports them once for all workers.
+    """
     characters = "".join(sorted(missing))
     if multiprocessing.parent_process() is None:
         fonts.report_lacking(characters)

@@ -71,13 +71,12 @@ matplotlib = _import_matplotlib()
 # The rest of matplotlib is imported behind it.
 from matplotlib import colormaps, font_manager  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg, get_hinting_flag  # noqa: E402
 from matplotlib.cm import ScalarMappable  # noqa: E402
 from matplotlib.colors import Colormap, Normalize  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ft2font import FT2Font  # noqa: E402
 from matplotlib.gridspec import GridSpec  # noqa: E402
-from matplotlib.patches import Rectangle  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 from matplotlib.ticker import MaxNLocator, NullLocator  # noqa: E402
 
@@ -91,10 +90,10 @@ __all__ = [
     "MaxNLocator",
     "Normalize",
     "NullLocator",
-    "Rectangle",
     "ScalarMappable",
     "Text",
     "colormaps",
     "font_manager",
+    "get_hinting_flag",
     "matplotlib",
 ]

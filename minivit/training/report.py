@@ -121,9 +121,10 @@ def _draw(name: str, path: Path, *args) -> str:
 
     This runs in a worker, so that only workers import matplotlib.
     """
-    from ..figures import plots
+    from ..figures import panels, plots
 
-    return getattr(plots, f"draw_{name}")(path, *args)
+    module = panels if name == "predictions" else plots
+    return getattr(module, f"draw_{name}")(path, *args)
 
 
 def _choose_predictions(

@@ -12,9 +12,10 @@ import numpy as np
 
 from ...figures.drawing import new_figure, save
 from ...figures.mpl import Axes, Figure, GridSpec, Normalize, ScalarMappable
-from ...figures.plots import HEAT, shorten
+from ...figures.plots import shorten
 from .statistics import Score, ScoreKey
 
+COLOURS = "inferno"  # as in maps over photos
 GRID_COLUMNS = 6  # so that a row can be divided among one, two or three panels
 # The marker, line and colour of each model, by its label.
 STYLES = {"before": ("s--", "#5aae61"), "after": ("o-", "#40004b"), "model": ("o-", "#40004b")}
@@ -79,7 +80,7 @@ def draw_heat_maps(
     values = np.stack(list(maps.values()))
     scale = Normalize(values.min(), values.max())
     for ax, (title, times_chance) in zip(panels, maps.items()):
-        ax.imshow(times_chance, cmap=HEAT, norm=scale, aspect="auto")
+        ax.imshow(times_chance, cmap=COLOURS, norm=scale, aspect="auto")
         ax.set(xlabel="block", ylabel="head")
         ax.set_xticks(range(len(blocks)), map(str, blocks), fontsize=8)
         ax.set_yticks(range(len(heads)), map(str, heads), fontsize=8)
@@ -87,7 +88,7 @@ def draw_heat_maps(
         for (i, j), value in np.ndenumerate(times_chance):
             colour = "black" if scale(value) > 0.6 else "white"
             ax.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)
-    colours = ScalarMappable(scale, HEAT)
+    colours = ScalarMappable(scale, COLOURS)
     label = "attention on the pet,\ntimes chance"
     panels[0].figure.colorbar(colours, ax=panels, label=label, fraction=0.05)
 

@@ -9,21 +9,20 @@ from __future__ import annotations
 import base64
 import html
 import io
-import math
 import string
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageFilter
 
 from ...data.photos import open_photo
 from ...data.preprocess import Preprocess
 from ...errors import printable
-from ...figures.drawing import new_figure, save
-from ...figures.plots import HEAT, overlay, show, value_range
+from ...figures.canvas import Canvas, fit, text_height
+from ...figures.panels import HEAT, overlay, value_range
 from ...system.files import whole_file
 from .masks import PET, read_mask
 from .measure import Measured
@@ -31,6 +30,11 @@ from .measure import Measured
 LONGER_SIDE = 240  # of each panel in a strip, in pixels
 GAP = 4  # between the panels of a strip, in pixels
 MOST_COLUMNS = 3  # of strips in gallery.png
+# Measures of gallery.png, in pixels, and of its texts, in points.
+COLUMN = 440
+MARGIN = 12
+TITLE, HEADING, CAPTION = 9, 10, 8
+CHARACTER = 9  # the width of one of the title, at most on average
 
 
 class CaptionedStrip(NamedTuple):
@@ -129,7 +133,7 @@ def draw_strip(path: Path, maps: Sequence[np.ndarray], preprocess: Preprocess) -
     small = photo.resize((w, h))
     panels = [np.array(small)]
     for values in maps:
-        heat = preprocess.to_photo(torch.from_numpy(values), photo.size, (h, w))
+        heat = preprocess.to_photo(values, photo.size, (h, w))
         low, high = value_range([heat])
         panels.append(overlay(panels[0], heat, low, high, HEAT))
 
@@ -168,24 +172,41 @@ def gallery_page(sections: Mapping[str, Sequence[CaptionedStrip]], explanation: 
     )
 
 
-def draw_gallery(path: Path, sections: Mapping[str, Sequence[CaptionedStrip]], title: str) -> None:
-    """Draw the strips with their captions, section by section."""
+def draw_gallery(path: Path, sections: Mapping[str, Sequence[CaptionedStrip]], title: str) -> str:
+    """Draw the strips with their captions, section by section; return what Canvas.save returns."""
     # The title needs two columns.
     num_columns = min(max(2, *map(len, sections.values())), MOST_COLUMNS)
-    num_rows = [math.ceil(len(strips) / num_columns) for strips in sections.values()]
-    heights = [2.3 * n + 0.5 for n in num_rows]
-    size = num_columns * 4.4, sum(heights) + 0.5
-    with new_figure(size, layout="constrained", dpi=100) as figure:
-        parts = figure.subfigures(len(sections), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for part, n, (kind, strips) in zip(parts, num_rows, sections.items()):
-            heading = f"{kind}\n" if strips else f"{kind}: none"
-            part.suptitle(heading, x=0.01, ha="left", weight="bold", fontsize=11)
-            if not strips:
-                continue
-            axes = part.subplots(n, num_columns, squeeze=False).ravel()
-            for ax in axes:
-                ax.axis("off")
-            for ax, strip in zip(axes, strips):
-                show(ax, np.asarray(strip.image), strip.caption, size=8)
-        figure.suptitle(title, fontsize=10, parse_math=False)
-        save(figure, path)
+    width = num_columns * COLUMN + MARGIN
+    title = "\n".join(textwrap.fill(line, width // CHARACTER) for line in title.split("\n"))
+
+    # Where things go, from top to bottom, and thereby how high the canvas is.
+    y = MARGIN + text_height(title, TITLE) + MARGIN
+    headings: list[tuple[int, str]] = []  # with their tops
+    cells: list[tuple[int, int, CaptionedStrip]] = []  # left, the top of the image, the strip
+    for kind, strips in sections.items():
+        headings.append((y, kind if strips else f"{kind}: none"))
+        y += text_height(kind, HEADING) + MARGIN
+        for start in range(0, len(strips), num_columns):
+            row = [_shrink(strip) for strip in strips[start : start + num_columns]]
+            y += max(text_height(strip.caption, CAPTION) for strip in row) + GAP
+            cells += [(MARGIN + i * COLUMN, y, strip) for i, strip in enumerate(row)]
+            y += max(strip.image.height for strip in row) + MARGIN
+
+    canvas = Canvas(width, y)
+    canvas.write(width / 2, MARGIN, title, TITLE, align="center")
+    for top, heading in headings:
+        canvas.write(MARGIN, top, heading, HEADING, bold=True)
+    for left, top, strip in cells:
+        canvas.paste(np.asarray(strip.image), left, top)
+        caption_top = top - GAP - text_height(strip.caption, CAPTION)
+        canvas.write(left, caption_top, strip.caption, CAPTION)
+    return canvas.save(path)
+
+
+def _shrink(strip: CaptionedStrip) -> CaptionedStrip:
+    """Make a strip and the lines of its caption no wider than a column."""
+    room = COLUMN - MARGIN
+    image = strip.image.copy()
+    image.thumbnail((room, image.height), Image.Resampling.LANCZOS)
+    lines = [fit(line, room, CAPTION) for line in strip.caption.split("\n")]
+    return CaptionedStrip(image, "\n".join(lines))
