@@ -71,7 +71,9 @@ def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = 
     device = devices.pick_device(distributed.local_device(settings.device))
     amp = devices.pick_amp(settings.amp, device)
     prepare(settings, device)
-    with contextlib.ExitStack() as lock:
+    with contextlib.ExitStack() as lock, devices.current(device):
+        # The device starts while this thread lists the photos and loads the model.
+        warm_up = devices.begin_warm_up(device, amp)
         with distributed.process_group(device):
             is_rank_0 = distributed.rank() == 0  # the only rank that writes
             if not settings.dry_run and distributed.on_rank_0(
@@ -91,6 +93,7 @@ def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = 
             if is_rank_0:
                 warn_about_few_steps(settings, len(data.train))
 
+            warm_up.join()
             working_model = working_copy(model, device, amp, train=True)
             micro_batch = choose_micro_batch(settings, working_model, data, cut, amp)
             distributed.on_rank_0(lambda: publishing.prepare(settings))

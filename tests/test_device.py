@@ -13,6 +13,40 @@ from minivit.errors import UserError
 from minivit.system import device
 
 
+def test_only_a_cuda_device_becomes_the_current_one(monkeypatch):
+    entered = []
+
+    class Current:
+        def __init__(self, chosen):
+            self.chosen = chosen
+
+        def __enter__(self):
+            entered.append(str(self.chosen))
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    for name in ("cuda:1", "cpu", "mps"):
+        with device.current(torch.device(name)):
+            entered.append(name)
+    assert entered == ["cuda:1", "cuda:1", "left", "cpu", "mps"]
+
+
+def test_a_device_that_does_not_start_is_left_to_its_first_use(monkeypatch, capsys):
+    started = []
+
+    def fail(*_, device, dtype):
+        started.append((str(device), dtype))
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    for name in ("cpu", "cuda:1"):
+        device.begin_warm_up(torch.device(name), torch.bfloat16).join()
+    assert started == [("cuda:1", torch.bfloat16)]
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name, index", [("cuda", 3), ("cuda:1", 1)])
 def test_a_memory_limit_is_a_share_of_that_device_without_cudas_own(monkeypatch, name, index):
     limits = []

@@ -190,19 +190,23 @@ def current(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device)
 
 
-def warm_up(device: torch.device, amp: torch.dtype | None) -> None:
-    """Let a thread start a CUDA device and load its library of products, which takes a second.
+def begin_warm_up(device: torch.device, amp: torch.dtype | None) -> threading.Thread:
+    """Start a CUDA device and its library of products in a thread, which takes a second.
 
-    Whoever uses the device first then waits less. An error comes up there again.
+    Wait for the thread before the device is used. An error comes up again where it is used. For
+    another device, the thread does nothing.
     """
 
     def multiply() -> None:
+        if device.type != "cuda":
+            return
         with contextlib.suppress(RuntimeError), torch.inference_mode():
             matrix = torch.zeros(256, 256, device=device, dtype=amp or torch.float32)
             (matrix @ matrix).sum().item()
 
-    if device.type == "cuda":
-        threading.Thread(target=multiply, daemon=True).start()
+    thread = threading.Thread(target=multiply, daemon=True)
+    thread.start()
+    return thread
 
 
 def be_deterministic() -> None:
