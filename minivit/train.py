@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -483,13 +483,19 @@ def finish(
     state.free_device_memory()
     batch = devices.eval_batch(device, settings.batch_size, state.micro_batch, state.amp)
     check_validation_loss(state, eval_model, val_split, batch)
-    with write_behind() as write_later:  # Weights are written while the photos are tested.
-        write_later(write_weights, model, out)
+    # Weights are written while the photos are tested and figures are drawn.
+    with ThreadPoolExecutor(1) as thread:
+        # The tail comes first, because by it the other files are known to be this run's.
+        tail = thread.submit(weights.save_tail, model, out / run_folder.TAIL)
+        whole_model = thread.submit(write_model, model, out, tail)
         test_logits = predict_photos(eval_model, test_split[0], batch=batch)
+        num_classes = len(data.classes)
+        confusion = metrics.confusion_matrix(test_logits.argmax(1), test_split[1], num_classes)
+        tail.result()
+        figures = report.draw_figures(pool, out, state.rows, data, test_logits, confusion)
+    whole_model.result()
 
     scores = score_predictions(test_logits, test_split[1])
-    num_classes = len(data.classes)
-    confusion = metrics.confusion_matrix(test_logits.argmax(1), test_split[1], num_classes)
     summary: dict[str, object] = {f"test_{name}": value for name, value in scores.items()}
     summary |= summarize_run(settings, state, model, data)
     summary["photos_checksum"] = checksum
@@ -503,7 +509,6 @@ def finish(
     files.write_json(out / run_folder.SUMMARY, summary)
 
     # All results are on the disk now, so a figure that cannot be drawn costs nothing else.
-    figures = report.draw_figures(pool, out, state.rows, data, test_logits, confusion)
     if report.wait_for_figures(figures, out):
         files.remove_file(out / run_folder.STATE)
     print(summary["verdict"])
@@ -527,12 +532,9 @@ def check_validation_loss(
         )
 
 
-def write_weights(model: ViT, out: Path) -> None:
-    """Write the tail and the whole model, and make sure that they read back as they were.
-
-    The tail comes first, because by it the other files are known to be this run's.
-    """
-    weights.save_tail(model, out / run_folder.TAIL)
+def write_model(model: ViT, out: Path, tail: Future[None]) -> None:
+    """Write the whole model behind its tail, and make sure that both read back as they were."""
+    tail.result()  # If the tail cannot be written, nothing else is.
     weights.save_pretrained(model, out)
     weights.check_written(model, out)
 

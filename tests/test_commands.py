@@ -171,6 +171,22 @@ def test_weights_that_changed_on_their_way_to_the_disk_are_named(
     )
 
 
+def test_where_the_tail_cannot_be_written_nothing_is_and_the_run_goes_on(
+    tiny_saved, shapes_data, tmp_path, monkeypatch, capsys
+):
+    def fill_the_disk(model, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("minivit.checkpoints.weights.save_tail", fill_the_disk)
+        assert run_train(tiny_saved, shapes_data, out, "--epochs", "1") == 2
+    assert capsys.readouterr().err.endswith("tail.safetensors: No space left on device\n")
+    left = sorted(path.name for path in out.iterdir())
+    assert left == [".lock", "metrics.jsonl", "state.safetensors"]
+    assert run_train(tiny_saved, shapes_data, out, "--epochs", "1", "--resume") == 0
+
+
 @pytest.mark.parametrize("amp, by", [("off", 0.002), ("bf16", 0.1)])
 def test_weights_that_do_not_validate_as_they_did_are_named(
     tiny_saved, shapes_data, tmp_path, monkeypatch, amp, by

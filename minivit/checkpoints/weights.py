@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -388,8 +389,8 @@ def check_written(model: ViT, folder: Path) -> None:
     """
     tail = folder / "tail.safetensors"
     # Loading would repeat the notes on stderr that it gave when the model was loaded.
-    with contextlib.redirect_stderr(io.StringIO()):
-        whole = load_pretrained(folder)
+    with contextlib.redirect_stderr(io.StringIO()), ThreadPoolExecutor(1) as thread:
+        loading_whole = thread.submit(load_pretrained, folder)
         problem = ""
         with_tail = None
         if tail.exists():
@@ -397,6 +398,7 @@ def check_written(model: ViT, folder: Path) -> None:
                 with_tail = load_pretrained(tail)
             except UserError as error:
                 problem = str(error)
+        whole = loading_whole.result()
     require_same(model, whole, folder)
     if with_tail is not None:
         require_same(model, with_tail, tail)
