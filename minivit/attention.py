@@ -193,8 +193,10 @@ def class_relevance(
             inputs.append(x.detach().requires_grad_())
             x = block(inputs[-1]).detach()
         logits = model.logits(x.requires_grad_(), config.depth)
+        # The sum makes autograd begin with an elementwise product. If its thread began with the
+        # head's matrix product, cuBLAS would warn that the thread has no CUDA context yet.
         one_hot = F.one_hot(targets, config.num_classes).to(logits)
-        (gradient,) = torch.autograd.grad(logits, x, one_hot)
+        (gradient,) = torch.autograd.grad((logits * one_hot).sum(), x)
 
         # Go backward, and run each block again for its graph. Relevance up to block i is a product
         # of matrices, M_i ... M_1 M_0, and only the queries' rows of it are needed. So start with
