@@ -42,6 +42,10 @@ COMMANDS = {
         "minivit.tools.study.command:main",
         "compare accuracies over numbers of photos and of trained blocks",
     ),
+    "serve": (
+        "minivit.tools.serve.command:main",
+        "serve a page to drop a photo on, with its names and where the model looks",
+    ),
     "export": (
         "minivit.tools.export:main",
         "write a run's weights under the names that timm reads",

@@ -313,7 +313,8 @@ def browser(tmp_path_factory):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     flags = (
         "headless=new no-sandbox disable-gpu disable-dev-shm-usage no-first-run "
-        "disable-background-networking disable-component-update disable-sync window-size=1280,900"
+        "disable-background-networking disable-component-update disable-sync window-size=1280,900 "
+        "use-fake-device-for-media-stream"
     )
     for flag in flags.split():
         options.add_argument(f"--{flag}")

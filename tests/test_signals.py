@@ -267,6 +267,7 @@ def places(drawings, twenty, tiny_saved) -> dict[str, Path]:
 
 SCORE = ["score", "--model", "TINY", "--data", "DRAWINGS", *CPU, "--blocks", "11"]
 DROP = ["drop", "--model", "TINY", "--data", "DRAWINGS", *CPU]
+SERVE = ["serve", "--model", "TINY", "--port", "0", *CPU]
 STUDY = ["study", "--model", "TINY", "--data", "DRAWINGS", *CPU, "--blocks", "none", "--seeds", "1"]
 STUDY += ["--shots", "2", "--epochs", "4"]
 INFER = ["infer", "PHOTOS", "--model", "TINY", "--layers", "11", *CPU, "--workers", "2"]
@@ -277,6 +278,12 @@ OTHERS = {
     "score, reading masks": (SCORE, ["open", "Beagle_6.png", 1], signal.SIGINT),
     "score, writing": (SCORE, ["os.rename", "score.json", 1], signal.SIGTERM),
     "drop, reading masks": (DROP, ["open", "Beagle_6.png", 1], signal.SIGTERM),
+    "serve, loading": (SERVE, ["open", "model.safetensors", 1], signal.SIGINT),
+    "serve, waiting": (
+        SERVE,
+        ["in", "minivit.tools.serve.server.Server.serve_forever", 1],
+        signal.SIGTERM,
+    ),
     "study, features": (STUDY, ["call", "minivit.model.ViT.run_blocks", 3], signal.SIGTERM),
     "study, a step": (STUDY, ["call", "minivit.training.step.train_step", 2], signal.SIGINT),
     "study, writing": (STUDY, ["os.rename", "study.csv", 1], signal.SIGTERM),
