@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import getpass
 import json
 import os
-import pwd
-import resource
 import signal
 import subprocess
 import sys
@@ -26,6 +23,10 @@ from minivit.errors import UserError
 from minivit.system import files, home
 from minivit.system.files import _unfinished as unfinished
 from minivit.system.files import locked, read_json, remove_unfinished, whole_file, write_json
+
+fcntl = pytest.importorskip("fcntl", reason="these files, signals and limits are those of POSIX")
+pwd = pytest.importorskip("pwd")
+resource = pytest.importorskip("resource")
 
 
 @pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt])
@@ -185,6 +186,50 @@ def test_a_link_that_leads_nowhere_is_no_folder_to_write_to(tmp_path, target):
     link.symlink_to(tmp_path / target)
     with pytest.raises(UserError, match="found a link that leads nowhere; give another --out"):
         files.refuse_to_overwrite(link / "run", [])
+
+
+def test_where_no_drive_is_there_is_no_folder_to_write_to(tmp_path, monkeypatch):
+    """This is Windows' answer for a letter without a drive."""
+    monkeypatch.setattr(os.path, "lexists", lambda _: False)
+    with pytest.raises(UserError, match="there is no such drive; give another --out"):
+        files.refuse_to_overwrite(tmp_path / "run", [])
+
+
+@pytest.mark.parametrize("operation", ["replace", "unlink"])
+def test_a_file_that_is_open_for_a_moment_is_waited_for(tmp_path, monkeypatch, operation):
+    attempts = []
+    real = getattr(os, operation)
+
+    def refuse_twice(*paths):
+        attempts.append(paths)
+        if len(attempts) < 3:
+            raise PermissionError(errno.EACCES, "Access is denied", str(paths[0]))
+        return real(*paths)
+
+    path = tmp_path / "a.json"
+    path.write_text("{}")
+    monkeypatch.setattr(os, operation, refuse_twice)
+    if operation == "replace":
+        write_json(path, {"a": 1})
+        assert read_json(path) == {"a": 1}
+    else:
+        files.remove_file(path)
+        assert not path.exists()
+    assert len(attempts) == 3
+
+
+@pytest.mark.parametrize(
+    "stem, portable",
+    [
+        *[(name, name) for name in ("a cat", "a.b", "猫", "console", "com10", "nullable", ".x")],
+        *[("con", "_con"), ("NUL", "_NUL"), ("aux.tar", "_aux.tar"), ("LPT1", "_LPT1")],
+        *[("com¹", "_com¹"), ("prn .x", "_prn .x"), ("12:30", "12_30"), ("a. .", "a_")],
+        *[('<"*?|>', "______"), ("a/b\\c", "a_b_c"), ("two\nlines", "two_lines"), ("x ", "x_")],
+    ],
+)
+def test_a_name_that_some_system_refuses_is_changed(stem, portable):
+    assert files.portable_stem(stem) == portable
+    assert files.portable_stem(portable) == portable
 
 
 def test_containers_and_machines_are_told_apart(monkeypatch):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError, first_few
-from ..system.files import dict_of_unique_keys, scratch_folder, whole_file
+from ..system.files import dict_of_unique_keys, replace_file, scratch_folder, whole_file
 from ..system.stand_ins import stand_in
 
 # The types that weights may have in a file. All are computed with in float32, which holds each
@@ -221,7 +221,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         except SafetensorError as error:  # for example, the disk is full
             raise OSError(f"{path}: cannot be written ({error})") from error
         written.chmod(mode)
-        written.replace(partial)
+        replace_file(written, partial)
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:

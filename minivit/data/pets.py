@@ -6,7 +6,6 @@ This module does not import torch, so that processes that only read photos start
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import socket
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
+from ..system.files import replace_file
 
 PETS_FOLDER = "oxford-iiit-pet"  # as torchvision names it
 SPLITS = ("trainval", "test")  # as Oxford-IIIT Pet names them
@@ -78,7 +78,7 @@ def download_pets(root: Path) -> None:
             shutil.rmtree(partial / PETS_FOLDER / name, ignore_errors=True)
         with contextlib.redirect_stdout(sys.stderr):
             OxfordIIITPet(partial, download=True)
-        os.replace(partial / PETS_FOLDER, root / PETS_FOLDER)
+        replace_file(partial / PETS_FOLDER, root / PETS_FOLDER)
         partial.rmdir()
     except (OSError, EOFError, RuntimeError) as error:
         raise UserError(

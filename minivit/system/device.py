@@ -237,8 +237,8 @@ def limit_memory(device: torch.device, gib: float) -> None:
 
 
 def _cpu_has_bf16() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")  # Linux only. torch has no public answer before 2.12.
-    if not cpuinfo.exists():
+    try:  # torch has no public answer before 2.12.
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:  # This is not Linux.
         return False
-    flags = set(cpuinfo.read_text().split())
     return bool(flags & {"amx_bf16", "avx512_bf16"})
