@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from test_workers import is_running
 
 from minivit import Preprocess
 from minivit import train as train_job
+from minivit.checkpoints.hub import DEMO
 from minivit.data import preprocess, store
 from minivit.data.datasets import load_data
 from minivit.errors import UserError
@@ -247,6 +249,23 @@ def test_the_store_is_the_one_that_training_would_write(data, tmp_path):
     prepare(data)
     assert files_of_store(data) == ours
     assert decode(data) == []  # There is a store now.
+
+
+def test_a_model_in_the_cache_of_the_hub_is_known_ahead(data, tmp_path, monkeypatch):
+    repository = tmp_path / "hub" / "models--owner--name"
+    for folder, size in (("snapshots/abc", 224), ("snapshots/def", 48)):
+        shutil.copytree(DEMO, repository / folder)
+        config = json.loads((DEMO / "preprocessor_config.json").read_text())
+        config["size"] = {"height": size, "width": size}
+        (repository / folder / "preprocessor_config.json").write_text(json.dumps(config))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "refs" / "small").write_text("def")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    decode(data, model="owner/name")
+    assert list(data.glob(".minivit/224x224-*"))
+    decode(data, model="owner/name", revision="small")
+    assert list(data.glob(".minivit/48x48-*"))
 
 
 def test_another_input_size_is_known_ahead(data):
