@@ -25,7 +25,7 @@ from . import explain
 from .attention import METHODS
 from .checkpoints.weights import load_pretrained
 from .cli import default_model, parse_blocks
-from .data.folder import FORMAT, MISNAMED, SUFFIXES, FolderContents, has_suffix, read_folder
+from .data.folder import SUFFIXES, UNREAD_PHOTOS, FolderContents, has_suffix, read_folder
 from .data.photos import PhotoError
 from .data.prepared import LARGE, SMALL, Needs, read_photo
 from .data.survey import describe_unread
@@ -256,7 +256,7 @@ def find_photos(arguments: Iterable[str]) -> tuple[list[Path], int]:
             for text in left_out:
                 say(f"{path}: {text}", sys.stderr)
         photos += [path / name for name in names]
-        num_unread += len(contents.names(FORMAT, MISNAMED))
+        num_unread += len(contents.names(*UNREAD_PHOTOS))
     return photos, num_unread
 
 

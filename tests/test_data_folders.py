@@ -13,9 +13,12 @@ from conftest import BREEDS, draw_photo, make_pets, run_train
 from PIL import Image
 
 from minivit import commands
+from minivit.data import folder as folders
+from minivit.data import photos
 from minivit.data.datasets import load_data, split_data
-from minivit.data.folder import FORMATS, read_folder
+from minivit.data.folder import read_folder
 from minivit.data.listing import list_data
+from minivit.data.photos import FORMATS
 from minivit.data.survey import quick_findings
 from minivit.errors import UserError
 from minivit.figures.drawing import new_figure
@@ -23,6 +26,8 @@ from minivit.figures.drawing import save as save_figure
 from minivit.infer import find_photos
 from minivit.settings import TrainSettings
 from minivit.tools import describe, doctor
+from minivit.tools.score.splits import load_masked_split
+from minivit.tools.study import command as study
 from minivit.train import load_data as load_to_train
 
 PHOTO = np.asarray(draw_photo(24, 18))
@@ -32,6 +37,36 @@ def save_photo(path: Path) -> None:
     """Write a photo of a few pixels, a PNG whatever the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(PHOTO).save(path, "PNG")
+
+
+HEIC_SUFFIXES = (".heic", ".heif", ".hif", ".heics", ".heifs")
+
+
+@pytest.fixture
+def without_heic(monkeypatch):
+    """As on a machine without pillow-heif and pi-heif."""
+    formats = [name for name in photos.FORMATS if name != "HEIF"]
+    suffixes = [suffix for suffix in folders.SUFFIXES if suffix not in HEIC_SUFFIXES]
+    monkeypatch.setattr(photos, "FORMATS", tuple(formats))
+    monkeypatch.setattr(folders, "SUFFIXES", tuple(suffixes))
+    monkeypatch.setattr(folders, "PACKAGE_SUFFIXES", HEIC_SUFFIXES)
+
+
+def without_avif(monkeypatch) -> None:
+    """Let Pillow be too old for AVIF."""
+    if "AVIF" not in FORMATS:
+        pytest.skip("this Pillow writes no AVIF")
+    formats = [name for name in photos.FORMATS if name != "AVIF"]
+    suffixes = [suffix for suffix in folders.SUFFIXES if not suffix.startswith(".avif")]
+    monkeypatch.setattr(photos, "FORMATS", tuple(formats))
+    monkeypatch.setattr(folders, "SUFFIXES", tuple(suffixes))
+    monkeypatch.setattr(folders, "PACKAGE_SUFFIXES", (*folders.PACKAGE_SUFFIXES, ".avif", ".avifs"))
+
+
+def save_heic_start(path: Path) -> None:
+    """Write what a HEIC begins with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
 
 
 def make_classes(root: Path, *names: str, n: int = 4) -> Path:
@@ -321,8 +356,20 @@ def test_a_class_that_differs_by_case_between_splits_is_named(tmp_path):
 
 LOST = {
     "heic": (
-        lambda folder: save_photo(folder / "1.HEIC"),
-        "1 .heic in a format that cannot be opened",
+        lambda folder: [save_heic_start(folder / name) for name in ("1.HEIC", "2.heif")],
+        r"1 .heic and 1 .heif, so pip install 'minivit\[heic\]', or convert to JPEG",
+    ),
+    "heic without an extension": (
+        lambda folder: save_heic_start(folder / "1"),
+        r"1 extensionless, so pip install 'minivit\[heic\]'",
+    ),
+    "avif": (
+        lambda folder: save_as(folder / "1.avif"),
+        "1 .avif, so upgrade Pillow to 11.3, or convert to JPEG",
+    ),
+    "jpeg xl": (
+        lambda folder: save_photo(folder / "1.JXL"),
+        "1 .jxl in a format that cannot be opened",
     ),
     "raw": (
         lambda folder: [save_photo(folder / f"{i}.{s}") for i in "12" for s in ("cr2", "nef")],
@@ -344,7 +391,11 @@ LOST = {
 
 @pytest.mark.parametrize("make, message", LOST.values(), ids=LOST)
 @pytest.mark.parametrize("place", ["", "train", "test"])
-def test_no_class_gets_lost_without_a_word(tmp_path, place, make, message):
+def test_no_class_gets_lost_without_a_word(
+    tmp_path, without_heic, monkeypatch, place, make, message
+):
+    if message.startswith("1 .avif"):
+        without_avif(monkeypatch)
     for split in ("train", "test") if place else ("",):
         make_classes(tmp_path / split, "cat", "dog", "fox")
     shutil.rmtree(tmp_path / place / "fox")
@@ -380,11 +431,12 @@ def test_odd_class_names_are_classes_like_any_other(tmp_path):
 
 
 SUFFIXES = ["jpg", "JPEG", "jpe", "jfif", "png", "apng", "gif", "webp", "tif", "TIFF", "bmp"]
-SUFFIXES += ["ppm", "pgm", "pbm", "pnm", "mpo", "avif"]
+SUFFIXES += ["ppm", "pgm", "pbm", "pnm", "mpo", "avif", "heic", "HEIF", "hif"]
 
 
 def save_as(path: Path) -> None:
     """Write a photo in the format that a file's name stands for, black and white if it must be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     formats = Image.registered_extensions()
     mode = {"pgm": "L", "pbm": "1"}.get(path.suffix[1:], "RGB")
     name = formats[path.suffix.lower()]
@@ -395,6 +447,8 @@ def save_as(path: Path) -> None:
 def test_every_still_format_that_pillow_reads_is_read(tmp_path, suffix):
     if suffix == "avif" and "AVIF" not in FORMATS:
         pytest.skip("this Pillow has no AVIF")
+    if f".{suffix}".lower() in HEIC_SUFFIXES and "HEIF" not in Image.SAVE:
+        pytest.skip("needs pillow-heif")
     make_classes(tmp_path, "cat", "dog", n=3)
     save_as(tmp_path / "cat" / f"more.{suffix}")
     assert len(load_data(tmp_path, seed=0).paths()) == 7
@@ -402,33 +456,53 @@ def test_every_still_format_that_pillow_reads_is_read(tmp_path, suffix):
     assert not kinds & {"unreadable", "wrong-extension", "format", "misnamed"}
 
 
-def test_files_without_an_extension_are_known_by_their_content(tmp_path):
+def test_files_without_an_extension_are_known_by_their_content(tmp_path, without_heic):
     make_classes(tmp_path, "cat", "dog", n=3)
     save_photo(tmp_path / "cat" / "a3f9")
     save_photo(tmp_path / "cat" / "Mr. Whiskers")
-    (tmp_path / "cat" / "b").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    save_heic_start(tmp_path / "cat" / "b")
     (tmp_path / "cat" / "Makefile").write_text("all:")
     assert [path.name for path in load_data(tmp_path, seed=0).paths() if not path.suffix] == [
         "a3f9"
     ]
     assert found(tmp_path) == {
-        "format": ["cat/b"],
+        "heic": ["cat/b"],
         "misnamed": ["cat/Mr. Whiskers"],
         "other": ["cat/Makefile"],
     }
 
 
-def test_files_that_are_not_read_are_counted_by_extension(tmp_path):
+def test_files_that_are_not_read_are_counted_by_extension(tmp_path, without_heic):
     make_classes(tmp_path, "cat", "dog")
     for i in range(12):
-        save_photo(tmp_path / "cat" / f"{i}.heic")
+        save_heic_start(tmp_path / "cat" / f"{i}.heic")
+        save_photo(tmp_path / "cat" / f"{i}.jxl")
     save_photo(tmp_path / "dog" / "9.cr2")
-    (finding,) = quick_findings(list_data(tmp_path))
-    assert str(finding) == (
-        "warning  1 .cr2 and 12 .heic files are not read (cat/0.heic, cat/1.heic, cat/10.heic, "
-        "...): minivit cannot open them, so convert them to JPEG"
+    other, heic = quick_findings(list_data(tmp_path))
+    assert str(other) == (
+        "warning  1 .cr2 and 12 .jxl files are not read (cat/0.jxl, cat/1.jxl, cat/10.jxl, ...): "
+        "minivit cannot open them, so convert them to JPEG"
     )
-    assert len(finding.files) == 13
+    assert str(heic) == (
+        "warning  12 .heic files are not read (cat/0.heic, cat/1.heic, cat/10.heic, ...): "
+        "to read them, pip install 'minivit[heic]', or convert them to JPEG"
+    )
+    assert (len(other.files), len(heic.files)) == (13, 12)
+
+
+def test_what_is_named_heic_is_judged_by_its_content_without_pillow_heif(tmp_path, without_heic):
+    make_classes(tmp_path, "cat", "dog")
+    save_heic_start(tmp_path / "cat" / "1.heic")
+    save_photo(tmp_path / "cat" / "2.HEIC")
+    (tmp_path / "cat" / "3.heif").write_text("damaged")
+    (tmp_path / "cat" / "4.hif").symlink_to("nowhere")
+    (tmp_path / "cat" / ".5.heic").touch()
+    assert found(tmp_path) == {
+        "heic": ["cat/1.heic"],
+        "misnamed": ["cat/2.HEIC"],
+        "format": ["cat/3.heif", "cat/4.hif"],
+        "hidden": ["cat/.5.heic"],
+    }
 
 
 SPECIAL = {
@@ -542,9 +616,10 @@ def test_a_run_inside_its_own_data_changes_nothing(tmp_path, no_figures):
 # Folders of photos for infer.py
 
 
-def test_infer_names_what_it_leaves_out_of_a_folder(tmp_path, capsys):
-    for name in ("b.JFIF", "a.png", "1.heic", "2.heic", "x.dat", "inside/1.png"):
+def test_infer_names_what_it_leaves_out_of_a_folder(tmp_path, capsys, without_heic):
+    for name in ("b.JFIF", "a.png", "1.jxl", "2.jxl", "x.dat", "inside/1.png"):
         save_photo(tmp_path / name)
+    save_heic_start(tmp_path / "3.heic")
     (tmp_path / "notes.txt").touch()
     (tmp_path / "Thumbs.db").touch()
     (tmp_path / "dangling.jpg").symlink_to("nowhere")
@@ -553,12 +628,14 @@ def test_infer_names_what_it_leaves_out_of_a_folder(tmp_path, capsys):
     photos, num_unread = find_photos([str(tmp_path), str(tmp_path / "a-2.png"), "absent.jpg"])
     names = ["a.png", "b.JFIF", "dangling.jpg", "folder.jpg", "a-2.png", "absent.jpg"]
     assert [path.name for path in photos] == names
-    assert num_unread == 3
+    assert num_unread == 4
     assert capsys.readouterr().err.splitlines() == [
         f"{tmp_path}: {line}"
         for line in (
-            "2 .heic files are not read (1.heic, 2.heic): "
+            "2 .jxl files are not read (1.jxl, 2.jxl): "
             "minivit cannot open them, so convert them to JPEG",
+            "1 .heic file is not read (3.heic): "
+            "to read it, pip install 'minivit[heic]', or convert it to JPEG",
             "1 photo is not read because of the extension (x.dat): "
             "rename it to what it is, as .jpg or .png",
             "1 file or folder is left out (a-2.png): minivit wrote it",
@@ -568,7 +645,7 @@ def test_infer_names_what_it_leaves_out_of_a_folder(tmp_path, capsys):
     ]
 
 
-@pytest.mark.parametrize("other, code", [("notes.txt", 0), ("1.heic", 2), ("1.dat", 2)])
+@pytest.mark.parametrize("other, code", [("notes.txt", 0), ("1.jxl", 2), ("1.dat", 2)])
 def test_infer_ends_with_2_if_a_photo_cannot_be_read(
     tmp_path, tiny_saved, no_figures, capsys, other, code
 ):
@@ -586,8 +663,8 @@ def test_an_empty_name_of_a_photo_is_not_the_working_directory(tmp_path, monkeyp
         find_photos([""])
 
 
-def test_a_folder_of_unreadable_photos_is_refused_with_the_reason(tmp_path):
-    save_photo(tmp_path / "1.heic")
+def test_a_folder_of_unreadable_photos_is_refused_with_the_reason(tmp_path, without_heic):
+    save_heic_start(tmp_path / "1.heic")
     with pytest.raises(UserError, match="no photos in this folder; 1 .heic file is not read"):
         find_photos([str(tmp_path)])
 
@@ -676,13 +753,13 @@ def test_incomplete_pets_are_refused_with_what_to_do(tmp_path, make, message):
 
 def test_a_folder_is_read_as_names_and_kinds(tmp_path):
     make_classes(tmp_path, "cat", n=1)
-    for name in ("b.JPG", "a.png", "a.heic"):
+    for name in ("b.JPG", "a.png", "a.jxl"):
         save_photo(tmp_path / name)
     (tmp_path / "c.jpg").symlink_to("nowhere")
     contents = read_folder(tmp_path)
     assert contents.photos == ["a.png", "b.JPG"]
     assert contents.folders == ["cat"]
-    assert contents.unread == {"a.heic": "format"}
+    assert contents.unread == {"a.jxl": "format"}
     assert contents.broken == {"c.jpg": "is a link that leads nowhere"}
 
 
@@ -748,3 +825,30 @@ def test_a_class_that_is_called_masks_stays_one(tmp_path, change):
     change(tmp_path / "masks")
     assert "masks" in load_data(tmp_path, seed=0).classes
     assert "masks" not in found(tmp_path)
+
+
+def test_photos_that_are_not_read_explain_why_a_class_is_too_small(tmp_path, without_heic):
+    make_classes(tmp_path, "cat", "dog")
+    for i in (1, 2, 3):
+        (tmp_path / "cat" / f"{i}.png").unlink()
+        save_heic_start(tmp_path / "cat" / f"{i}.heic")
+    message = r"cat: a class has too few photos; .* found 1, and 3 .heic that cannot be read"
+    with pytest.raises(UserError, match=message):
+        load_data(tmp_path, seed=0)
+
+
+def test_measuring_tools_name_the_photos_that_are_not_read(tmp_path, without_heic, capsys):
+    make_classes(tmp_path, "cat", "dog")
+    save_masks(tmp_path, *(f"{name}/{i}.png" for name in ("cat", "dog") for i in range(4)))
+    save_heic_start(tmp_path / "cat" / "9.heic")
+    save_photo(tmp_path / "cat" / "9.dat")
+    (tmp_path / "cat" / "notes.txt").touch()
+    flags = ["--model", "demo", "--data", str(tmp_path), "--device", "cpu"]
+    load_masked_split(str(tmp_path), "test", None)
+    of_score = capsys.readouterr().err
+    assert study.main([*flags, "--dry-run", "--shots", "1", "--seeds", "1"]) == 0
+    of_study = capsys.readouterr().err
+    for lines in (of_score, of_study):
+        assert "1 .heic file is not read (cat/9.heic): to read it, pip install" in lines
+        assert "1 photo is not read because of the extension (cat/9.dat)" in lines
+        assert "notes.txt" not in lines

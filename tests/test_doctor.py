@@ -262,7 +262,7 @@ UNREAD = {
     "extra/9.jpg": "beside",
     "9.jpg": "outside",
     "train/9.jpg": "outside",
-    "train/cat/x.heic": "format",
+    "train/cat/x.jxl": "format",
     "train/cat/x.CR2": "format",
     "train/cat/x.dat": "misnamed",
     "train/cat/.9.jpg": "hidden",

@@ -161,7 +161,14 @@ def valid_photos() -> dict[str, bytes]:
         "PPM 16 bits": save(deep, format="PPM"),
         "PPM 10 bits": b"P5 40 30 1023 " + (np.asarray(deep) // 64).astype(">u2").tobytes(),
     }
+    if "HEIF" in Image.SAVE:
+        turned = {"format": "HEIF", "exif": exif.tobytes()}
+        photos["HEIC"] = save(photo, **turned)
+        photos["HEIC alpha"] = save(alpha, format="HEIF")
+        photos["HEIC 10 bits"] = save(deep, format="HEIF")
+        photos["HEIC of several"] = save(photo, format="HEIF", **frames, thumbnails=[16])
     if "AVIF" in FORMATS:  # Last, because Pillow takes the orientation out of what it is given.
+        photos["AVIF alpha"] = save(alpha, format="AVIF", speed=10)
         photos["AVIF"] = save(photo, format="AVIF", speed=10, **profile)
     return photos
 
@@ -266,7 +273,7 @@ def test_any_bytes_give_a_photo_or_one_line_that_names_the_file(tmp_path, capfd)
 def test_the_photos_were_valid_before_they_were_broken(tmp_path):
     for form, data in valid_photos().items():
         assert open_case(tmp_path / "photo", data)[0] == "photo", form
-        turned = form in ("AVIF", "JPEG", "PNG", "WebP", "TIFF")
+        turned = form in ("AVIF", "HEIC", "JPEG", "PNG", "WebP", "TIFF")
         assert open_photo(tmp_path / "photo").size == ((30, 40) if turned else (40, 30)), form
 
 

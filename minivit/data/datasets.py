@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError, first_few, printable
+from .folder import UNREAD_PHOTOS, count_extensions, read_folder
 from .listing import MISSING, UNKNOWN_CLASS, ListedPhoto, Listing, list_data
 from .pets import how_to_complete
 
@@ -208,11 +209,7 @@ def _hold_out_by_name(split: Split, *, left: int) -> tuple[Split, Split]:
     held_out: set[int] = set()
     for indices in _indices_by_class(split):
         if len(indices) <= left:
-            folder = split.paths[indices[0]].parent
-            raise UserError(
-                f"{folder}: a class has too few photos; expected at least {left + 1}, "
-                f"found {len(indices)}"
-            )
+            raise _too_few_photos(split.paths[indices[0]].parent, left + 1, len(indices))
         places = sorted((_place_by_name(split.paths[i]), i) for i in indices)
         count = sum(place < HELD_OUT for place, _ in places)
         count = min(count, round(2 * HELD_OUT * len(indices)), len(indices) - left)
@@ -234,10 +231,17 @@ def _hold_out_by_seed(split: Split, seed: int) -> tuple[Split, Split]:
     held_out: set[int] = set()
     for indices in _indices_by_class(split):
         if len(indices) < 2:
-            folder = split.paths[indices[0]].parent
-            raise UserError(f"{folder}: a class has too few photos; expected at least 2, found 1")
+            raise _too_few_photos(split.paths[indices[0]].parent, 2, 1)
         held_out.update(rng.sample(indices, max(1, round(HELD_OUT * len(indices)))))
     return _separate(split, held_out)
+
+
+def _too_few_photos(folder: Path, needed: int, found: int) -> UserError:
+    unread = read_folder(folder).names(*UNREAD_PHOTOS)
+    others = f", and {count_extensions(unread)} that cannot be read" if unread else ""
+    return UserError(
+        f"{folder}: a class has too few photos; expected at least {needed}, found {found}{others}"
+    )
 
 
 def _indices_by_class(split: Split) -> list[list[int]]:

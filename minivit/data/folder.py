@@ -13,23 +13,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..figures.marks import SOFTWARE, is_ours
-from .photos import FORMATS, HEIF, holds_photo
+from .photos import FORMATS, holds_photo, needs_package
 
 # Files with these names are photos, and so are files without an extension that hold one. What
 # format they are in is decided by their content.
 SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp")
 SUFFIXES += (".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".mpo")
-# Photos in formats that are not read: those of phones, cameras' raw files, and the like.
-UNREAD_SUFFIXES: tuple[str, ...] = (".heic", ".heif", ".hif", ".avifs", ".jxl", ".jxr")
-UNREAD_SUFFIXES += (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".dng", ".raw", ".arw", ".cr2")
+# Photos in formats that are not read: cameras' raw files, and the like.
+UNREAD_SUFFIXES: tuple[str, ...] = (".jxl", ".jxr", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
+UNREAD_SUFFIXES += (".dng", ".raw", ".arw", ".cr2")
 UNREAD_SUFFIXES += (".cr3", ".crw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".sr2", ".srw")
 UNREAD_SUFFIXES += (".x3f", ".3fr", ".iiq", ".psd", ".psb", ".xcf", ".tga", ".dds", ".qoi", ".ico")
 UNREAD_SUFFIXES += (".dib", ".pcx", ".sgi", ".ras", ".svg", ".eps", ".exr", ".hdr", ".pfm", ".dcm")
 UNREAD_SUFFIXES += (".fits",)
-if "AVIF" in FORMATS:
-    SUFFIXES += (".avif",)
-else:
-    UNREAD_SUFFIXES += (".avif",)
+# Photos of phones, which are read if Pillow is new enough, or has another package beside it.
+PACKAGE_SUFFIXES: tuple[str, ...] = ()
+for _format, _suffixes in (
+    ("AVIF", (".avif", ".avifs")),
+    ("HEIF", (".heic", ".heif", ".hif", ".heics", ".heifs")),
+):
+    if _format in FORMATS:
+        SUFFIXES += _suffixes
+    else:
+        PACKAGE_SUFFIXES += _suffixes
 # There may be one of these beside every photo. Their content need not be looked at.
 SIDECAR_SUFFIXES = (".txt", ".xml", ".json", ".csv", ".md", ".npy", ".xmp", ".aae")
 # What operating systems leave in folders.
@@ -50,12 +56,16 @@ PHOTO = "photo"
 FOLDER = "folder"
 BROKEN = "broken"  # It is named as a photo, and is no file, or one that iCloud stands in for.
 FORMAT = "format"  # It is a photo in a format that is not read.
+HEIC = "heic"  # It is a HEIC, and there is no package that reads it.
+AVIF = "avif"  # It is an AVIF, and Pillow is too old for it.
 MISNAMED = "misnamed"  # It holds a photo, but has the extension of something else.
 HIDDEN = "hidden"  # It is named as a photo, behind a dot.
 OWN = "own"  # minivit wrote it.
 OTHER = "other"  # It is no photo.
 IGNORED = "ignored"  # It is hidden, or an operating system left it there.
 
+# Photos, although none that are read.
+UNREAD_PHOTOS = (FORMAT, HEIC, AVIF, MISNAMED)
 # What every figure that minivit draws has in its PNG, before the pixels.
 FIGURE_MARK = f"tEXtSoftware\0{SOFTWARE}".encode()
 # Files that lie together only where minivit wrote them: the folder of a run, or of a command.
@@ -86,7 +96,7 @@ class FolderContents:
 
     def like_photos(self) -> list[str]:
         """Return what is a photo, or would be if it could be read."""
-        return [*self.photos, *self.broken, *self.names(FORMAT, MISNAMED, HIDDEN)]
+        return [*self.photos, *self.broken, *self.names(*UNREAD_PHOTOS, HIDDEN)]
 
 
 def read_folder(folder: str | os.PathLike[str]) -> FolderContents:
@@ -192,13 +202,14 @@ def _kind(entry: os.DirEntry[str], is_in_marked_folder: bool) -> str:
     if is_folder:
         return IGNORED if name.startswith(".") else FOLDER
     if name.startswith(".") and name.endswith(ICLOUD):
-        is_photo = has_suffix(name.removesuffix(ICLOUD), SUFFIXES + UNREAD_SUFFIXES)
-        return BROKEN if is_photo else IGNORED
+        return BROKEN if _is_named_as_photo(name.removesuffix(ICLOUD)) else IGNORED
     if name.startswith("."):
-        return HIDDEN if has_suffix(name, SUFFIXES + UNREAD_SUFFIXES) else IGNORED
+        return HIDDEN if _is_named_as_photo(name) else IGNORED
     if has_suffix(name, UNREAD_SUFFIXES):
         return FORMAT
     is_file = _is(entry.is_file)
+    if has_suffix(name, PACKAGE_SUFFIXES):
+        return _kind_of_unread(entry.path) if is_file else FORMAT
     if has_suffix(name, SUFFIXES):
         if not is_file:
             return BROKEN
@@ -211,12 +222,23 @@ def _kind(entry: os.DirEntry[str], is_in_marked_folder: bool) -> str:
     return _kind_by_content(entry.path)
 
 
+def _is_named_as_photo(name: str) -> bool:
+    return has_suffix(name, SUFFIXES + UNREAD_SUFFIXES + PACKAGE_SUFFIXES)
+
+
+def _kind_of_unread(path: str) -> str:
+    """Return what a file is that is named as a HEIC or AVIF where these are not read."""
+    kind = _kind_by_content(path)
+    return FORMAT if kind == OTHER else kind
+
+
 def _kind_by_content(path: str) -> str:
     """Return what a file is whose name does not say it."""
     if holds_photo(path):
         has_extension = bool(Path(path).suffix)
         return MISNAMED if has_extension else PHOTO
-    return FORMAT if HEIF.match(_first_bytes(path, 12)) else OTHER
+    missing = needs_package(_first_bytes(path, 12))
+    return {"HEIC": HEIC, "AVIF": AVIF}.get(missing, OTHER)
 
 
 def _describe_special_file(entry: os.DirEntry[str]) -> str:

@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 from ..errors import UserError, first_few
 from .folder import (
+    AVIF,
     FORMAT,
+    HEIC,
     HIDDEN,
     MISNAMED,
     OTHER,
@@ -38,6 +40,7 @@ from .layout import (
 )
 from .own_masks import MASKS_FOLDER, holds_masks, is_folder_of_masks
 from .pets import SPLITS, download_pets, read_listing
+from .photos import HOW_TO_READ
 
 UNKNOWN_CLASS = -1  # the label of a class that has no training photos
 MISSING = "missing"  # the problem of a listed photo that does not exist
@@ -289,11 +292,16 @@ def _describe_lost_photos(contents: FolderContents, nested: Sequence[Path], fold
     """Say why none of a class folder's photos is read, and what to do; "" if there are none."""
     reasons = []
     unread = contents.names(FORMAT)
+    heic = contents.names(HEIC)
+    avif = contents.names(AVIF)
     misnamed = contents.names(MISNAMED)
     hidden = contents.names(HIDDEN)
     if unread:
         kinds = count_extensions(unread)
         reasons.append(f"{kinds} in a format that cannot be opened, so convert to JPEG")
+    for names, advice in ((heic, HOW_TO_READ["HEIC"]), (avif, HOW_TO_READ["AVIF"])):
+        if names:
+            reasons.append(f"{count_extensions(names)}, so {advice}, or convert to JPEG")
     if misnamed:
         reasons.append(_count(misnamed, "with another extension", "rename {}", first_few(misnamed)))
     if hidden:

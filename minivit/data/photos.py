@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import io
 import logging
 import os
@@ -41,6 +42,12 @@ with contextlib.suppress(ImportError):  # Pillow before 11.3 has no AVIF.
 
     if AvifImagePlugin.SUPPORTED:
         FORMATS += ("AVIF",)
+# HEIC needs another package: pillow-heif, or pi-heif, which is the same without encoders.
+for _name in ("pillow_heif", "pi_heif"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(_name).register_heif_opener()
+        FORMATS += ("HEIF",)
+        break
 # Full-frame cameras take up to 64 million pixels. Decoding one pixel needs up to 20 bytes, so that
 # this limit keeps the memory for one photo below 1.3 GB. A JPEG may have four times as many,
 # because it is then decoded at half its width and height.
@@ -56,9 +63,11 @@ SIGNATURES = {
     "GIF": rb"GIF8[79]a",
     "WebP": rb"RIFF....WEBP",
     "TIFF": rb"II[*+]\0|MM\0[*+]",
+    "AVIF": rb"....ftypavi[fs]",
+    "HEIC": rb"....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)",
 }
-# HEIC and its relatives. AVIF is among them where Pillow does not have it.
-HEIF = re.compile(rb"....ftyp(hei[cmsx]|hev[cx]|mif1|msf1|avi[fs])", re.DOTALL)
+# What to do to read a format that needs another package than Pillow, or a newer Pillow.
+HOW_TO_READ = {"AVIF": "upgrade Pillow to 11.3", "HEIC": "pip install 'minivit[heic]'"}
 # What is decoded in the place of data that may be missing: different bits, whatever the code.
 FILLINGS = (b"\x55" * 255, bytes(range(255)), bytes(reversed(range(255))))
 # The transposition that turns a photo upright, by EXIF orientation. 1 is upright already.
@@ -167,7 +176,7 @@ def _reason(error: Exception) -> str:
         return "there is not enough memory"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    return str(error).strip() or type(error).__name__
 
 
 class _LimitedReads(io.BufferedReader):
@@ -250,15 +259,26 @@ def _reduce_large_jpeg(image: ImageFile.ImageFile) -> None:
         image.draft(image.mode, (w // 2, h // 2))
 
 
+def needs_package(start: bytes) -> str:
+    """Return the format that a file begins with, if only a package that is missing can read it."""
+    if "AVIF" not in FORMATS and re.match(SIGNATURES["AVIF"], start, re.DOTALL):
+        return "AVIF"
+    if "HEIF" not in FORMATS and re.match(SIGNATURES["HEIC"], start, re.DOTALL):
+        return "HEIC"
+    return ""
+
+
 def _unidentified(file: BinaryIO) -> str:
     """Say why Pillow takes a file for no image."""
     file.seek(0)
     start = file.read(12)
     for name, signature in SIGNATURES.items():
-        if re.match(signature, start, re.DOTALL):
-            return f"a {name} that is damaged, or of a kind that Pillow cannot decode"
-    if HEIF.match(start):
-        return "a HEIC or AVIF that minivit cannot open; convert it to JPEG"
+        if not re.match(signature, start, re.DOTALL):
+            continue
+        article = "an" if name == "AVIF" else "a"
+        if needs_package(start):
+            return f"{article} {name}; to read it, {HOW_TO_READ[name]}, or convert it to JPEG"
+        return f"{article} {name} that is damaged, or of a kind that Pillow cannot decode"
     if not start:
         return "the file is empty"
     return "not a photo in a known format"
@@ -286,6 +306,11 @@ def _decode_with_filling(own: ImageData, filling: bytes) -> Image.Image:
 
 
 def _decode(image: ImageFile.ImageFile) -> Image.Image:
+    if image.format == "HEIF":
+        return load_rgb(image)  # Its decoder turns it upright.
+    if image.format == "AVIF":
+        # Properties of the file's own turn an AVIF. Pillow writes them into EXIF, not into XMP.
+        image.info.pop("xmp", None)
     if "exif" in image.info:
         # The orientation is among the first entries. More would take long to read.
         image.info["exif"] = image.info["exif"][:MAX_METADATA_BYTES]

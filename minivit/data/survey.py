@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import first_few, printable
-from .folder import FolderContents, count_extensions, photos_below
+from .folder import UNREAD_PHOTOS, FolderContents, count_extensions, photos_below
 from .listing import BESIDE, MISSING, ListedPhoto, Listing
+from .photos import HOW_TO_READ
 
 # What is wrong, by kind and by the name of a file or class. The detail follows the name in the
 # message; a name whose detail is None is counted but not shown.
@@ -48,6 +49,16 @@ KINDS = {
         "warning",
         "{extensions} file{s} {are} not read ({names})",
         "minivit cannot open {them}, so convert {them} to JPEG",
+    ),
+    "heic": (
+        "warning",
+        "{extensions} file{s} {are} not read ({names})",
+        f"to read {{them}}, {HOW_TO_READ['HEIC']}, or convert {{them}} to JPEG",
+    ),
+    "avif": (
+        "warning",
+        "{extensions} file{s} {are} not read ({names})",
+        f"to read {{them}}, {HOW_TO_READ['AVIF']}, or convert {{them}} to JPEG",
     ),
     "misnamed": (
         "warning",
@@ -235,6 +246,15 @@ class Finding:
 def quick_findings(listing: Listing) -> list[Finding]:
     """Return what a listing and the size of each file show, without opening any photo."""
     return describe_problems(survey(listing))
+
+
+def unread_photos(listing: Listing) -> list[Finding]:
+    """Return a finding for each reason why photos are not read for their format or extension."""
+    problems: Problems = {}
+    for reason in UNREAD_PHOTOS:
+        paths = listing.unused.get(reason, [])
+        problems[reason] = {listing.name_of(path): "" for path in paths}
+    return describe_problems(problems)
 
 
 def describe_unread(contents: FolderContents) -> list[Finding]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
-from ...data.datasets import Data, Split, load_data
+from ...data.datasets import Data, Split, split_data
+from ...data.listing import list_data
 from ...data.own_masks import check_own_masks
+from ...data.survey import unread_photos
 from ...errors import UserError, printable
 from ...training.run_photos import Run, runs_behind, was_trained_on
 from .masks import mask_path
@@ -46,10 +49,14 @@ def run_that_split(root: str, name: str, names: Mapping[str, str]) -> Run | None
 def load_masked_split(root: str, name: str, run: Run | None) -> tuple[Data, Split]:
     """Return a data set, and its split called `name` as the run splits it.
 
+    Photos that are not read for their format or extension are named on stderr.
     Of Oxford-IIIT Pet, only the photos of this split need to be there. Raises UserError if none of
     them has a mask, and if a mask could be that of two photos.
     """
-    data = load_data(root, seed=run.seed if run else 0, only=name)
+    listing = list_data(root, download=True)
+    data = split_data(listing, seed=run.seed if run else 0, only=name)
+    for finding in unread_photos(listing):
+        print(finding, file=sys.stderr)
     if name == "trainval":
         split = Split(data.train.paths + data.val.paths, data.train.labels + data.val.labels)
     else:

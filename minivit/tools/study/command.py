@@ -119,6 +119,7 @@ def study(args: argparse.Namespace) -> int:
     from ...data import store
     from ...data.datasets import split_data
     from ...data.listing import list_data
+    from ...data.survey import unread_photos
     from ...model import freeze_except, working_copy
     from ...system import device as devices
     from . import grid
@@ -132,6 +133,8 @@ def study(args: argparse.Namespace) -> int:
     amp = devices.pick_amp(args.amp, device)
     listing = list_data(args.data, download=not args.dry_run)
     splits = [split_data(listing, seed=seed) for seed in range(args.seeds)]
+    for finding in unread_photos(listing):
+        print(finding, file=sys.stderr)
     first = splits[0]
     check_photos_are_new(args.model, args.data)
     model = load_pretrained(args.model, revision=args.revision, labels=first.classes)
