@@ -545,7 +545,7 @@ def test_nothing_is_written_to_disk(page):
 def test_photos_are_kept_with_their_answers_if_asked_for(tiny_saved, tmp_path, monkeypatch):
     folder = tmp_path / "kept" / "here"
     found = Answers(str(tiny_saved), None, *CPU, str(folder))
-    for name in ("../../Katze & <b>.jpg", "con", "..", "x" * 300, "cat.jpg"):
+    for name in ("../../Kätze & <b>.jpg", "con", "..", "猫" * 200, "cat.jpg"):
         answer = found.answer(PHOTO, name)
     with pytest.raises(PhotoError):
         found.answer(b"no photo", "bad.jpg")
@@ -554,14 +554,14 @@ def test_photos_are_kept_with_their_answers_if_asked_for(tiny_saved, tmp_path, m
     assert len(photos) == 5
     assert {path.read_bytes() for path in photos} == {PHOTO}
     assert [re.sub(r"^\d{8}-\d{6}-\d{9}-", "", path.name) for path in photos] == [
-        "_.._Katze_b_.jpg",
-        "con",
-        "photo",
-        "x" * 60,
+        ".._.._Kätze & _b_.jpg",
+        "_con",
+        "_",
+        "猫" * 40,
         "cat.jpg",
     ]
     kept = [json.loads(path.with_name(f"{path.name}.json").read_text()) for path in photos]
-    assert kept[0]["photo"] == "../../Katze & <b>.jpg"
+    assert kept[0]["photo"] == "../../Kätze & <b>.jpg"
     assert kept[4]["models"] == answer["models"]
     assert list(tmp_path.iterdir()) == [tmp_path / "kept"]
 
@@ -724,7 +724,7 @@ def add_script(name: str) -> str:
     """
 
 
-def drop(browser, files: dict[str, bytes]) -> None:  # noqa: F811
+def drop(tab, files: dict[str, bytes]) -> None:
     packed = [[name, base64.b64encode(data).decode()] for name, data in files.items()]
     script = """
         const at = document.querySelector("h1");
@@ -732,151 +732,172 @@ def drop(browser, files: dict[str, bytes]) -> None:  # noqa: F811
           at.dispatchEvent(new DragEvent(type, {dataTransfer: made, bubbles: true}));
         }
     """
-    browser.execute_script(add_script("made") + script, packed)
+    tab.execute_script(add_script("made") + script, packed)
 
 
-def wait_for_answers(browser, count: int) -> None:  # noqa: F811
+def wait_for_answers(tab, count: int) -> None:
     script = "photos.every(({state}) => state === 'done' || state === 'failed')"
-    wait_for(browser, f"return photos.length === {count} && {script}")
+    wait_for(tab, f"return photos.length === {count} && {script}")
 
 
-def in_frame(browser, script: str):  # noqa: F811
+def in_frame(tab, script: str):
     """Run a script in the explorer, once it has drawn its maps."""
-    browser.switch_to.frame(find(browser, "iframe"))
+    tab.switch_to.frame(find(tab, "iframe"))
     try:
-        wait_for(browser, "return window.minivit?.maps.length > 0")
-        return browser.execute_script(script)
+        wait_for(tab, "return window.minivit?.maps.length > 0")
+        return tab.execute_script(script)
     finally:
-        browser.switch_to.default_content()
+        tab.switch_to.default_content()
 
 
 def test_dropped_photos_get_names_and_the_explorer(visit, page):
-    browser = visit(page)  # noqa: F811
-    assert find(browser, "b").text == "Add a photo"
-    assert not find(browser, "#photos").is_displayed()
+    tab = visit(page)
+    assert find(tab, "b").text == "Add a photo"
+    assert not find(tab, "#photos").is_displayed()
     names = [HOSTILE["markup"], "two.jpg"]
-    drop(browser, {name: jpeg(draw_photo(60, 40 + i)) for i, name in enumerate(names)})
-    wait_for_answers(browser, 2)
-    assert texts(browser, ".strip bdi.small") == names
-    assert find(browser, "#count").text == "2 photos"
+    drop(tab, {name: jpeg(draw_photo(60, 40 + i)) for i, name in enumerate(names)})
+    wait_for_answers(tab, 2)
+    assert texts(tab, ".strip bdi.small") == names
+    assert find(tab, "#count").text == "2 photos"
     best = json.loads(send(page, jpeg(draw_photo(60, 40)))[2])["models"][0]["predictions"][0]
-    shown = " ".join(texts(browser, ".name > *"))
+    shown = " ".join(texts(tab, ".name > *"))
     assert shown == f"{best['label']} {100 * best['probability']:.1f}%"
-    assert in_frame(browser, "return document.querySelector('h1').textContent") == names[0]
-    assert in_frame(browser, "return minivit.maps.length") == 1
-    assert find(browser, "#status").get_attribute("textContent").startswith("two.jpg: thing")
-    assert not browser.execute_script("return document.body.classList.contains('dragging')")
+    assert in_frame(tab, "return document.querySelector('h1').textContent") == names[0]
+    assert in_frame(tab, "return minivit.maps.length") == 1
+    assert find(tab, "#status").get_attribute("textContent").startswith("two.jpg: thing")
+    assert not tab.execute_script("return document.body.classList.contains('dragging')")
 
 
 def test_a_frame_is_as_tall_as_its_explorer(visit, page):
     for width, height in ((1280, 900), (390, 844)):
-        browser = visit(page, width, height)  # noqa: F811
-        drop(browser, {"cat.jpg": PHOTO})
-        wait_for_answers(browser, 1)
+        tab = visit(page, width, height)
+        drop(tab, {"cat.jpg": PHOTO})
+        wait_for_answers(tab, 1)
         inside = "Math.ceil(document.body.getBoundingClientRect().height)"
-        inner = in_frame(browser, f"return {inside}")
+        inner = in_frame(tab, f"return {inside}")
         frame = "Number.parseFloat(document.querySelector('iframe').style.height)"
-        wait_for(browser, f"return Math.abs({frame} - {inner}) <= 1")
-        assert too_wide(browser) <= 0
+        wait_for(tab, f"return Math.abs({frame} - {inner}) <= 1")
+        assert too_wide(tab) <= 0
         hidden = "document.documentElement.scrollHeight - innerHeight"
-        assert in_frame(browser, f"return {hidden}") <= 0
+        assert in_frame(tab, f"return {hidden}") <= 0
 
 
 def test_a_photo_is_pasted(visit, page):
-    browser = visit(page)  # noqa: F811
+    tab = visit(page)
     paste = (
         "document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: made, bubbles: true}))"
     )
     packed = [["image.png", base64.b64encode(PHOTO).decode()]]
-    browser.execute_script(add_script("made") + paste, packed)
-    wait_for_answers(browser, 1)
-    browser.execute_script(add_script("made") + paste, [])
-    assert find(browser, "#problem").text == "There is no photo in the clipboard."
+    tab.execute_script(add_script("made") + paste, packed)
+    wait_for_answers(tab, 1)
+    tab.execute_script(add_script("made") + paste, [])
+    assert find(tab, "#problem").text == "There is no photo in the clipboard."
+
+
+def test_photos_that_are_dropped_or_pasted_on_the_explorer_are_answered(visit, page):
+    tab = visit(page)
+    drop(tab, {"first.jpg": PHOTO})
+    wait_for_answers(tab, 1)
+    in_frame(tab, "")
+    tab.switch_to.frame(find(tab, "iframe"))
+    drop(tab, {"second.jpg": PHOTO})
+    paste = (
+        "document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: made, bubbles: true}))"
+    )
+    packed = [["third.jpg", base64.b64encode(PHOTO).decode()]]
+    tab.execute_script(add_script("made") + paste, packed)
+    tab.switch_to.default_content()
+    wait_for_answers(tab, 3)
+    assert texts(tab, ".strip bdi.small") == [
+        "first.jpg",
+        "second.jpg",
+        "third.jpg",
+    ]
 
 
 def test_a_link_that_is_dropped_is_explained(visit, page):
-    browser = visit(page)  # noqa: F811
-    drop(browser, {})
-    assert find(browser, "#problem").text.startswith("That was no photo.")
-    assert browser.execute_script("return photos.length") == 0
+    tab = visit(page)
+    drop(tab, {})
+    assert find(tab, "#problem").text.startswith("That was no photo.")
+    assert tab.execute_script("return photos.length") == 0
 
 
 def test_the_same_photo_is_chosen_twice_and_removed(visit, page, tmp_path):
     (tmp_path / "cat.jpg").write_bytes(PHOTO)
-    browser = visit(page)  # noqa: F811
+    tab = visit(page)
     for count in (1, 2):
-        find(browser, "#files").send_keys(str(tmp_path / "cat.jpg"))
-        wait_for_answers(browser, count)
-    find(browser, "#clear").click()
-    assert not find(browser, "#photos").is_displayed()
-    assert not find(browser, "#answer").is_displayed()
-    assert browser.execute_script("return document.activeElement.id") == "files"
+        find(tab, "#files").send_keys(str(tmp_path / "cat.jpg"))
+        wait_for_answers(tab, count)
+    find(tab, "#clear").click()
+    assert not find(tab, "#photos").is_displayed()
+    assert not find(tab, "#answer").is_displayed()
+    assert tab.execute_script("return document.activeElement.id") == "files"
 
 
 def test_the_page_is_used_without_a_mouse(visit, page):
-    browser = visit(page)  # noqa: F811
+    tab = visit(page)
     reached = []
     for _ in range(2):
-        press(browser, "\ue004")
-        reached.append(browser.execute_script("return document.activeElement.id"))
+        press(tab, "\ue004")
+        reached.append(tab.execute_script("return document.activeElement.id"))
     assert reached == ["files", "camera"]
     outline = "getComputedStyle(document.activeElement.closest('.button, button')).outlineStyle"
-    assert browser.execute_script(f"return {outline}") == "solid"
-    drop(browser, {f"{i}.jpg": PHOTO for i in range(3)})
-    wait_for_answers(browser, 3)
-    browser.execute_script("photos[0].button.focus()")
-    press(browser, "\ue014")
-    press(browser, "\ue014")
-    press(browser, "\ue012")
-    assert browser.execute_script("return [shown.name, document.activeElement === shown.button]")
-    current = browser.execute_script("return [...document.querySelectorAll('[aria-current]')]")
+    assert tab.execute_script(f"return {outline}") == "solid"
+    drop(tab, {f"{i}.jpg": PHOTO for i in range(3)})
+    wait_for_answers(tab, 3)
+    tab.execute_script("photos[0].button.focus()")
+    press(tab, "\ue014")
+    press(tab, "\ue014")
+    press(tab, "\ue012")
+    assert tab.execute_script("return [shown.name, document.activeElement === shown.button]")
+    current = tab.execute_script("return [...document.querySelectorAll('[aria-current]')]")
     assert [button.get_attribute("title") for button in current] == ["1.jpg"]
 
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_before_and_after_stand_side_by_side(visit, pair, width):
-    browser = visit(pair, width, 844)  # noqa: F811
-    drop(browser, {HOSTILE["right to left"]: PHOTO})
-    wait_for_answers(browser, 1)
-    assert in_frame(browser, "return minivit.maps.length") == 2
-    cards = browser.find_elements("css selector", ".models article")
+    tab = visit(pair, width, 844)
+    drop(tab, {HOSTILE["right to left"]: PHOTO})
+    wait_for_answers(tab, 1)
+    assert in_frame(tab, "return minivit.maps.length") == 2
+    cards = tab.find_elements("css selector", ".models article")
     assert [card.text[:7] for card in cards] == ["before:", "after: "]
     left = [card.rect["x"] for card in cards]
     assert (left[0] < left[1]) == (width == 1280)
-    assert too_wide(browser) <= 0
-    assert in_frame(browser, "return document.documentElement.scrollWidth - innerWidth") <= 0
-    labels = {label.text for label in browser.find_elements("css selector", ".name bdi")}
+    assert too_wide(tab) <= 0
+    assert in_frame(tab, "return document.documentElement.scrollWidth - innerWidth") <= 0
+    labels = {label.text for label in tab.find_elements("css selector", ".name bdi")}
     assert len(labels) == 2
 
 
 def test_a_camera_that_is_denied_is_explained(visit, page):
-    browser = visit(page)  # noqa: F811
+    tab = visit(page)
     permission = {"permission": {"name": "camera"}, "origin": page.urls()[0].rpartition("/")[0]}
-    browser.execute_cdp_cmd("Browser.setPermission", permission | {"setting": "denied"})
-    find(browser, "#camera").click()
-    wait_for(browser, "return document.getElementById('problem').textContent")
-    assert find(browser, "#problem").text.startswith("The camera was not allowed.")
-    assert not find(browser, "dialog").is_displayed()
+    tab.execute_cdp_cmd("Browser.setPermission", permission | {"setting": "denied"})
+    find(tab, "#camera").click()
+    wait_for(tab, "return document.getElementById('problem').textContent")
+    assert find(tab, "#problem").text.startswith("The camera was not allowed.")
+    assert not find(tab, "dialog").is_displayed()
 
-    browser.execute_cdp_cmd("Browser.setPermission", permission | {"setting": "granted"})
-    find(browser, "#camera").click()
-    wait_for(browser, "return !document.getElementById('shoot').disabled")
-    find(browser, "#shoot").click()
-    wait_for_answers(browser, 1)
-    assert find(browser, "#problem").text == ""
-    assert texts(browser, ".strip bdi.small")[0].startswith("camera ")
-    assert browser.execute_script("return video.srcObject") is None
+    tab.execute_cdp_cmd("Browser.setPermission", permission | {"setting": "granted"})
+    find(tab, "#camera").click()
+    wait_for(tab, "return !document.getElementById('shoot').disabled")
+    find(tab, "#shoot").click()
+    wait_for_answers(tab, 1)
+    assert find(tab, "#problem").text == ""
+    assert texts(tab, ".strip bdi.small")[0].startswith("camera ")
+    assert tab.execute_script("return video.srcObject") is None
 
 
 def test_a_phone_is_offered_its_own_camera(visit, page, tmp_path):
     (tmp_path / "image.jpg").write_bytes(PHOTO)
-    browser = visit(page, 390, 844)  # noqa: F811
-    assert not find(browser, "#camera").is_displayed()
-    assert find(browser, "#native").is_displayed()
-    assert find(browser, "#capture").get_attribute("capture") == "environment"
-    assert not find(browser, ".mouse").is_displayed()
-    find(browser, "#capture").send_keys(str(tmp_path / "image.jpg"))
-    wait_for_answers(browser, 1)
+    tab = visit(page, 390, 844)
+    assert not find(tab, "#camera").is_displayed()
+    assert find(tab, "#native").is_displayed()
+    assert find(tab, "#capture").get_attribute("capture") == "environment"
+    assert not find(tab, ".mouse").is_displayed()
+    find(tab, "#capture").send_keys(str(tmp_path / "image.jpg"))
+    wait_for_answers(tab, 1)
 
 
 def bad_photos(count: int) -> dict[str, bytes]:
@@ -897,49 +918,49 @@ def bad_photos(count: int) -> dict[str, bytes]:
 
 def test_30_bad_files_are_named_one_by_one(visit, page):
     visit.expect.append(422)
-    browser = visit(page)  # noqa: F811
+    tab = visit(page)
     bad = bad_photos(30)
-    drop(browser, bad | {"cat.jpg": PHOTO})
-    wait_for_answers(browser, 31)
-    states = browser.execute_script("return photos.map(({state, error}) => [state, error])")
+    drop(tab, bad | {"cat.jpg": PHOTO})
+    wait_for_answers(tab, 31)
+    states = tab.execute_script("return photos.map(({state, error}) => [state, error])")
     assert [state for state, _ in states] == ["failed"] * 30 + ["done"]
     for name, (_, error) in zip(bad, states):
         assert error.startswith(f"{name}: ")
         assert len(error) < 300
-    assert find(browser, "#answer [role=alert]").text == states[0][1]
-    assert too_wide(browser) <= 0
+    assert find(tab, "#answer [role=alert]").text == states[0][1]
+    assert too_wide(tab) <= 0
 
 
 def test_two_tabs_are_both_answered(visit, page, monkeypatch):
     visit.expect.append(503)
     monkeypatch.setattr(page.answers, "places", threading.BoundedSemaphore(1))
     monkeypatch.setattr(server, "RETRY_AFTER", 0.05)
-    browser = visit(page)  # noqa: F811
-    first = browser.current_window_handle
-    browser.switch_to.new_window("tab")
+    tab = visit(page)
+    first = tab.current_window_handle
+    tab.switch_to.new_window("tab")
     try:
-        browser.get(page.urls()[0])
+        tab.get(page.urls()[0])
         photos = {f"{i}.jpg": PHOTO for i in range(4)}
-        drop(browser, photos)
-        second = browser.current_window_handle
-        browser.switch_to.window(first)
-        drop(browser, photos)
-        for tab in (first, second):
-            browser.switch_to.window(tab)
-            wait_for_answers(browser, 4)
-            assert browser.execute_script("return photos.every(({state}) => state === 'done')")
+        drop(tab, photos)
+        second = tab.current_window_handle
+        tab.switch_to.window(first)
+        drop(tab, photos)
+        for handle in (first, second):
+            tab.switch_to.window(handle)
+            wait_for_answers(tab, 4)
+            assert tab.execute_script("return photos.every(({state}) => state === 'done')")
     finally:
-        browser.switch_to.window(second)
-        browser.close()
-        browser.switch_to.window(first)
+        tab.switch_to.window(second)
+        tab.close()
+        tab.switch_to.window(first)
 
 
 def test_a_photo_that_is_too_large_is_not_sent(visit, page):
-    browser = visit(page)  # noqa: F811
-    browser.execute_script("data.max_bytes = 1000000; ")
-    drop(browser, {"large.jpg": bytes(1_000_001)})
-    wait_for_answers(browser, 1)
-    assert find(browser, "#answer [role=alert]").text == (
+    tab = visit(page)
+    tab.execute_script("data.max_bytes = 1000000; ")
+    drop(tab, {"large.jpg": bytes(1_000_001)})
+    wait_for_answers(tab, 1)
+    assert find(tab, "#answer [role=alert]").text == (
         "large.jpg: expected a photo of at most 1 MB; scale it down"
     )
 
@@ -948,21 +969,21 @@ def test_a_server_that_has_ended_is_named(visit, tiny_answers, monkeypatch):
     # Browsers hold a spare connection, which outlives the server in this process.
     monkeypatch.setattr(server, "HEAD_LIMIT", 0.2)
     with running(tiny_answers) as ended:
-        browser = visit(ended)
+        tab = visit(ended)
         time.sleep(0.5)
-    drop(browser, {"cat.jpg": PHOTO})
-    wait_for_answers(browser, 1)
-    assert find(browser, "#answer [role=alert]").text == (
+    drop(tab, {"cat.jpg": PHOTO})
+    wait_for_answers(tab, 1)
+    assert find(tab, "#answer [role=alert]").text == (
         "cat.jpg: no answer; is minivit still running?"
     )
-    browser.get_log("browser")  # that the connection was refused
+    tab.get_log("browser")  # that the connection was refused
 
 
 @pytest.mark.slow
 def test_a_photo_of_64_megapixels_is_answered(visit, page, tmp_path):
     Image.new("RGB", (9248, 6936), "teal").save(tmp_path / "phone.jpg", quality=30)
-    browser = visit(page)  # noqa: F811
-    find(browser, "#files").send_keys(str(tmp_path / "phone.jpg"))
-    wait_for_answers(browser, 1)
-    assert browser.execute_script("return photos[0].answer.size") == [9248, 6936]
+    tab = visit(page)
+    find(tab, "#files").send_keys(str(tmp_path / "phone.jpg"))
+    wait_for_answers(tab, 1)
+    assert tab.execute_script("return photos[0].answer.size") == [9248, 6936]
     assert len(Path(tmp_path / "phone.jpg").read_bytes()) < 2_000_000

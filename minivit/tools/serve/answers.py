@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 import sys
 import threading
 import time
@@ -20,13 +19,14 @@ from ...errors import printable
 from ...figures.explorer import explorer_page
 from ...settings import InferSettings
 from ...system import device as devices
-from ...system.files import whole_file
+from ...system.files import portable_stem, whole_file
 
 NUM_BLOCKS = 4  # the last ones, which the explorer shows
 TOP_K = 5
 # Photos that are being sent or that wait for their turn. More are refused for a moment.
 MAX_PHOTOS = 8
 THUMBNAIL_SIDE = 256  # pixels
+KEPT_NAME = 40  # characters of a photo's name, the last ones, which any file system takes
 
 
 class Answers:
@@ -117,9 +117,9 @@ def thumbnail(image: Image.Image) -> str:
 
 
 def keep_photo(folder: Path, data: bytes, answer: dict) -> None:
-    """Write a photo and its answer into a folder, under a new name that is safe everywhere."""
+    """Write a photo and its answer into a folder, under a new name that any system takes."""
     now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
-    path = folder / f"{now}-{safe_name(answer['photo'])}"
+    path = folder / f"{now}-{portable_stem(answer['photo'])[-KEPT_NAME:]}"
     kept = {key: answer[key] for key in ("photo", "size", "models")}
     try:
         with whole_file(path) as partial:
@@ -130,9 +130,3 @@ def keep_photo(folder: Path, data: bytes, answer: dict) -> None:
         message = f"The photo could not be kept ({error.strerror or error})."
         print(printable(f"{path}: {message}"), file=sys.stderr)
         answer["models"][-1]["notes"].append(message)
-
-
-def safe_name(name: str) -> str:
-    """Return the end of a file's name in ASCII letters, digits, dots, dashes and underscores."""
-    name = re.sub(r"[^A-Za-z0-9.-]+", "_", name)
-    return name[-60:].strip(".") or "photo"
