@@ -90,6 +90,19 @@ def test_processes_decode_to_the_same_pixels_and_leave_out_the_same_photos(
     assert file.stat().st_size == 128 + (24 - len(broken)) * 3 * 24 * 20
 
 
+def test_the_disk_writes_while_photos_are_decoded(pets, two_processes, monkeypatch):
+    flushed = []
+
+    def fsync(number):
+        flushed.append(Path(f"/proc/self/fd/{number}").readlink().suffix)
+
+    monkeypatch.setattr(store, "FLUSHED_PHOTOS", 10)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert_aligned(*decode_all(load_data(pets, seed=0)))
+    # Twice while 24 photos are decoded, at the end of that, and for the errors.
+    assert flushed == [".partial"] * 4
+
+
 def test_a_disk_that_is_full_in_a_process_leaves_nothing_behind(pets, two_processes):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))  # a photo takes 3,072 bytes

@@ -35,7 +35,13 @@ from ..system.files import (
     write_json,
 )
 from ..system.home import cache_folders
-from ..system.workers import map_ahead, processes_worth_starting, read_ahead, worker_pool
+from ..system.workers import (
+    map_ahead,
+    processes_worth_starting,
+    read_ahead,
+    worker_pool,
+    write_behind,
+)
 from .datasets import Data
 from .photos import PhotoError, open_photo
 from .preprocess import Preprocess, decode_into
@@ -47,6 +53,9 @@ VERSION = 2  # of the code that decodes: stores of other versions are not used
 SAMPLED_PHOTOS = 256  # whose content the checksum of a data set is of, besides one of each folder
 SAMPLED_BYTES = 1 << 16
 CHUNK = 16  # photos that a worker decodes in one job
+# After so many photos, the disk is told to write what it has been given, a multiple of CHUNK. It
+# then does so while photos are decoded, and not at the end, when all wait for it.
+FLUSHED_PHOTOS = 64 * CHUNK
 
 
 class Pixels:
@@ -363,9 +372,12 @@ def _write_store(
         offset = store.tell()
         store.flush()
         errors: list[str] = []
-        for chunk in _decode_all(partial, offset, paths, preprocess, workers):
-            errors += chunk
-            report(len(chunk))
+        with write_behind() as write_later:
+            for chunk in _decode_all(partial, offset, paths, preprocess, workers):
+                errors += chunk
+                report(len(chunk))
+                if len(errors) % FLUSHED_PHOTOS == 0:
+                    write_later(os.fsync, store.fileno())
         readable = [i for i, error in enumerate(errors) if not error]
         # Move photos up into the gaps that unreadable ones have left.
         for row, i in enumerate(readable):
