@@ -159,7 +159,7 @@ KINDS = {
     "masks": (
         "note",
         "{n} folder{s} {are} read as masks of the photos, and not as a class ({names})",
-        "python -m minivit drop uses {them}",
+        "score and drop measure with {them}",
     ),
     "own": (
         "note",
