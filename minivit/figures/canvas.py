@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import math
 import re
+import struct
 import threading
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, PngImagePlugin
 
 from ..errors import printable
 from ..system.files import whole_file
@@ -33,8 +34,7 @@ GREY: Colour = (64, 64, 64)
 GREEN: Colour = (27, 120, 55)
 RED: Colour = (178, 24, 43)
 
-# On figures of photos, level 1 takes a quarter less time than level 3, for files that are a sixth
-# larger. Level 6 takes three times as long.
+# On a figure of a photo, zlib's level 1 takes 21 ms. Level 3 takes 36, for a file 4% smaller.
 PNG_LEVEL = 1
 LINE_SPACING = 1.2  # from one line's letters to the next line's, in heights of a letter
 DRAWN_LINES = 512  # lines of text that are kept because other figures repeat them
@@ -105,12 +105,35 @@ class Canvas:
 
         These are reported as drawing.save reports them.
         """
-        info = PngImagePlugin.PngInfo()
-        info.add_text("Software", SOFTWARE)
         with whole_file(path) as partial:
-            picture = Image.fromarray(self.pixels)
-            picture.save(partial, "PNG", pnginfo=info, compress_level=PNG_LEVEL)
+            partial.write_bytes(_encode_png(self.pixels))
         return report_from_main_process(self._missing)
+
+
+def _encode_png(pixels: np.ndarray) -> bytes:
+    """Return a PNG of pixels, uint8 (h, w, 3), that says which program wrote it.
+
+    Each row is stored as its difference from the row above. Pillow tries five ways for each row:
+    that takes twice as long, for files of the same size.
+    """
+    h, w, _ = pixels.shape
+    filtered = np.empty((h, 1 + 3 * w), np.uint8)
+    filtered[:, 0] = 2  # the number of this filter, which PNG calls Up
+    rows = pixels.reshape(h, -1)
+    filtered[0, 1:] = rows[0]
+    filtered[1:, 1:] = rows[1:] - rows[:-1]
+    header = struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)  # 8 bits, RGB, not interlaced
+    chunks = {
+        b"IHDR": header,
+        b"tEXt": b"Software\0" + SOFTWARE.encode(),
+        b"IDAT": zlib.compress(filtered, PNG_LEVEL),
+        b"IEND": b"",
+    }
+    png = [b"\x89PNG\r\n\x1a\n"]
+    for name, data in chunks.items():
+        png += [struct.pack(">I", len(data)), name, data]
+        png.append(struct.pack(">I", zlib.crc32(name + data)))
+    return b"".join(png)
 
 
 def text_width(text: str, size: float, *, bold: bool = False) -> int:

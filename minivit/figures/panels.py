@@ -236,7 +236,8 @@ def overlay(
     photo: np.ndarray, values: np.ndarray, low: float, high: float, colours: np.ndarray
 ) -> np.ndarray:
     """Colour a map (h, w) over the grey photo; parts that the model has not seen are pale."""
-    grey = photo.mean(2, keepdims=True, dtype=np.float32)
+    red, green, blue = np.moveaxis(photo.astype(np.float32), 2, 0)
+    grey = ((red + green + blue) / 3)[..., None]
     unseen = np.isnan(values)
     position = (np.nan_to_num(values) - low) * (len(colours) / max(high - low, 1e-12))
     index = position.clip(0, len(colours) - 1).astype(np.uint8)
