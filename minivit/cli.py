@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import UserError, printable
-from .settings import BASE_MODEL, RUN_DIR
+from .settings import AUTO, BASE_MODEL, RUN_DIR
 from .system.home import ensure_home
 from .system.signals import end_on_signals
 
@@ -27,7 +27,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Show the default of each flag that has one; other flags say in words what is done."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
+        if action.default is None or action.default is False or action.default == AUTO:
             return action.help
         return super()._get_help_string(action)
 
@@ -123,6 +123,11 @@ def at_least(low: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def views(text: str) -> int:
+    """Parse an argument: a number of views, or auto."""
+    return AUTO if text == "auto" else at_least(0)(text)
 
 
 def positive(text: str) -> float:

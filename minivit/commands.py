@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from . import cli
-from .settings import BASE_MODEL, RUN_DIR, InferSettings, TrainSettings
+from .settings import (
+    BASE_MODEL,
+    MAX_BATCH,
+    MIN_BATCH,
+    MIN_EPOCHS,
+    MIN_STEPS,
+    RUN_DIR,
+    InferSettings,
+    TrainSettings,
+)
 
 TRAIN_DESCRIPTION = (
     "Fine-tune the last blocks of a Vision Transformer on Oxford-IIIT Pet, "
@@ -68,14 +77,25 @@ def train_parser() -> cli.Parser:
         metavar="RANGE",
         help="blocks to train besides the final norm and the head: 8-11, 10,11, all, none",
     )
-    add("--epochs", type=cli.at_least(1), help="few photos need more epochs")
-    add("--batch-size", type=cli.at_least(1), help="photos per optimizer step")
+    add(
+        "--epochs",
+        type=cli.at_least(1),
+        metavar="N",
+        help=f"default: {MIN_EPOCHS}, and for few photos as many as {MIN_STEPS} steps take",
+    )
+    add(
+        "--batch-size",
+        type=cli.at_least(1),
+        metavar="N",
+        help=f"photos per optimizer step; default: {MAX_BATCH}, and for few photos {MIN_BATCH}",
+    )
     add(
         "--micro-batch",
         type=cli.at_least(1),
         help="photos per forward pass; default: the whole batch, on a CPU 8, the fastest there",
     )
-    add("--lr", type=cli.positive, help="peak learning rate")
+    add("--lr", type=cli.positive, help="peak learning rate of the blocks and the final norm")
+    add("--head-lr", type=cli.positive, help="peak learning rate of the head")
     add("--weight-decay", type=cli.between(0, 1), help="AdamW's decay of weight matrices")
     add(
         "--layer-decay",
@@ -89,16 +109,22 @@ def train_parser() -> cli.Parser:
     )
     add(
         "--cache-views",
-        type=cli.at_least(0),
-        metavar="K",
+        type=cli.views,
+        metavar="auto|K",
         help="augment each photo in K ways only and reuse their features, so that later epochs "
-        "skip the frozen blocks; 0 augments anew in each epoch",
+        "skip the frozen blocks; 0 augments anew in each epoch; auto chooses for the device",
     )
     add(
         "--patience",
         type=cli.at_least(1),
         metavar="N",
         help="stop after N epochs without a better one; default: never",
+    )
+    add(
+        "--keep",
+        choices=("auto", "best", "last", "average"),
+        help="the weights to keep: the last epoch's unless an earlier one is clearly better on the "
+        "validation photos, those of the best epoch or of the last, or the mean of the last half",
     )
     parser.add_device_flags()
     add(

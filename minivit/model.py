@@ -370,13 +370,20 @@ class ViT(nn.Module):
 
     def logits(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Return the logits (B, C) from the tokens (B, N, D) that enter block `start`."""
+        return self.head(self.head_inputs(tokens, start))
+
+    def head_inputs(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """Return what the head reads, from the tokens (B, N, D) that enter block `start`.
+
+        It is the class token (B, D), or with the pool "cls+mean" also the mean patch (B, 2 D).
+        """
         check_indices("start", [start], self.config.depth + 1)
         x = self.run_blocks(tokens, start, self.config.depth, only_read=True)
         if self.config.pool == "cls":
-            return self.head(self.norm(x[:, 0]))
+            return self.norm(x[:, 0])
         x = self.norm(x)
         patches = x[:, 1 + self.config.num_registers :]
-        return self.head(torch.cat([x[:, 0], patches.mean(dim=1)], dim=1))
+        return torch.cat([x[:, 0], patches.mean(dim=1)], dim=1)
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the embeddings (B, N, D) of images (B, 3, *img_size)."""
@@ -405,10 +412,12 @@ class ViT(nn.Module):
         if self.pos_grid == self.config.grid:
             return pos_embed
         patches = pos_embed[:, 1:].unflatten(1, self.pos_grid).permute(0, 3, 1, 2)  # (1, D, gh, gw)
+        if patches.device.type == "mps":  # torch 2.7 cannot do this with antialiasing there.
+            patches = patches.cpu()
         patches = F.interpolate(
             patches.float(), self.config.grid, mode="bicubic", antialias=self.config.pos_antialias
         )
-        return torch.cat([pos_embed[:, :1], patches.flatten(2).mT.to(pos_embed.dtype)], dim=1)
+        return torch.cat([pos_embed[:, :1], patches.flatten(2).mT.to(pos_embed)], dim=1)
 
     def run_blocks(self, x: Tensor, start: int, stop: int, *, only_read: bool = False) -> Tensor:
         """Run the blocks from `start` up to, but not including, `stop`.
@@ -453,12 +462,14 @@ def check_indices(name: str, indices: Iterable[int], count: int) -> None:
 def freeze_except(model: ViT, blocks: Sequence[int]) -> int:
     """Freeze all but the given blocks, the final norm and the head, and return the cut.
 
-    The cut is the first trainable block; without any, it is the model's depth. What comes before
-    the cut needs no gradients, and gives the same result in every epoch.
+    The cut is the first trainable block. Without any blocks it is the model's depth, and the norm
+    is frozen too. What comes before the cut gives the same result in every epoch.
     """
     model.requires_grad_(False)
-    for module in (*(model.blocks[i] for i in blocks), model.norm, model.head):
-        module.requires_grad_(True)
+    for i in blocks:
+        model.blocks[i].requires_grad_(True)
+    model.norm.requires_grad_(len(blocks) > 0)
+    model.head.requires_grad_(True)
     return min(blocks, default=model.config.depth)
 
 

@@ -6,13 +6,19 @@ mistyped flag are answered at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 BASE_MODEL = "google/vit-base-patch16-224"
 RUN_DIR = "runs/pets"
 DATA_DIR = "data"
-MIN_STEPS = 60  # Fewer optimizer steps teach little.
+AUTO = -1  # the value of a setting that is chosen once the photos and the device are known
+# By default there are MIN_EPOCHS epochs in batches of MAX_BATCH photos. Few photos get smaller
+# batches and then more epochs, because fewer optimizer steps than MIN_STEPS teach less.
+MIN_EPOCHS = 5
+MIN_STEPS = 120
+MIN_BATCH, MAX_BATCH = 16, 64
 
 
 @dataclass(frozen=True)
@@ -27,15 +33,17 @@ class TrainSettings:
     download: bool = False  # of Oxford-IIIT Pet, also into another folder than DATA_DIR
     blocks: str = "10-11"  # the blocks to train, as cli.parse_blocks reads them
     # How it is trained.
-    epochs: int = 5
-    batch_size: int = 64  # photos per optimizer step
+    epochs: int = AUTO
+    batch_size: int = AUTO  # photos per optimizer step
     micro_batch: int | None = None  # photos per forward pass; None: chosen for the device
-    lr: float = 1e-4  # the peak learning rate
+    lr: float = 1e-4  # the peak learning rate of the blocks and the final norm
+    head_lr: float = 1e-3  # the peak learning rate of the head
     weight_decay: float = 0.05
     layer_decay: float = 1.0
     label_smoothing: float = 0.0
-    cache_views: int = 0
+    cache_views: int = AUTO
     patience: int | None = None  # epochs without a better one; None: never stop early
+    keep: str = "auto"  # which weights are tested and written, one of metrics.KEEP
     seed: int = 0
     # On which machine.
     device: str = "auto"
@@ -53,12 +61,23 @@ class TrainSettings:
     dry_run: bool = False
     push_to_hub: str | None = None
     public: bool = False  # whether a new repository on the Hub is public
+    # The settings that were AUTO, and have been chosen since.
+    chosen: tuple[str, ...] = ()
 
     def mathematics(self) -> dict[str, object]:
         """Return the settings that change the result, by flag; `--resume` keeps to them."""
-        names = ("epochs", "batch_size", "lr", "weight_decay", "layer_decay", "label_smoothing")
+        names = ["epochs", "batch_size", "lr", "head_lr", "weight_decay", "layer_decay"]
+        names += ["label_smoothing", "cache_views", "patience", "keep", "seed"]
         values = asdict(self)
-        return {flag(name): values[name] for name in (*names, "cache_views", "patience", "seed")}
+        return {flag(name): values[name] for name in names}
+
+    def choose(self, **values: int) -> TrainSettings:
+        """Return the settings with these values for those that are AUTO."""
+        chosen = {name: value for name, value in values.items() if getattr(self, name) == AUTO}
+        return replace(self, **chosen, chosen=(*self.chosen, *chosen))  # type: ignore[arg-type]
+
+    def steps_per_epoch(self, num_train: int) -> int:
+        return math.ceil(num_train / self.batch_size)
 
     def views_to_keep(self) -> int:
         """Return how many views to keep features of: none if no view would come again."""
@@ -89,6 +108,19 @@ class InferSettings:
     workers: int = 1
     device: str = "auto"
     amp: str = "auto"
+
+
+def batch_size_for(num_train: int) -> int:
+    """Return the largest batch with which MIN_EPOCHS epochs take MIN_STEPS steps, or MIN_BATCH."""
+    batch = MAX_BATCH
+    while batch > MIN_BATCH and MIN_EPOCHS * math.ceil(num_train / batch) < MIN_STEPS:
+        batch //= 2
+    return batch
+
+
+def epochs_for(steps_per_epoch: int) -> int:
+    """Return how many epochs to train: MIN_EPOCHS, and more if these are fewer than MIN_STEPS."""
+    return max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch))
 
 
 def flag(name: str) -> str:

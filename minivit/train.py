@@ -10,7 +10,6 @@ precision as a whole, and is what validation and test are computed with, as infe
 from __future__ import annotations
 
 import contextlib
-import math
 import platform
 import sys
 import time
@@ -33,7 +32,7 @@ from .data.store import Pixels
 from .data.survey import quick_findings
 from .errors import UserError
 from .model import ViT, copy_trainable, freeze_except, trainable, working_copy
-from .settings import MIN_STEPS, TrainSettings
+from .settings import TrainSettings, batch_size_for, epochs_for
 from .system import device as devices
 from .system import distributed, files
 from .system.signals import StopRequested, during_evaluation, held_back, stop_requests
@@ -46,12 +45,20 @@ from .training.features import (
     host_memory_gib,
 )
 from .training.fingerprint import describe_run
+from .training.linear_head import fit_linear_head
 from .training.overview import describe_training
 from .training.rehearsal import rehearse
 from .training.run_photos import photos_checksum
 from .training.state import RunState, new_state, save_state, set_trainable
-from .training.step import mean_loss, predict, predict_photos, score_predictions, train_epoch
-from .training.views import TrainingPhotos
+from .training.step import (
+    head_inputs,
+    mean_loss,
+    predict,
+    predict_photos,
+    score_predictions,
+    train_epoch,
+)
+from .training.views import TrainingPhotos, views_for
 
 PixelsAndLabels = tuple[Pixels | Tensor, Tensor]  # pixels, uint8 (n, 3, h, w), and labels (n,)
 
@@ -89,9 +96,8 @@ def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = 
                 img_size=settings.img_size,
             )
             cut = freeze_except(model, parse_blocks(settings.blocks, model.config.depth))
-            print(describe_training(model, data, device, amp), flush=True)
-            if is_rank_0:
-                warn_about_few_steps(settings, len(data.train))
+            settings = choose_settings(settings, model, data, cut, device, amp)
+            print(describe_training(model, data, settings, device, amp), flush=True)
 
             warm_up.join()
             working_model = working_copy(model, device, amp, train=True)
@@ -111,6 +117,7 @@ def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = 
                 micro_batch=micro_batch,
                 weight_decay=settings.weight_decay,
                 layer_decay=settings.layer_decay,
+                head_scale=settings.head_lr / settings.lr,
             )
             with write_behind() as write_later:
                 recorder = Recorder(settings, model, data, write_later)
@@ -150,10 +157,10 @@ def run_epochs(
 ) -> None:
     """Train from where the state stands to the last epoch; evaluate, save and report each.
 
-    One seed gives one order of photos and one augmentation, whatever the sizes of batches and the
-    number of ranks. Ends early after `settings.patience` epochs without a better one, and, with
-    state.stopped set, at the end of the step during which a stop was requested. Without a
-    recorder nothing is saved or reported.
+    The head alone, fitted to the frozen model, comes first, as epoch 0. One seed gives one order of
+    photos and one augmentation, whatever the number of ranks. Ends early after `settings.patience`
+    epochs without a better one, and, with state.stopped set, at the end of the step during which a
+    stop was requested. Without a recorder nothing is saved or reported.
     Raises UserError as soon as the loss of an epoch is not finite, and if the features of the
     views take more than `settings.cache_gib` of memory.
     """
@@ -170,6 +177,13 @@ def run_epochs(
     network = distributed.wrap(layers)
     photos = TrainingPhotos(extractor, *train_split, settings)
     evaluation = Evaluation(state, extractor, train_split, val_split, keep=keep)
+
+    if not state.rows:
+        state.rows.append(evaluation.evaluate_head_alone(state))
+        if recorder is not None:
+            recorder.save_and_report(state, state.trainable_weights())
+    if state.cut == state.model.config.depth:
+        return  # No block trains, so the head alone is all.
 
     while state.epoch <= settings.epochs and not patience_is_over(state, settings.patience):
         started = time.perf_counter() - state.seconds
@@ -198,8 +212,10 @@ def run_epochs(
         state.losses = []
         state.skipped = []
         state.seconds = 0.0
+        current_weights = state.trainable_weights()
+        state.update_kept(current_weights, settings)
         if recorder is not None:
-            recorder.save_and_report(state)
+            recorder.save_and_report(state, current_weights)
         state.stopped = stop_requested()
         if state.stopped:
             return
@@ -225,6 +241,39 @@ class Evaluation:
         for name, (pixels, labels) in (("train", train_split), ("val", val_split)):
             share = distributed.shard(torch.arange(len(labels)))
             self.batches[name] = extractor.evaluation(pixels, share, keep=keep)
+
+    @during_evaluation()
+    def evaluate_head_alone(self, state: RunState) -> dict[str, float]:
+        """Fit the head alone to the frozen model, and return a row for it, as epoch 0.
+
+        The row's `loss` is that of the fitted head. Its weights become state.kept, and also those
+        of the model if no block is to train. Otherwise training starts from the head as it was:
+        benchmarks/recipe.py found no gain in starting from the fitted one.
+        """
+        started = time.perf_counter()
+        labels = self.labels["train"]
+        inputs = head_inputs(self.eval_model, self.batches["train"](), cut=state.cut)
+        inputs = distributed.gather(inputs, len(labels))
+
+        def fit() -> dict[str, Tensor]:
+            # mps lacks some of linear algebra.
+            device = state.device if state.device.type == "cuda" else torch.device("cpu")
+            num_classes = state.model.config.num_classes
+            head = fit_linear_head(inputs.to(device), labels.to(device), num_classes)
+            return {"head.weight": head.weight.cpu(), "head.bias": head.bias.cpu()}
+
+        before = state.trainable_weights()
+        set_trainable(state.model, before | distributed.on_rank_0(fit))
+        row: dict[str, float] = {"epoch": 0, **self.evaluate(state)}
+        row["loss"] = row["train_loss"]
+        row["lr"] = 0.0
+        state.kept = state.trainable_weights()
+        if state.cut < state.model.config.depth:
+            set_trainable(state.model, before)
+        row["seconds"] = time.perf_counter() - started
+        row["images_per_s"] = len(labels) / row["seconds"]
+        row["peak_gib"] = devices.peak_gib(state.device)
+        return row
 
     @during_evaluation()
     def evaluate(self, state: RunState) -> dict[str, float]:
@@ -318,11 +367,8 @@ class Recorder:
         assert self.frozen_hash is not None  # Only rank 0 asks.
         return self.described | {"the checksum of the base model": self.frozen_hash.result()[:16]}
 
-    def save_and_report(self, state: RunState) -> None:
+    def save_and_report(self, state: RunState, current_weights: dict[str, Tensor]) -> None:
         """Save the state after an epoch, in the background, and print the epoch's row."""
-        current_weights = state.trainable_weights()
-        if metrics.best_row(state.rows) is state.rows[-1]:
-            state.best = current_weights
         state.spent = time.perf_counter() - self.started
         if distributed.rank() == 0:
             snapshot = state.snapshot(self.fingerprint(), current_weights)
@@ -342,6 +388,11 @@ def prepare(settings: TrainSettings, device: torch.device) -> None:
     if settings.out.encode(errors="ignore").decode() != settings.out:
         raise UserError(
             f"{settings.out}: expected a name in UTF-8, without which safetensors reads no file"
+        )
+    if settings.keep == "average" and settings.patience is not None:
+        raise UserError(
+            "--keep average takes the mean over the second half of all epochs, and --patience may "
+            "end the run before; leave one of the two away"
         )
     if distributed.launched_rank() == 0:
         run_folder.check_inputs(settings)
@@ -396,17 +447,22 @@ def load_data(settings: TrainSettings) -> Data:
     return data
 
 
-def warn_about_few_steps(settings: TrainSettings, num_train: int) -> None:
-    steps_per_epoch = math.ceil(num_train / settings.batch_size)
-    steps = settings.epochs * steps_per_epoch
-    if steps < MIN_STEPS:
-        epochs = math.ceil(MIN_STEPS / steps_per_epoch)
-        words = "step teaches" if steps == 1 else "steps teach"
-        print(
-            f"{steps} {words} little; for so few photos try --epochs {epochs} --cache-views 4, "
-            "where most epochs cost little",
-            file=sys.stderr,
-        )
+def choose_settings(
+    settings: TrainSettings,
+    model: ViT,
+    data: Data,
+    cut: int,
+    device: torch.device,
+    amp: torch.dtype | None,
+) -> TrainSettings:
+    """Choose the size of batches, and the number of epochs and of kept views, as far as AUTO."""
+    settings = settings.choose(batch_size=batch_size_for(len(data.train)))
+    settings = settings.choose(epochs=epochs_for(settings.steps_per_epoch(len(data.train))))
+    views = views_for(settings.epochs, device)
+    gib = features_gib(model, views * len(data.train), cut)
+    if amp is not None:  # The features have the precision of the frozen layers.
+        gib *= amp.itemsize / torch.float32.itemsize
+    return settings.choose(cache_views=views if gib <= settings.cache_gib else 0)
 
 
 def choose_micro_batch(
@@ -475,14 +531,21 @@ def finish(
 
     # Files are written from here on that may have appeared here while the run trained.
     run_folder.check_folder(out)
-    # The best epoch's weights become those of the model that is tested and of the one that is
-    # written.
-    set_trainable(state.model, state.best)
-    set_trainable(model, state.best)
+    kept = metrics.choose_kept(
+        state.rows,
+        settings.keep,
+        len(val_split[1]),
+        ended_early=state.epoch <= settings.epochs,
+    )
+    # The kept weights become those of the model that is tested and of the one that is written.
+    kept_weights = state.trainable_weights() if kept.is_last else state.kept
+    set_trainable(state.model, kept_weights)
+    set_trainable(model, kept_weights)
     eval_model = working_copy(state.model, device, state.amp, train=False)
     state.free_device_memory()
     batch = devices.eval_batch(device, settings.batch_size, state.micro_batch, state.amp)
-    check_validation_loss(state, eval_model, val_split, batch)
+    if not kept.is_average:
+        check_validation_loss(state.rows[kept.epoch], state.amp, eval_model, val_split, batch)
     # Weights are written while the photos are tested and figures are drawn.
     with ThreadPoolExecutor(1) as thread:
         # The tail comes first, because by it the other files are known to be this run's.
@@ -492,12 +555,12 @@ def finish(
         num_classes = len(data.classes)
         confusion = metrics.confusion_matrix(test_logits.argmax(1), test_split[1], num_classes)
         tail.result()
-        figures = report.draw_figures(pool, out, state.rows, data, test_logits, confusion)
+        figures = report.draw_figures(pool, out, state.rows, kept, data, test_logits, confusion)
     whole_model.result()
 
     scores = score_predictions(test_logits, test_split[1])
     summary: dict[str, object] = {f"test_{name}": value for name, value in scores.items()}
-    summary |= summarize_run(settings, state, model, data)
+    summary |= summarize_run(settings, state, kept, model, data)
     summary["photos_checksum"] = checksum
     summary["confused"] = report.name_pairs(confusion, data.classes)
     summary["seconds"] = state.spent + time.perf_counter() - started
@@ -515,20 +578,24 @@ def finish(
 
 
 def check_validation_loss(
-    state: RunState, eval_model: ViT, val_split: PixelsAndLabels, batch: int
+    row: dict[str, float],
+    amp: torch.dtype | None,
+    eval_model: ViT,
+    val_split: PixelsAndLabels,
+    batch: int,
 ) -> None:
-    """Check that the weights about to be tested reproduce the best epoch's validation loss.
+    """Check that the weights about to be tested reproduce the validation loss of their epoch.
 
-    Raises RuntimeError if they do not.
+    `row` is the epoch's row of metrics.jsonl. Raises RuntimeError if they do not.
     """
     pixels, labels = val_split
-    best = metrics.best_row(state.rows)
     loss = score_predictions(predict_photos(eval_model, pixels, batch=batch), labels)["loss"]
     # In bf16 and fp16, the loss of 30 photos changed by up to 1.7% with the rest of their batch.
-    tolerance = 0.05 if state.amp else 1e-3
-    if abs(loss - best["val_loss"]) > tolerance * max(1, best["val_loss"]):
+    tolerance = 0.05 if amp else 1e-3
+    if abs(loss - row["val_loss"]) > tolerance * max(1, row["val_loss"]):
         raise RuntimeError(
-            f"the best epoch's weights validate at a loss of {loss}, not {best['val_loss']}"
+            f"the weights of epoch {row['epoch']} validate at a loss of {loss}, "
+            f"not {row['val_loss']}"
         )
 
 
@@ -540,13 +607,15 @@ def write_model(model: ViT, out: Path, tail: Future[None]) -> None:
 
 
 def summarize_run(
-    settings: TrainSettings, state: RunState, model: ViT, data: Data
+    settings: TrainSettings, state: RunState, kept: metrics.Kept, model: ViT, data: Data
 ) -> dict[str, object]:
     """Return what summary.json says of the run besides the test scores, time and device."""
     return {
         "test_photos": len(data.test),
-        "best_epoch": metrics.best_row(state.rows)["epoch"],
-        "verdict": metrics.verdict(state.rows),
+        "best_epoch": kept.epoch,  # the one whose weights are kept; 0 is the head alone
+        "kept": kept.reason,
+        "head_alone_val_accuracy": state.rows[0]["val_accuracy"],
+        "verdict": metrics.verdict(state.rows, kept),
         "trainable_parameters": sum(p.numel() for p in trainable(model).values()),
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "base": model.origin.source,

@@ -23,15 +23,17 @@ from .mpl import MaxNLocator
 def draw_curves(
     path: Path,
     rows: Sequence[Mapping[str, float]],
-    best_epoch: int,
+    kept_epoch: int,
     overfits_from: int | None = None,
     verdict: str = "",
 ) -> str:
     """Draw loss and accuracy by epoch, for training (images without augmentation) and validation.
 
-    The epochs from `overfits_from` on are shaded, and the verdict is written above. Returns what
-    save returns.
+    The row of epoch 0, the head alone, is a line across: what fine-tuning has to beat. The epochs
+    from `overfits_from` on are shaded, and the verdict is written above. Returns what save returns.
     """
+    head_rows = [row for row in rows if row["epoch"] == 0]
+    rows = [row for row in rows if row["epoch"] > 0]
     epochs = [row["epoch"] for row in rows]
     with new_figure((9, 4.1), layout="constrained") as figure:
         for ax, metric in zip(figure.subplots(1, 2), ("loss", "accuracy")):
@@ -39,7 +41,11 @@ def draw_curves(
             validation = [row[f"val_{metric}"] for row in rows]
             ax.plot(epochs, training, "o--", color="#5aae61", label="training, not augmented")
             ax.plot(epochs, validation, "s-", color="#40004b", label="validation")
-            ax.axvline(best_epoch, color="0.5", linestyle=":", label=f"best epoch ({best_epoch})")
+            for row in head_rows:
+                level = row[f"val_{metric}"]
+                ax.axhline(level, color="#9970ab", ls="-.", label="validation, the head alone")
+            if kept_epoch > 0:
+                ax.axvline(kept_epoch, color="0.5", ls=":", label=f"epoch kept ({kept_epoch})")
             if overfits_from:
                 ax.axvspan(
                     overfits_from - 0.5,
@@ -54,7 +60,7 @@ def draw_curves(
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             # Leave room for the markers at the top.
             if metric == "loss":
-                highest = max(training + validation)
+                highest = max(training + validation + [row["val_loss"] for row in head_rows])
                 ax.set(ylabel="cross-entropy loss", ylim=(0, 1.05 * highest))
             else:
                 ax.set_ylim(None, 1.02)

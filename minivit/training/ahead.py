@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,11 @@ from ..system.workers import silent_process
 
 if TYPE_CHECKING:
     from ..data.preprocess import Preprocess
+
+    if sys.platform == "win32":
+        from multiprocessing.connection import PipeConnection as Connection
+    else:
+        from multiprocessing.connection import Connection
 
 # Where cores are few, decoding steps back behind the process that imports torch.
 NICENESS = 5

@@ -8,7 +8,9 @@ Shapes: n photos, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +18,13 @@ if TYPE_CHECKING:
 
 # A validation loss of up to this many times the lowest one may be noise.
 NOISE = 1.02
+# Which weights a run keeps: "auto" those of the last epoch, unless an earlier one is clearly
+# better; "best" those with the highest validation accuracy; "last" those of the last epoch; and
+# "average" the mean of those of the second half of the epochs.
+KEEP = ("auto", "best", "last", "average")
+# An earlier epoch is clearly better if its validation accuracy is higher by more than so many
+# standard errors. benchmarks/recipe.py compares the rules.
+CLEARLY = 2
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -76,8 +85,65 @@ def confused_pairs(confusion: Tensor, most: int) -> list[tuple[int, int, int]]:
     return pairs
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Which weights a run keeps, and why."""
+
+    epoch: int  # 0 is the head alone
+    is_last: bool
+    is_average: bool
+    reason: str  # a clause that follows a semicolon
+
+
+def choose_kept(
+    rows: Sequence[Mapping[str, float]], keep: str, num_val: int, *, ended_early: bool = False
+) -> Kept:
+    """Choose which epoch's weights to keep, by one of the rules of KEEP.
+
+    `num_val` is the number of validation photos. With `ended_early` the learning rate has not
+    reached 0, so that the last epoch has no advantage: "auto" is then the same as "best".
+    """
+    last = rows[-1]
+    best = best_row(rows)
+    epoch = int(last["epoch"])
+    if epoch == 0:
+        return Kept(0, True, False, "the head alone was trained")
+    if keep == "last":
+        return Kept(epoch, True, False, f"epoch {epoch} was kept, the last one, as asked")
+    if keep == "average":
+        first = first_averaged(epoch)
+        reason = f"the mean of the weights of epochs {first} to {epoch} was kept, as asked"
+        return Kept(epoch, False, True, reason)
+    if keep == "best" or ended_early:
+        reason = f"{name_epoch(best)} was kept, which has the highest validation accuracy"
+        return Kept(int(best["epoch"]), best is last, False, reason)
+    margin = CLEARLY * standard_error(last["val_accuracy"], num_val)
+    evidence = f"by more than {CLEARLY} standard errors of {num_val} photos"
+    if best["val_accuracy"] - last["val_accuracy"] > margin:
+        reason = f"{name_epoch(best)} was kept, which is better than the last {evidence}"
+        return Kept(int(best["epoch"]), False, False, reason)
+    reason = f"epoch {epoch} was kept, the last: no earlier one is better {evidence}"
+    return Kept(epoch, True, False, reason)
+
+
+def name_epoch(row: Mapping[str, float]) -> str:
+    return f"epoch {row['epoch']}" if row["epoch"] else "the head alone"
+
+
+def first_averaged(last_epoch: int) -> int:
+    """Return the first of the epochs whose weights `--keep average` takes the mean of."""
+    return last_epoch // 2 + 1
+
+
+def standard_error(accuracy: float, num_photos: int) -> float:
+    """Return the standard error of an accuracy that was measured on so many photos."""
+    # With a right and a wrong answer more, an accuracy of 1 has an error, too.
+    rate = (accuracy * num_photos + 1) / (num_photos + 2)
+    return math.sqrt(rate * (1 - rate) / num_photos)
+
+
 def best_row(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
-    """Return the epoch with the highest validation accuracy.
+    """Return the row with the highest validation accuracy; row 0 is that of the head alone.
 
     Of equal epochs it is the last, which a lower learning rate refined.
     """
@@ -87,10 +153,13 @@ def best_row(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
 def epochs_without_better(rows: Sequence[Mapping[str, float]]) -> int:
     """Return how many epochs have passed since the highest validation accuracy was first reached.
 
-    An epoch that is only equal is not better, although best_row keeps it.
+    An epoch that is only equal is not better, although best_row keeps it. The head alone counts as
+    no epoch.
     """
-    accuracies = [row["val_accuracy"] for row in rows]
-    return len(rows) - 1 - accuracies.index(max(accuracies))
+    accuracies = [row["val_accuracy"] for row in rows if row["epoch"] > 0]
+    if not accuracies:
+        return 0
+    return len(accuracies) - 1 - accuracies.index(max(accuracies))
 
 
 def overfits_from(rows: Sequence[Mapping[str, float]]) -> int | None:
@@ -99,22 +168,29 @@ def overfits_from(rows: Sequence[Mapping[str, float]]) -> int | None:
     Training overfits if by the last epoch the validation loss has risen above its lowest value,
     while the training loss has gone on falling. It did so from the epoch after the lowest value.
     """
-    lowest = min(rows, key=lambda row: row["val_loss"])
-    last = rows[-1]
+    epochs = [row for row in rows if row["epoch"] > 0]
+    if not epochs:
+        return None
+    lowest = min(epochs, key=lambda row: row["val_loss"])
+    last = epochs[-1]
     has_risen = last["val_loss"] > NOISE * lowest["val_loss"]
     if has_risen and last["train_loss"] < lowest["train_loss"]:
         return int(lowest["epoch"]) + 1
     return None
 
 
-def verdict(rows: Sequence[Mapping[str, float]]) -> str:
-    """Say in one sentence whether training overfits."""
+def verdict(rows: Sequence[Mapping[str, float]], kept: Kept) -> str:
+    """Say in one sentence whether training overfits, what it gains, and which weights are kept."""
     first = overfits_from(rows)
     train, val = rows[-1]["train_accuracy"], rows[-1]["val_accuracy"]
-    accuracies = f"training {train:.1%}, validation {val:.1%}"
-    kept = f"the weights of epoch {best_row(rows)['epoch']} were kept"
+    text = f"training {train:.1%}, validation {val:.1%}"
     if first:
-        return (
-            f"overfitting from epoch {first}: {accuracies}; {kept}; try fewer blocks or more photos"
-        )
-    return f"no overfitting: {accuracies}, a gap of {100 * (train - val):.1f} points; {kept}"
+        text = f"overfitting from epoch {first}: {text}"
+    else:
+        text = f"no overfitting: {text}, a gap of {100 * (train - val):.1f} points"
+    if rows[0]["epoch"] == 0 and len(rows) > 1:
+        text += f", the head alone {rows[0]['val_accuracy']:.1%}"
+    text += f"; {kept.reason}"
+    if first:
+        text += "; try fewer blocks or more photos"
+    return text

@@ -65,6 +65,15 @@ def model_card(
     class_list = ", ".join(_code(label) for label in classes[:MAX_CLASSES])
     if len(classes) > MAX_CLASSES:
         class_list += ", ..."
+    trained = "The head alone was fitted to the frozen model, by regularised logistic regression:"
+    how = f"The seed was {settings['seed']}. "
+    if summary["best_epoch"] > 0:
+        trained = f"Blocks {settings['blocks']}, the final norm and the head were trained:"
+        how = (
+            f"The settings were {settings['epochs']} epochs,\n{settings['batch_size']} photos per "
+            f"step, a peak learning rate of {settings['lr']:g} ({settings['head_lr']:g} for the "
+            f"head)\nand seed {settings['seed']}. "
+        )
     return f"""{_front_matter(summary, name, pets)}
 # {shown_name}
 
@@ -78,17 +87,16 @@ A Vision Transformer that distinguishes {len(classes)} classes. It was fine-tune
 | precision (weighted) | {summary["test_precision"]:.4f} |
 | recall (weighted) | {summary["test_recall"]:.4f} |
 
-The test photos were used once, at the end. The best epoch, {summary["best_epoch"]}, was chosen on
-the validation photos. Training: {summary["verdict"]}.
+The test photos were used once, at the end; which epoch to keep was chosen on the validation photos.
+Training: {summary["verdict"]}.
 The file classes.csv has the precision and recall of each class.
 {confused}
 ## How it was trained
 
-Blocks {settings["blocks"]}, the final norm and the head were trained:
+{trained}
 {summary["trainable_parameters"]:,} of {summary["total_parameters"]:,} parameters. The others are
-those of the base model. The settings were {settings["epochs"]} epochs, {settings["batch_size"]}
-photos per step, a peak learning rate of {settings["lr"]:g} and seed {settings["seed"]}. Training
-took {summary["seconds"]:.0f} seconds in {summary["precision"]} on {summary["device"]}.
+those of the base model. {how}Training took {summary["seconds"]:.0f} seconds in
+{summary["precision"]} on {summary["device"]}.
 
 ## How to use it
 

@@ -13,29 +13,33 @@ from ..model import ViT, trainable
 WARMUP = 0.1  # fraction of all steps
 
 
-def parameter_groups(model: ViT, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+def parameter_groups(
+    model: ViT, weight_decay: float, layer_decay: float = 1.0, head_scale: float = 1.0
+) -> list[dict]:
     """Group the trainable parameters for AdamW.
 
     Weight matrices decay; biases and the scales of norms and LayerScale do not. The learning rate
-    of a group is `lr_scale` times that of the step: 1 for the final norm and the head, and
-    `layer_decay` to the power of a block's distance from them, as in timm and BEiT
+    of a group is `lr_scale` times that of the step: `head_scale` for the head, 1 for the final
+    norm, and `layer_decay` to the power of a block's distance from them, as in timm and BEiT
     (https://arxiv.org/abs/2106.08254).
     """
-    groups: dict[tuple[bool, int], dict] = {}
+    groups: dict[tuple[bool, float], dict] = {}
     for name, parameter in trainable(model).items():
         is_matrix = parameter.ndim > 1
-        distance = 0
-        if name.startswith("blocks.") and layer_decay != 1:
+        lr_scale = 1.0
+        if name.startswith("head."):
+            lr_scale = head_scale
+        if name.startswith("blocks."):
             block = int(name.split(".")[1])
-            distance = len(model.blocks) - block
-        if (is_matrix, distance) not in groups:
-            groups[is_matrix, distance] = {
+            lr_scale = layer_decay ** (len(model.blocks) - block)
+        if (is_matrix, lr_scale) not in groups:
+            groups[is_matrix, lr_scale] = {
                 "params": [],
                 "weight_decay": weight_decay if is_matrix else 0.0,
                 "lr": 0.0,
-                "lr_scale": layer_decay**distance,
+                "lr_scale": lr_scale,
             }
-        groups[is_matrix, distance]["params"].append(parameter)
+        groups[is_matrix, lr_scale]["params"].append(parameter)
     return list(groups.values())
 
 

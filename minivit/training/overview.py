@@ -9,10 +9,17 @@ import torch
 
 from ..data.datasets import Data
 from ..model import ViT
+from ..settings import MAX_BATCH, MIN_EPOCHS, MIN_STEPS, TrainSettings
 
 
-def describe_training(model: ViT, data: Data, device: torch.device, amp: torch.dtype | None) -> str:
-    """Describe in a table what trains, on which photos and on which device."""
+def describe_training(
+    model: ViT,
+    data: Data,
+    settings: TrainSettings,
+    device: torch.device,
+    amp: torch.dtype | None,
+) -> str:
+    """Describe in a table what trains, on which photos and on which device, and for how long."""
     c = model.config
     precision = "float32"
     if amp is not None:
@@ -22,6 +29,7 @@ def describe_training(model: ViT, data: Data, device: torch.device, amp: torch.d
         f"{c.img_size[0]} x {c.img_size[1]} pixels in patches of {c.patch_size}",
         f"{len(data.classes)} classes; photos: {count_photos(data)}",
         f"on {device}, {precision}",
+        *describe_epochs(model, data, settings),
         "",
         f"{'':12} {'parameters':>12} {'trained':>12}",
         _count_parameters(
@@ -41,6 +49,27 @@ def describe_training(model: ViT, data: Data, device: torch.device, amp: torch.d
     lines.append(_count_parameters("head", list(model.head.parameters())))
     lines.append(_count_parameters("all", list(model.parameters())))
     return "\n".join(lines) + "\n"
+
+
+def describe_epochs(model: ViT, data: Data, settings: TrainSettings) -> list[str]:
+    """Say how many epochs there are and how photos are augmented, and why if we chose it."""
+    if not model.norm.weight.requires_grad:
+        return ["the head alone, fitted once to the frozen model: there are no epochs"]
+    steps = settings.steps_per_epoch(len(data.train))
+    epochs = f"{settings.epochs} epochs of {count(steps, 'step')} of {settings.batch_size} photos"
+    is_adapted = settings.batch_size < MAX_BATCH or settings.epochs > MIN_EPOCHS
+    if {"epochs", "batch_size"} <= set(settings.chosen) and is_adapted:
+        epochs += f", to take at least {MIN_STEPS} steps with few photos"
+    views = "photos are augmented anew in each epoch"
+    if settings.views_to_keep():
+        views = f"{settings.cache_views} augmented views of each photo are kept for all epochs"
+        if "cache_views" in settings.chosen:
+            views += ", because frozen blocks are slow on a CPU (--cache-views 0 keeps none)"
+    return [epochs, views]
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _count_parameters(name: str, parameters: Sequence[torch.nn.Parameter]) -> str:

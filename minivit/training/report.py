@@ -33,6 +33,7 @@ def draw_figures(
     executor: Executor,
     out: Path,
     rows: Sequence[Mapping[str, float]],
+    kept: metrics.Kept,
     data: Data,
     logits: Tensor,
     confusion: Tensor,
@@ -49,12 +50,11 @@ def draw_figures(
     )
     confusion_title = f"{num_right} of {num_photos} test photos right"
     pairs = name_pairs(confusion, data.classes)
-    best_epoch = metrics.best_row(rows)["epoch"]
     overfits_from = metrics.overfits_from(rows)
     arguments = {
         "predictions": (*_choose_predictions(data, logits), predictions_title),
         "confusion": (confusion.numpy(), data.classes, confusion_title, pairs),
-        "curves": (rows, best_epoch, overfits_from, metrics.verdict(rows)),
+        "curves": (rows, kept.epoch, overfits_from, metrics.verdict(rows, kept)),
     }
     figures = {}
     for name, args in arguments.items():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checkpoints.tensors import TAIL_KEY, tail_metadata
 from ..errors import UserError
-from ..settings import TrainSettings, flag, list_changes
+from ..settings import AUTO, TrainSettings, flag, list_changes
 from ..system import files
 from .metrics import overfits_from
 from .state import read_state
@@ -204,6 +204,9 @@ def check_finished(out: Path, settings: TrainSettings, precision: str) -> None:
     names = ("model", "revision", "img_size", "data", "blocks")
     wanted = settings.mathematics() | {flag(name): getattr(settings, name) for name in names}
     wanted["precision"] = precision
+    for name in summary["settings"].get("chosen", ()):
+        if getattr(settings, name) == AUTO:  # It would be chosen again.
+            wanted[flag(name)] = before[flag(name)]
     wanted = json.loads(json.dumps(wanted))  # A tuple, for example, becomes a list.
     for name in ("--model", "--data"):
         if name in before and _is_same_place(before[name], wanted[name]):  # as data and ./data/ are
@@ -301,14 +304,20 @@ def report_epoch(rows: Sequence[Mapping[str, float]], epochs: int, out: Path) ->
     """Write metrics.jsonl, and print its last row as a line."""
     write_rows(rows, out)
     row = rows[-1]
+    scores = (
+        f"training {row['train_accuracy']:.4f} (loss {row['train_loss']:.4f}) · "
+        f"validation {row['val_accuracy']:.4f} (loss {row['val_loss']:.4f})"
+    )
+    if row["epoch"] == 0:
+        print(f"the head alone · {scores} · {row['seconds']:.1f} s", flush=True)
+        return
     gap = f"gap {100 * (row['train_accuracy'] - row['val_accuracy']):.1f} points"
     first = overfits_from(rows)
     if first is not None:
         gap += f", overfitting since epoch {first}"
     print(
         f"epoch {row['epoch']}/{epochs} · loss {row['loss']:.4f} · "
-        f"training {row['train_accuracy']:.4f} (loss {row['train_loss']:.4f}) · "
-        f"validation {row['val_accuracy']:.4f} (loss {row['val_loss']:.4f}) · {gap} · "
+        f"{scores} · {gap} · "
         f"{row['images_per_s']:.0f} images/s (MFU {row['mfu']:.0%}) · {row['seconds']:.1f} s",
         flush=True,
     )

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..checkpoints.tensors import save_tensors
 from ..errors import UserError, first_few
 from ..model import ViT, trainable
-from ..settings import list_changes
+from ..settings import TrainSettings, list_changes
+from . import metrics
 from .optimizer import AdamW, parameter_groups
 
 # The fields of a RunState that are saved as JSON.
@@ -44,7 +45,9 @@ class RunState:
     step: int = 0
     lr: float = 0.0  # of the last step
     rows: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl
-    best: dict[str, Tensor] = field(default_factory=dict)  # the best epoch's trainable weights
+    # The trainable weights that may be kept at the end, besides the last ones: those of the best
+    # epoch so far or, with --keep average, the mean so far.
+    kept: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0  # spent on the epoch under way
     spent: float = 0.0  # seconds spent on the whole run
     stopped: bool = False  # by a signal; this is not saved
@@ -57,6 +60,20 @@ class RunState:
         """Copy the trainable weights to the CPU."""
         parameters = trainable(self.model)
         return {name: weight.detach().cpu().clone() for name, weight in parameters.items()}
+
+    def update_kept(self, current: dict[str, Tensor], settings: TrainSettings) -> None:
+        """Update `kept` after an epoch, whose row is the last, that left the weights `current`."""
+        if settings.keep != "average":
+            if metrics.best_row(self.rows) is self.rows[-1]:
+                self.kept = current
+            return
+        epoch = int(self.rows[-1]["epoch"])
+        count = epoch - metrics.first_averaged(settings.epochs) + 1  # epochs averaged so far
+        if count == 1:
+            self.kept = current
+        if count > 1:
+            for name, mean in self.kept.items():
+                self.kept[name] = mean + (current[name] - mean) / count
 
     def free_device_memory(self) -> None:
         """Release the model and the optimizer's state; training cannot go on afterwards."""
@@ -75,11 +92,11 @@ class RunState:
         if weights is None:
             weights = self.trainable_weights()
         tensors = {f"tail.{name}": tensor for name, tensor in weights.items()}
-        best_is_current = all(
-            torch.equal(tensor, weights[name]) for name, tensor in self.best.items()
+        kept_is_current = all(
+            torch.equal(tensor, weights[name]) for name, tensor in self.kept.items()
         )
-        if not best_is_current:
-            tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        if not kept_is_current:
+            tensors |= {f"kept.{name}": tensor for name, tensor in self.kept.items()}
         for i, parameter_state in enumerate(self.optimizer.state):
             for name, tensor in parameter_state.items():
                 tensors[f"optimizer.{i}.{name}"] = tensor.to("cpu", copy=True)
@@ -95,14 +112,14 @@ class RunState:
             part, _, rest = name.partition(".")
             if part == "tail":
                 weights[rest] = tensor
-            elif part == "best":
-                self.best[rest] = tensor
+            elif part == "kept":
+                self.kept[rest] = tensor
             else:
                 i, _, key = rest.partition(".")
                 self.optimizer.state[int(i)][key].copy_(tensor)
         set_trainable(self.model, weights)
-        if about["rows"] and not self.best:  # The best epoch is the last one.
-            self.best = weights
+        if about["rows"] and not self.kept:  # They are those of the last epoch.
+            self.kept = weights
         self.scaler.load_state_dict(about["scaler"])
         for name in JSON_FIELDS:
             setattr(self, name, about[name])
@@ -116,9 +133,10 @@ def new_state(
     micro_batch: int,
     weight_decay: float,
     layer_decay: float = 1.0,
+    head_scale: float = 1.0,
 ) -> RunState:
     """Return the state of a run that has taken no step: fresh AdamW, and a scaler for fp16."""
-    optimizer = AdamW(parameter_groups(model, weight_decay, layer_decay))
+    optimizer = AdamW(parameter_groups(model, weight_decay, layer_decay, head_scale))
     device = model.cls_token.device.type
     scaler = torch.amp.GradScaler(device, enabled=amp is torch.float16)
     return RunState(model, cut, amp, micro_batch, optimizer, scaler)

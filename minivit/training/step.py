@@ -293,6 +293,19 @@ def predict(model: ViT, batches: Iterable[Tensor], *, cut: int) -> Tensor:
 
 
 @torch.no_grad()
+def head_inputs(model: ViT, batches: Iterable[Tensor], *, cut: int) -> Tensor:
+    """Return what the head reads, float32 (n, D) on the CPU, of batches of features (B, N, D).
+
+    Raises StopRequested if a stop was requested.
+    """
+    inputs = []
+    for batch in batches:
+        stop_here()
+        inputs.append(model.head_inputs(batch, start=cut).float())
+    return torch.cat(inputs).cpu()
+
+
+@torch.no_grad()
 def predict_photos(model: ViT, pixels: Source, *, batch: int) -> Tensor:
     """Return the logits, float32 (n, C) on the CPU, of pixels, uint8 (n, 3, h, w).
 

@@ -27,7 +27,10 @@ DESCRIPTION = (
     "The whole story on drawings, offline: a model that names furniture learns to see the animals."
 )
 PER_BREED = (130, 25)  # photos in trainval and in test
-TRAINING = ("--epochs", "6", "--batch-size", "16", "--lr", "2e-3", "--amp", "off")
+# The model is tiny, so it learns at a higher rate, and its frozen blocks cost little.
+TRAINING = shlex.split(
+    "--epochs 6 --batch-size 16 --lr 2e-3 --head-lr 2e-3 --cache-views 0 --amp off"
+)
 # The commands that tell the story. They import torch only when they are run.
 COMMANDS = {
     "infer": commands.infer,

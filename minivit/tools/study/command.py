@@ -226,6 +226,7 @@ def fingerprint(model: ViT, data: Data, amp: torch.dtype | None) -> dict[str, ob
     """Return what the result depends on besides the flags: model, precision and split photos."""
     from ...checkpoints.tensors import content_hash
     from ...data import store
+    from ...training.fingerprint import MATHEMATICS
 
     splits = (data.train, data.val, data.test)
     return {
@@ -233,6 +234,7 @@ def fingerprint(model: ViT, data: Data, amp: torch.dtype | None) -> dict[str, ob
         "the model": str(model.config),
         "its preprocessing": str(model.preprocess),
         "precision": str(amp),
+        "the version of training": MATHEMATICS,
         "the checksum of the photos": store.checksum(*((s.paths, s.labels) for s in splits)),
     }
 

@@ -16,14 +16,17 @@ from ...cli import parse_blocks
 from ...data.datasets import Data, Split
 from ...errors import UserError
 from ...model import ViT, copy_trainable, freeze_except, working_copy
-from ...settings import MIN_STEPS, TrainSettings
+from ...settings import MIN_EPOCHS, TrainSettings, epochs_for
 from ...system.device import pick_micro_batch
 from ...system.signals import StopRequested, stop_requests
 from ...training.features import TrainableLayers
+from ...training.linear_head import fit_linear_head
+from ...training.metrics import choose_kept
 from ...training.state import RunState, new_state, set_trainable
 from ...training.step import (
     EpochPhotos,
     draw_epoch,
+    head_inputs,
     mean_loss,
     predict,
     score_predictions,
@@ -31,8 +34,6 @@ from ...training.step import (
 )
 from ...training.views import given_features
 from .features import StudyFeatures
-
-MIN_EPOCHS = 5  # Few photos get more epochs.
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def plan(
             train = choose_photos(data.train, count, seed)
             num_epochs = epochs
             if num_epochs is None:
-                steps_per_epoch = math.ceil(len(train) / settings.batch_size)
-                num_epochs = max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch))
+                steps_per_epoch = settings.steps_per_epoch(len(train))
+                num_epochs = epochs_for(steps_per_epoch)
             for blocks, cut in cuts.items():
                 cell_settings = replace(settings, blocks=blocks, seed=seed, epochs=num_epochs)
                 cells.append(Cell(count, cut, train, cell_settings))
@@ -158,7 +159,7 @@ def evaluation_interval(epochs: int) -> int:
 def run_cell(
     cell: Cell, model: ViT, data: Data, features: StudyFeatures, amp: torch.dtype | None
 ) -> dict[str, object] | None:
-    """Fine-tune as train.py does, but from the kept features, and test the best epoch's weights.
+    """Fine-tune as train.py does, but from the kept features, and test the weights that it keeps.
 
     A cell is one run of the study's grid.
 
@@ -174,17 +175,21 @@ def run_cell(
         amp=amp,
         micro_batch=pick_micro_batch(None, settings.batch_size, device, amp),
         weight_decay=settings.weight_decay,
+        head_scale=settings.head_lr / settings.lr,
     )
     weights_before = state.trainable_weights()
     eval_model = working_copy(state.model, device, amp, train=False)
     try:
-        val_accuracy = train_cell(cell, state, eval_model, data.val, features)
+        if cell.cut == model.config.depth:
+            fit_head(cell, state, eval_model, features)
+        else:
+            train_cell(cell, state, eval_model, data.val, features)
     except StopRequested:
         state.stopped = True
     if state.stopped:
         return None
-    set_trainable(state.model, state.best)
     copy_trainable(eval_model, state.model)
+    val_accuracy = accuracy(eval_model, data.val, features)
     train_accuracy = accuracy(eval_model, cell.train, features)
     test_accuracy = accuracy(eval_model, data.test, features)
     # Weights in float32 on the CPU are shared with `model`.
@@ -206,8 +211,8 @@ def run_cell(
 
 def train_cell(
     cell: Cell, state: RunState, eval_model: ViT, val: Split, features: StudyFeatures
-) -> float:
-    """Train all epochs, keep the best one's weights in state.best, and return its accuracy.
+) -> None:
+    """Train all epochs, and leave the weights that are kept in the model.
 
     Stops early, with state.stopped set, if a stop was requested.
     """
@@ -217,7 +222,6 @@ def train_cell(
     num_views = min(settings.cache_views, settings.epochs)
     views = [features.view(i, cell.train.paths) for i in range(num_views)]
     interval = evaluation_interval(settings.epochs)
-    best_accuracy = 0.0
     with stop_requests() as stop_requested:
         while state.epoch <= settings.epochs and not state.stopped:
             order, draws = draw_epoch(len(labels), settings.seed, state.epoch)
@@ -230,14 +234,21 @@ def train_cell(
             if state.epoch % interval == 0 or state.epoch == settings.epochs:
                 copy_trainable(eval_model, state.model)
                 val_accuracy = accuracy(eval_model, val, features)
-                # Of equal epochs, the last is the best, as in train.py.
-                if val_accuracy >= best_accuracy:
-                    best_accuracy = val_accuracy
-                    state.best = state.trainable_weights()
+                state.rows.append({"epoch": state.epoch, "val_accuracy": val_accuracy})
+                state.update_kept(state.trainable_weights(), settings)
                 state.stopped = stop_requested()
             state.epoch += 1
             state.losses = []
-    return best_accuracy
+    if not state.stopped and not choose_kept(state.rows, settings.keep, len(val)).is_last:
+        set_trainable(state.model, state.kept)
+
+
+def fit_head(cell: Cell, state: RunState, eval_model: ViT, features: StudyFeatures) -> None:
+    """Fit the head alone to the frozen model, as train.py does."""
+    labels = torch.tensor(cell.train.labels)
+    inputs = head_inputs(eval_model, features.batches(cell.train.paths), cut=cell.cut)
+    head = fit_linear_head(inputs, labels, eval_model.config.num_classes)
+    set_trainable(state.model, {"head.weight": head.weight, "head.bias": head.bias})
 
 
 def accuracy(model: ViT, split: Split, features: StudyFeatures) -> float:
