@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TINY, rows_of, run_train
+from simulated_mps import MPS, simulated_mps
+from torch.nn import functional as F
 
+import infer
+import train
+from minivit import ViT
 from minivit.commands import train_parser
 from minivit.errors import UserError
 from minivit.system import device
@@ -106,3 +113,72 @@ def test_as_many_workers_as_this_process_may_use_cores():
     finally:
         os.sched_setaffinity(0, allowed)
     assert train_parser().parse_args([]).workers == len(allowed)
+
+
+# Apple's mps, simulated
+
+
+def test_the_simulated_mps_refuses_what_mps_does(monkeypatch):
+    """Otherwise the tests below would prove nothing."""
+    with simulated_mps(monkeypatch):
+        there = torch.zeros(1, 1, 2, 2, device="mps")
+        assert there.device == MPS
+        assert (there + 1).device == MPS
+        assert there.cpu().device.type == "cpu"
+        for refused in (
+            lambda: there.double(),
+            lambda: torch.tensor([1.0], dtype=torch.float64).to(MPS),
+            lambda: there + torch.zeros(2),
+            lambda: F.grid_sample(there, torch.zeros(1, 2, 2, 2, device="mps")),
+            lambda: F.interpolate(there, (4, 4), mode="bicubic", antialias=True),
+        ):
+            with pytest.raises((TypeError, RuntimeError), match="mps|MPS"):
+                refused()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_on_mps_is_that_on_the_cpu(monkeypatch, tiny_saved, shapes_data, tmp_path):
+    flags = ["--batch-size", "8", "--lr", "0.003", "--epochs", "2", "--model", str(tiny_saved)]
+    flags += ["--data", str(shapes_data)]
+    with simulated_mps(monkeypatch):
+        for views, out in (("1", "mps"), ("0", "anew")):
+            kind = ["--device", "mps", "--cache-views", views, "--out", str(tmp_path / out)]
+            assert train.main([*flags, *kind]) == 0
+        dry = ["--device", "mps", "--dry-run", "--img-size", "48", "--out", str(tmp_path / "dry")]
+        assert train.main([*flags, *dry]) == 0
+    assert (
+        run_train(tiny_saved, shapes_data, tmp_path / "cpu", "--epochs", "2", "--cache-views", "1")
+        == 0
+    )
+    # Photos are evaluated in larger batches than on a CPU, which changes the rounding.
+    for row, on_cpu in zip(rows_of(tmp_path / "mps"), rows_of(tmp_path / "cpu"), strict=True):
+        assert row == pytest.approx(on_cpu, rel=1e-2, abs=1e-5)
+
+
+def test_other_commands_run_on_mps(monkeypatch, tiny_saved, shapes_data, tmp_path):
+    photo = str(shapes_data / "test" / "red" / "0.png")
+    model = ["--model", str(tiny_saved), "--device", "mps"]
+    with simulated_mps(monkeypatch):
+        for method in ("attention", "rollout", "relevance"):
+            flags = ["--method", method, "--out", str(tmp_path / method), "--html", "--npz"]
+            assert infer.main([photo, *model, *flags, "--layers", "10-11"]) == 0
+
+
+def test_positions_are_resampled_on_the_cpu_for_mps(monkeypatch):
+    model = ViT(replace(TINY, pos_grid=(6, 6), pos_antialias=True))
+    with simulated_mps(monkeypatch):
+        positions = model.resample(torch.nn.Parameter(model.pos_embed.detach().to(MPS)))
+        assert positions.device == MPS
+        assert positions.cpu().equal(model.positions())
+
+
+def test_mps_computes_in_float32_unless_asked_for_bf16(monkeypatch):
+    newest = torch.backends.mps
+    monkeypatch.setattr(newest, "is_macos_or_newer", lambda *_: True)
+    assert device.pick_amp("auto", MPS) is None
+    assert device.pick_amp("bf16", MPS) is torch.bfloat16
+    with pytest.raises(UserError, match="amp fp16: .* use --amp bf16"):
+        device.pick_amp("fp16", MPS)
+    monkeypatch.setattr(newest, "is_macos_or_newer", lambda *_: False)
+    with pytest.raises(UserError, match="expected macOS 14 or newer"):
+        device.pick_amp("bf16", MPS)

@@ -26,6 +26,9 @@ def augment(images: Tensor, draws: Tensor) -> Tensor:
     Half of the images are flipped, the rotation is at most 10 degrees either way, and the crop
     keeps 80 to 100% of each side. Reflection fills the corners that a rotation leaves empty.
     """
+    if images.device.type == "mps":
+        # torch samples with reflection there in some versions only.
+        return augment(images.cpu(), draws.cpu()).to(images.device)
     h, w = images.shape[-2:]
     flip_draw, angle_draw, size_draw, x_draw, y_draw = draws.to(images.device).unbind(1)
     flip = torch.where(flip_draw < 0.5, -1.0, 1.0)

@@ -61,6 +61,8 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     or AVX512-BF16), fp16 on older CUDA devices, and float32 elsewhere. Raises UserError for a
     precision that the device does not have.
     """
+    if device.type == "mps":
+        _check_amp_of_mps(name)
     older_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
     if name == "auto":
         if device.type == "cuda":
@@ -72,6 +74,18 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
             "amp bf16: this GPU is older than Ampere and would emulate it; use --amp fp16"
         )
     return DTYPES[name]
+
+
+def _check_amp_of_mps(name: str) -> None:
+    """Raise UserError for a precision in which torch does not train on Apple's mps.
+
+    torch 2.6 cannot scale gradients there, and later versions made fp16 gradients 0.
+    Sources: https://github.com/pytorch/pytorch/issues/142397, .../pull/184286
+    """
+    if name == "fp16":
+        raise UserError("amp fp16: torch's gradient scaler is not sound on mps; use --amp bf16")
+    if name == "bf16" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise UserError("amp bf16: expected macOS 14 or newer, which has it on mps; use --amp off")
 
 
 @functools.cache
