@@ -47,6 +47,7 @@ lint: .venv/installed-dev ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --platform win32
 
 clean: ## remove .venv and caches; runs/, data/ and attention/ stay
 	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -23,6 +23,10 @@ from PIL import Image
 # also reaches the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+if sys.platform == "win32":
+    # These modules fork, kill, or use POSIX's locks, pipes and limits throughout.
+    modules = ("ahead", "data_folders", "files", "fuzz", "hub", "serve", "signals", "store")
+    collect_ignore = [f"test_{name}.py" for name in (*modules, "workers")]
 # No test may reach the Hub. Tests of downloads start processes that ask a local server instead.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # A shell's background job ignores SIGINT, and so would every process that a test starts from it.

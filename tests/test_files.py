@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import getpass
 import json
 import os
+import pwd
+import resource
 import signal
 import subprocess
 import sys
@@ -23,10 +26,6 @@ from minivit.errors import UserError
 from minivit.system import files, home
 from minivit.system.files import _unfinished as unfinished
 from minivit.system.files import locked, read_json, remove_unfinished, whole_file, write_json
-
-fcntl = pytest.importorskip("fcntl", reason="these files, signals and limits are those of POSIX")
-pwd = pytest.importorskip("pwd")
-resource = pytest.importorskip("resource")
 
 
 @pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt])

