@@ -21,7 +21,7 @@ FIRST = [README, *(DOCS / f"{name}.md" for name in ORDER)]
 PAGES = [*FIRST, *sorted({*DOCS.glob("*.md")} - {*FIRST}), CONTRIBUTING]
 FENCED = re.compile(r"(?ms)^```(\w*)\n(.*?)^```$")
 PROGRAMS = ("git", "hf", "infer.py", "make", "pip", "python", "python3", "taskset", "torchrun")
-PROGRAMS += ("train.py", ".", ".venv/bin/pip")
+PROGRAMS += ("minivit-infer", "minivit-train", "train.py", ".", ".venv/bin/pip")
 PACKAGE = sorted((ROOT / "minivit").rglob("*.py"))
 SOURCES = [*PACKAGE, *ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]
 

@@ -75,6 +75,7 @@ def check_command(words: list[str]) -> None:
     for end in (">", "|", "&&", "&"):
         if end in words:
             words = words[: words.index(end)]
+    words[0] = re.sub(r"^minivit-(train|infer)$", r"\1.py", words[0])
     program, *arguments = words
     program = program.removeprefix(".venv/bin/")
     if program in ("python", "python3"):
@@ -228,12 +229,15 @@ NOT_RUN = {
     r".* --download": "fetches 774 MiB from Oxford's server",
     r"make demo|python -m minivit demo": "test_demo.py runs it",
     r".* --compile": "takes minutes, and needs a compiler of C++",
-    r"make (test|coverage|mutants|fuzz|lint|figures|bench)": "a suite does not run itself",
+    r"make (test|coverage|mutants|fuzz|lint|figures|bench)|python -m pytest": (
+        "a suite does not run itself"
+    ),
     r"(taskset .*)?python benchmarks/": "takes minutes or a GPU; test_benchmarks.py starts each",
 }
 # Changes to the commands that run. All else in them is the name of a file, and stands as it is.
 SUBSTITUTIONS = {
     r"^(train|infer)\.py": r"python \1.py",  # as the text calls them
+    r"^minivit-(train|infer)": r"python \1.py",  # the same where minivit is installed
     r"^\.venv/bin/python": "python",
     r"--nproc-per-node 8": "--nproc-per-node 1",  # one process on the CPU for each GPU
     r"HOST": "127.0.0.1",
