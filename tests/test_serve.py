@@ -588,6 +588,7 @@ def test_a_photo_that_cannot_be_kept_is_answered_all_the_same(
 def run_serve(monkeypatch, *flags) -> int:
     """Run the command up to where it would wait for requests."""
     monkeypatch.setattr(Server, "serve_forever", lambda self: None)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which the command would set for good
     return __main__.main(["serve", "--device", "cpu", "--amp", "off", *flags])
 
 
@@ -868,6 +869,7 @@ def test_before_and_after_stand_side_by_side(visit, pair, width):
     assert in_frame(tab, "return document.documentElement.scrollWidth - innerWidth") <= 0
     labels = {label.text for label in tab.find_elements("css selector", ".name bdi")}
     assert len(labels) == 2
+    assert all(card.rect["height"] < 260 for card in cards)  # whatever the length of a name
 
 
 def test_a_camera_that_is_denied_is_explained(visit, page):

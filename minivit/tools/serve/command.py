@@ -59,6 +59,9 @@ def port_number(text: str) -> int:
 def serve(args: argparse.Namespace) -> int:
     """Load the models, say where the page is, and answer until a signal ends this process."""
     started = time.perf_counter()
+    # A browser may keep the cores busy, too. Threads that wait for each other actively, as torch's
+    # do by default, then take many times as long. OpenMP reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from .server import Server
 
     # A port that is taken is found before the models are loaded. Browsers wait until they are.
