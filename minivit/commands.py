@@ -108,6 +108,12 @@ def train_parser() -> cli.Parser:
         help="share of the target that is spread over all classes",
     )
     add(
+        "--class-weights",
+        choices=("none", "balanced"),
+        help="balanced: in the loss, photos of a class count inversely to the number of its "
+        "photos, so that all classes count the same",
+    )
+    add(
         "--cache-views",
         type=cli.views,
         metavar="auto|K",

@@ -41,6 +41,7 @@ class TrainSettings:
     weight_decay: float = 0.05
     layer_decay: float = 1.0
     label_smoothing: float = 0.0
+    class_weights: str = "none"  # in the loss, one of class_weights.CLASS_WEIGHTS
     cache_views: int = AUTO
     patience: int | None = None  # epochs without a better one; None: never stop early
     keep: str = "auto"  # which weights are tested and written, one of metrics.KEEP
@@ -67,7 +68,7 @@ class TrainSettings:
     def mathematics(self) -> dict[str, object]:
         """Return the settings that change the result, by flag; `--resume` keeps to them."""
         names = ["epochs", "batch_size", "lr", "head_lr", "weight_decay", "layer_decay"]
-        names += ["label_smoothing", "cache_views", "patience", "keep", "seed"]
+        names += ["label_smoothing", "class_weights", "cache_views", "patience", "keep", "seed"]
         values = asdict(self)
         return {flag(name): values[name] for name in names}
 

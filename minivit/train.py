@@ -38,6 +38,7 @@ from .system import distributed, files
 from .system.signals import StopRequested, during_evaluation, held_back, stop_requests
 from .system.workers import worker_pool, write_behind
 from .training import metrics, publishing, report, run_folder
+from .training.class_weights import balanced_weights
 from .training.features import (
     FeatureExtractor,
     TrainableLayers,
@@ -179,7 +180,7 @@ def run_epochs(
     evaluation = Evaluation(state, extractor, train_split, val_split, keep=keep)
 
     if not state.rows:
-        state.rows.append(evaluation.evaluate_head_alone(state))
+        state.rows.append(evaluation.evaluate_head_alone(state, settings))
         if recorder is not None:
             recorder.save_and_report(state, state.trainable_weights())
     if state.cut == state.model.config.depth:
@@ -243,7 +244,7 @@ class Evaluation:
             self.batches[name] = extractor.evaluation(pixels, share, keep=keep)
 
     @during_evaluation()
-    def evaluate_head_alone(self, state: RunState) -> dict[str, float]:
+    def evaluate_head_alone(self, state: RunState, settings: TrainSettings) -> dict[str, float]:
         """Fit the head alone to the frozen model, and return a row for it, as epoch 0.
 
         The row's `loss` is that of the fitted head. Its weights become state.kept, and also those
@@ -259,7 +260,12 @@ class Evaluation:
             # mps lacks some of linear algebra.
             device = state.device if state.device.type == "cuda" else torch.device("cpu")
             num_classes = state.model.config.num_classes
-            head = fit_linear_head(inputs.to(device), labels.to(device), num_classes)
+            class_weights = None
+            if settings.class_weights == "balanced":
+                class_weights = balanced_weights(labels, num_classes).to(device)
+            head = fit_linear_head(
+                inputs.to(device), labels.to(device), num_classes, class_weights=class_weights
+            )
             return {"head.weight": head.weight.cpu(), "head.bias": head.bias.cpu()}
 
         before = state.trainable_weights()

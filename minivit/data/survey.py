@@ -103,7 +103,7 @@ KINDS = {
     "imbalance": (
         "warning",
         "{n} class{es} {have} less than a third of the photos of the largest ({names})",
-        "look at macro F1, or add photos",
+        "look at macro F1, train with --class-weights balanced, or add photos",
     ),
     "copies-labels": (
         "warning",

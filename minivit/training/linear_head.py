@@ -32,11 +32,14 @@ class LinearHead:
     accuracy: float  # of the cross-validation: photos predicted by heads that had not seen them
 
 
-def fit_linear_head(features: Tensor, labels: Tensor, num_classes: int) -> LinearHead:
+def fit_linear_head(
+    features: Tensor, labels: Tensor, num_classes: int, class_weights: Tensor | None = None
+) -> LinearHead:
     """Fit a linear head to features, float32 (n, D), and labels (n,), on the features' device.
 
-    Of STRENGTHS it takes the one with which heads fitted to the other folds predict most photos
-    right; of equal ones, that with the lowest loss.
+    With `class_weights` (C,), a photo counts as much as its class's weight says, in the fit and in
+    the choice of the penalty. Of STRENGTHS it takes the one with which heads fitted to the other
+    folds predict most photos right; of equal ones, that with the lowest loss.
     """
     mean = features.mean(0)
     scale = (features - mean).square().mean().sqrt().clamp(min=1e-12)
@@ -45,15 +48,19 @@ def fit_linear_head(features: Tensor, labels: Tensor, num_classes: int) -> Linea
     # One problem for each fold, which leaves out its photos, and a last one with all photos.
     problems = torch.arange(FOLDS + 1, device=inputs.device)
     used = (fold_of != problems[:, None]).float()  # (P, n)
+    photo_weights = torch.ones_like(inputs[:, 0])
+    if class_weights is not None:
+        photo_weights = class_weights[labels]
 
     best: tuple[float, float] = (-1.0, 0.0)
     solution = inputs.new_zeros(FOLDS + 1, inputs.shape[1] + 1, num_classes)
     for strength in STRENGTHS:
         # The solution of the stronger penalty is near, so that few iterations are needed.
-        solution = solve(inputs, labels, used, strength, start=solution)
+        solution = solve(inputs, labels, used * photo_weights, strength, start=solution)
         logits = (with_ones(inputs) @ solution)[fold_of, torch.arange(len(labels))]
-        accuracy = (logits.argmax(1) == labels).float().mean().item()
-        loss = F.cross_entropy(logits, labels).item()
+        is_right = (logits.argmax(1) == labels).float()
+        accuracy = (is_right * photo_weights).mean().item()  # The weights have a mean of 1.
+        loss = F.cross_entropy(logits, labels, weight=class_weights).item()
         if (accuracy, -loss) > best:
             best = (accuracy, -loss)
             chosen = strength
@@ -82,7 +89,7 @@ def solve(inputs: Tensor, labels: Tensor, used: Tensor, strength: float, start: 
     """Return the weights (P, D + 1, C) of logistic regression on the photos that each problem uses.
 
     `inputs` are (n, D) with mean 0; the last row of the weights is the bias, which is not
-    penalised. `used` (P, n) is 1 for the photos that a problem uses and 0 for others.
+    penalised. `used` (P, n) is how much a photo counts in a problem, 0 if it is left out.
 
     This is Nesterov's gradient descent, restarted where the momentum points uphill
     (https://arxiv.org/abs/1204.3982). Each step is divided by a bound of the second derivative,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
 from ..data.datasets import Data
+from ..errors import printable
 from ..model import ViT
 from ..settings import MAX_BATCH, MIN_EPOCHS, MIN_STEPS, TrainSettings
 
@@ -29,6 +31,7 @@ def describe_training(
         f"{c.img_size[0]} x {c.img_size[1]} pixels in patches of {c.patch_size}",
         f"{len(data.classes)} classes; photos: {count_photos(data)}",
         f"on {device}, {precision}",
+        *describe_class_weights(data, settings),
         *describe_epochs(model, data, settings),
         "",
         f"{'':12} {'parameters':>12} {'trained':>12}",
@@ -49,6 +52,19 @@ def describe_training(
     lines.append(_count_parameters("head", list(model.head.parameters())))
     lines.append(_count_parameters("all", list(model.parameters())))
     return "\n".join(lines) + "\n"
+
+
+def describe_class_weights(data: Data, settings: TrainSettings) -> list[str]:
+    """Say how much a photo of the largest and of the smallest class counts, if not the same."""
+    if settings.class_weights != "balanced":
+        return []
+    sizes = Counter(data.train.labels)
+    by_size = sorted(sizes, key=sizes.__getitem__)
+    described = []
+    for label in (by_size[0], by_size[-1]):
+        weight = len(data.train) / (len(sizes) * sizes[label])
+        described.append(f"{weight:.2f} times ({printable(data.classes[label])})")
+    return [f"classes count the same: each photo counts {' to '.join(reversed(described))}"]
 
 
 def describe_epochs(model: ViT, data: Data, settings: TrainSettings) -> list[str]:

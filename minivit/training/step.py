@@ -28,6 +28,7 @@ from ..model import ViT
 from ..settings import TrainSettings
 from ..system import distributed
 from ..system.signals import StopRequested, stop_here
+from .class_weights import balanced_weights
 from .features import Source, gather_rows, to_device_ahead
 from .metrics import confusion_matrix, summarize
 from .optimizer import AdamW, lr_at
@@ -59,12 +60,14 @@ def train_step(
     micro_batch: int,
     amp: torch.dtype | None,
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Take one optimizer step, in micro-batches whose gradients add up to those of the batch.
 
-    Returns this rank's part of the batch's mean loss, and the norm of the gradients before
-    clipping; both stay on the device. A norm that is not finite means that the scaler skipped the
-    step, which happens in fp16 only.
+    `class_weights` (C,) multiply the losses of the photos of each class. Returns this rank's part
+    of the batch's mean loss, and the norm of the gradients before clipping; both stay on the
+    device. A norm that is not finite means that the scaler skipped the step, which happens in fp16
+    only.
     """
     device = batch.labels.device
     loss = torch.zeros((), device=device)
@@ -78,9 +81,14 @@ def train_step(
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 logits = network(images_or_features)  # (b, C)
             # The losses are summed and divided by the size of the whole batch, so that each photo
-            # of a short last micro-batch weighs as much as any other.
+            # of a short last micro-batch weighs as much as any other. Class weights have a mean
+            # of 1 over the training photos, so they do not change what is divided by.
             part_loss = F.cross_entropy(
-                logits.float(), labels, reduction="sum", label_smoothing=label_smoothing
+                logits.float(),
+                labels,
+                weight=class_weights,
+                reduction="sum",
+                label_smoothing=label_smoothing,
             )
             part_loss = part_loss / batch.size
             # DistributedDataParallel takes the mean over ranks where the sum is wanted.
@@ -98,7 +106,11 @@ def train_step(
 
 
 def train_step_that_fits(
-    network: nn.Module, state: RunState, batch: Batch, label_smoothing: float = 0.0
+    network: nn.Module,
+    state: RunState,
+    batch: Batch,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Take a step as train_step does, in micro-batches that fit into memory.
 
@@ -116,6 +128,7 @@ def train_step_that_fits(
                 micro_batch=state.micro_batch,
                 amp=state.amp,
                 label_smoothing=label_smoothing,
+                class_weights=class_weights,
             )
         except torch.OutOfMemoryError as error:
             # With several ranks, the others would not redo the step.
@@ -190,6 +203,10 @@ def train_epoch(
     steps_per_epoch = math.ceil(len(photos.labels) / settings.batch_size)
     total_steps = settings.epochs * steps_per_epoch
     first_step = len(state.losses)
+    class_weights = None
+    if settings.class_weights == "balanced":
+        num_classes = state.model.config.num_classes
+        class_weights = balanced_weights(photos.labels, num_classes).to(state.device)
     losses: list[Tensor] = []
     progress = tqdm(
         _batches(state, photos, settings.batch_size),
@@ -205,7 +222,9 @@ def train_epoch(
             state.lr = lr_at(state.step, peak=settings.lr, total=total_steps)
             for group in state.optimizer.param_groups:
                 group["lr"] = state.lr * group["lr_scale"]
-            loss, norm = train_step_that_fits(network, state, batch, settings.label_smoothing)
+            loss, norm = train_step_that_fits(
+                network, state, batch, settings.label_smoothing, class_weights
+            )
             # Looking at the norm makes the host wait for the device, so only fp16 does it.
             was_skipped = state.scaler.is_enabled() and not bool(norm.isfinite())
             if was_skipped:
