@@ -765,6 +765,7 @@ def test_dropped_photos_get_names_and_the_explorer(visit, page):
     assert shown == f"{best['label']} {100 * best['probability']:.1f}%"
     assert in_frame(tab, "return document.querySelector('h1').textContent") == names[0]
     assert in_frame(tab, "return minivit.maps.length") == 1
+    assert in_frame(tab, "return origin") == "null"  # The frame can reach nothing of the page.
     assert find(tab, "#status").get_attribute("textContent").startswith("two.jpg: thing")
     assert not tab.execute_script("return document.body.classList.contains('dragging')")
 
