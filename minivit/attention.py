@@ -41,12 +41,25 @@ def method_rows(
     relevance combine the heads, so H is 1. `targets` (B,) are the classes that relevance explains;
     the default is the class that each image is predicted to be.
     """
-    if method == "attention":
-        return model.forward_with_attention(images, blocks, queries)
-    if method == "rollout":
-        return forward_with_rollout(model, images, blocks, queries)
     if method == "relevance":
         return forward_with_relevance(model, images, blocks, queries, targets)
+    inputs, rows = head_inputs_and_rows(model, images, blocks, method=method, queries=queries)
+    return model.head(inputs), rows
+
+
+def head_inputs_and_rows(
+    model: ViT,
+    images: Tensor,
+    blocks: Collection[int],
+    *,
+    method: str,
+    queries: Sequence[int] | None,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Return what the head reads, and the rows of method_rows for attention or rollout."""
+    if method == "attention":
+        return model.head_inputs_with_attention(images, blocks, queries)
+    if method == "rollout":
+        return head_inputs_with_rollout(model, images, blocks, queries)
     raise UserError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
 
 
@@ -54,6 +67,14 @@ def forward_with_rollout(
     model: ViT, images: Tensor, blocks: Collection[int], queries: Sequence[int] | None
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Return the logits (B, C) and the rows (B, 1, Q, N) of rollout up to each block."""
+    inputs, rows = head_inputs_with_rollout(model, images, blocks, queries)
+    return model.head(inputs), rows
+
+
+def head_inputs_with_rollout(
+    model: ViT, images: Tensor, blocks: Collection[int], queries: Sequence[int] | None
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Return what the head reads, and the rows (B, 1, Q, N) of rollout up to each block."""
     last = max(blocks)
     head_means = {}
     x = model.embed(images)
@@ -66,7 +87,7 @@ def forward_with_rollout(
         if i in blocks:
             selected = rolled_out if queries is None else rolled_out[:, list(queries)]
             rows[i] = selected[:, None]
-    return model.logits(x, last + 1), rows
+    return model.head_inputs(x, last + 1), rows
 
 
 def forward_with_relevance(
@@ -173,16 +194,22 @@ def class_relevance(
     targets: Tensor,
     blocks: Collection[int],
     queries: Sequence[int] = (CLASS_TOKEN,),
+    against: Tensor | None = None,
 ) -> dict[int, Tensor]:
     """Return the rows (B, Q, N) of `relevance` from block 0 up to each block.
 
-    `targets` (B,) has a class for each image. Only one block's graph is in memory at a time.
+    `targets` (B,) has a class for each image. With other classes `against` (B,), relevance is that
+    of the target's logit minus the other's: what speaks for the one rather than the other. In each
+    block and head, the contrast keeps the positive part of gradient times attention, and the
+    opposite contrast minus the negative part. Only one block's graph is in memory at a time.
     Parameters get no gradients, and may be frozen; the caller may be in no_grad or inference_mode.
     Raises UserError for a class, a block or a token that the model does not have.
     """
     config = model.config
     check_indices("block", blocks, config.depth)
     check_indices("class", targets.tolist(), config.num_classes)
+    if against is not None:
+        check_indices("class", against.tolist(), config.num_classes)
     check_indices("token", queries, config.num_tokens)
     with torch.inference_mode(False), torch.enable_grad():
         # Go forward, and keep the input of each block but not its graph. The clone is there because
@@ -195,8 +222,10 @@ def class_relevance(
         logits = model.logits(x.requires_grad_(), config.depth)
         # The sum makes autograd begin with an elementwise product. If its thread began with the
         # head's matrix product, cuBLAS would warn that the thread has no CUDA context yet.
-        one_hot = F.one_hot(targets, config.num_classes).to(logits)
-        (gradient,) = torch.autograd.grad((logits * one_hot).sum(), x)
+        one_hot = F.one_hot(targets, config.num_classes)
+        if against is not None:
+            one_hot = one_hot - F.one_hot(against, config.num_classes)
+        (gradient,) = torch.autograd.grad((logits * one_hot.to(logits)).sum(), x)
 
         # Go backward, and run each block again for its graph. Relevance up to block i is a product
         # of matrices, M_i ... M_1 M_0, and only the queries' rows of it are needed. So start with

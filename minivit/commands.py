@@ -245,6 +245,11 @@ def infer_parser() -> cli.Parser:
         help="the class for relevance; default: each photo's first prediction",
     )
     add(
+        "--against",
+        metavar="NAME",
+        help="with --target: draw what speaks for the target rather than for this class",
+    )
+    add(
         "--heads",
         action="store_true",
         help="draw a panel for each head and a row for each block, not the mean of the heads",

@@ -20,9 +20,10 @@ from torch import Tensor
 from .attention import (
     CLASS_TOKEN,
     DOMINANT_SHARE,
+    class_relevance,
     class_token_and_top_patch_shares,
     difference,
-    method_rows,
+    head_inputs_and_rows,
     query_maps,
     shares,
 )
@@ -34,6 +35,14 @@ from .model import ViT
 from .system.files import whole_file
 
 KEEPS_MOST = 0.5  # above this, the class token keeps more attention than all patches get
+
+
+@dataclass(frozen=True)
+class Target:
+    """The class that relevance explains, by index, and the class to contrast it with, if any."""
+
+    index: int
+    against: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Explanation:
     tokens: Mapping[str, Sequence[int]]
     query: int  # the token whose attention is shown
     target: str  # the class that relevance explains
+    against: str  # the class that it is contrasted with, or ""
     _sink_shares: dict[tuple[str, int], list[tuple[float, float]]] = field(default_factory=dict)
 
     def predictions(self, k: int) -> list[tuple[str, int, float]]:
@@ -86,7 +96,9 @@ class Explanation:
             return "no classifier"
         [(label, _, probability)] = self.predictions(1)
         headline = f"{label} {probability:.3f}"
-        if method == "relevance" and self.target != label:
+        if method == "relevance" and self.against:
+            headline += f", relevance for {self.target} against {self.against}"
+        elif method == "relevance" and self.target != label:
             headline += f", relevance for {self.target}"
         return headline
 
@@ -120,7 +132,7 @@ def explain_photos(
     *,
     methods: Sequence[str] = ("attention",),
     all_rows: bool = False,
-    target: int | None = None,
+    target: Target | None = None,
 ) -> list[Explanation]:
     """Run a batch of photos through a model and return its explanation of each.
 
@@ -137,38 +149,59 @@ def explain_photos(
     queries = range(len(kept)) if all_rows else sorted({photo.query for photo in photos})
     tokens = {}
     rows = {}  # by method and block, (B, H, Q, N)
-    targets = None
-    if target is not None:
-        targets = torch.full((len(photos),), target, device=images.device)
     with torch.inference_mode():
-        logits = None
+        inputs = None  # what the head reads
         for method in methods:
-            tokens[method] = [CLASS_TOKEN] if method == "relevance" else queries
-            indices = [kept[token] for token in tokens[method]]
-            logits, with_registers = method_rows(
-                model, images, blocks, method=method, queries=indices, targets=targets
-            )
-            rows[method] = {
-                block: _without_registers(attn.float().cpu(), config.num_registers)
-                for block, attn in with_registers.items()
-            }
-        if logits is None:
-            logits = model(images)
+            if method != "relevance":
+                tokens[method] = queries
+                indices = [kept[token] for token in queries]
+                inputs, rows[method] = head_inputs_and_rows(
+                    model, images, blocks, method=method, queries=indices
+                )
+        if inputs is None:
+            inputs = model.head_inputs(model.tokens(images))
+        logits = model.head(inputs)
+        if "relevance" in methods:
+            tokens["relevance"] = [CLASS_TOKEN]
+            targets, against = _target_tensors(target, logits)
+            relevance = class_relevance(model, images, targets, blocks, against=against)
+            rows["relevance"] = {block: row[:, None] for block, row in relevance.items()}
     # A model without a classifier has no labels, and its logits are features.
     probabilities = logits[:, : len(model.labels)].float().softmax(1).cpu()
 
+    on_cpu = {}  # rows without registers
+    for method, by_block in rows.items():
+        on_cpu[method] = {
+            block: _without_registers(attn.float().cpu(), config.num_registers)
+            for block, attn in by_block.items()
+        }
     explanations = []
     for i, photo in enumerate(photos):
         photo_rows: dict[str, dict[int, Tensor]] = {}
-        for method, batch_rows in rows.items():
+        for method, batch_rows in on_cpu.items():
             photo_rows[method] = {block: attn[i] for block, attn in batch_rows.items()}
         label = ""
+        against_label = ""
         if model.labels:
-            label = model.labels[probabilities[i].argmax() if target is None else target]
+            label = model.labels[probabilities[i].argmax() if target is None else target.index]
+        if target is not None and target.against is not None:
+            against_label = model.labels[target.against]
         explanations.append(
-            Explanation(model, probabilities[i], photo_rows, tokens, photo.query, label)
+            Explanation(
+                model, probabilities[i], photo_rows, tokens, photo.query, label, against_label
+            )
         )
     return explanations
+
+
+def _target_tensors(target: Target | None, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the classes (B,) that relevance explains, and those that it contrasts them with."""
+    if target is None:
+        return logits.argmax(1), None
+    targets = torch.full((len(logits),), target.index, device=logits.device)
+    if target.against is None:
+        return targets, None
+    return targets, torch.full_like(targets, target.against)
 
 
 def _without_registers(rows: Tensor, num_registers: int) -> Tensor:
@@ -303,6 +336,9 @@ def figure_caption(
         quantity = f"the attention of {query}, followed through all blocks up to this one"
     else:
         quantity = "its positive contribution to the class, up to this block"
+        against = explanations[-1].against
+        if against:
+            quantity = f"what speaks for the class rather than for {against}, up to this block"
     scale = "all maps in a row share one scale" if shared_scale else "each map has its own scale"
     sentences = [f"The colours show, for each patch, {quantity}, in %; {scale}."]
     if method == "attention" and of_class_token:
@@ -346,8 +382,12 @@ def summary(explanation: Explanation, top_k: int, method: str | None) -> dict:
         for block in explanation.rows[method]:
             class_token, top_patch = explanation.sink_shares(method, block)[0]
             maps[block] = {"class_token": class_token, "top_patch": top_patch}
+    contrast = {}
+    if method == "relevance" and explanation.against:
+        contrast = {"target": explanation.target, "against": explanation.against}
     return {
         "model": explanation.model.origin.source,
+        **contrast,
         "predictions": [
             {"label": label, "index": index, "probability": probability}
             for label, index, probability in explanation.predictions(top_k)

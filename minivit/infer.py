@@ -30,7 +30,7 @@ from .data.photos import PhotoError
 from .data.prepared import LARGE, SMALL, Needs, read_photo
 from .data.survey import describe_unread
 from .errors import UserError, first_few, printable
-from .explain import Explanation, Photo
+from .explain import Explanation, Photo, Target
 from .figures import explorer, fonts, panels
 from .figures.marks import is_ours
 from .model import ViT, working_copy
@@ -48,6 +48,9 @@ from .system.workers import (
 
 # Figures of fewer photos are drawn before worker processes would have started.
 DRAW_IN_WORKERS_FROM = 8
+# So many threads decode as fast as processes, which have to send what they decode. More threads
+# would wait for each other at the interpreter lock, which decoding holds a third of its time.
+DECODE_IN_THREADS_UP_TO = 4
 GPU_BATCH = 32
 NAMES_GPU_BATCH = 128  # where there are no figures, of which the first should come soon
 # Memory for attention in a batch, where all rows of it are kept.
@@ -61,7 +64,7 @@ class Plan:
     """What is done with every photo."""
 
     models: Sequence[ViT]  # the model to compare with comes first, if there is one
-    targets: Sequence[int | None]  # each model's class for relevance; None: its first prediction
+    targets: Sequence[Target | None]  # each model's, for relevance; None: its first prediction
     blocks: Sequence[int]
     methods: Sequence[str]
 
@@ -131,7 +134,9 @@ def start_workers(
 ) -> contextlib.AbstractContextManager[Executor]:
     """Start the processes that decode photos and draw figures, where they are worth starting."""
     if settings.no_figures:
-        num_processes = processes_worth_starting([job.photo for job in jobs], settings.workers)
+        num_processes = 0
+        if settings.workers > DECODE_IN_THREADS_UP_TO:
+            num_processes = processes_worth_starting([job.photo for job in jobs], settings.workers)
         return worker_pool(num_processes, "minivit.data.prepared")
     num_processes = min(settings.workers, len(jobs)) if len(jobs) >= DRAW_IN_WORKERS_FROM else 0
     return worker_pool(num_processes, "minivit.figures.panels")
@@ -151,7 +156,7 @@ def make_plan(settings: InferSettings) -> Plan:
     if settings.no_figures:
         check_names_only(settings, models)
         return Plan(models, [None] * len(models), [], [])
-    targets = [find_target(settings.target, model, models) for model in models]
+    targets = [find_target(settings, model, models) for model in models]
     blocks = parse_blocks(settings.layers, min(model.config.depth for model in models))
     check_settings(settings, models, blocks)
     return Plan(models, targets, blocks, choose_methods(settings, models))
@@ -334,6 +339,11 @@ def check_settings(settings: InferSettings, models: Sequence[ViT], blocks: Seque
         raise UserError("--method relevance is for the class token; leave --query away")
     if settings.target and method != "relevance" and not settings.html:
         raise UserError("--target is for --method relevance or --html")
+    if settings.against and (method != "relevance" or settings.target is None):
+        raise UserError(
+            "--against is for --method relevance with --target: what speaks for the target rather "
+            "than for this class"
+        )
     if without_classifier and method == "relevance":
         raise UserError(
             f"{' and '.join(without_classifier)} has no classifier, so nothing speaks for a "
@@ -352,7 +362,7 @@ def check_settings(settings: InferSettings, models: Sequence[ViT], blocks: Seque
 def check_names_only(settings: InferSettings, models: Sequence[ViT]) -> None:
     """Raise UserError for settings that mean nothing without figures, and without a classifier."""
     defaults = InferSettings(photos=())
-    for name in ("layers", "method", "target", "heads", "query", "scale", "html", "npz"):
+    for name in ("layers", "method", "target", "against", "heads", "query", "scale", "html", "npz"):
         if getattr(settings, name) != getattr(defaults, name):
             raise UserError(f"--no-figures prints names only; leave {flag(name)} away")
     for model in models:
@@ -371,14 +381,41 @@ def choose_methods(settings: InferSettings, models: Sequence[ViT]) -> list[str]:
     return [method for method in METHODS if method != "relevance" or all_have_classifiers]
 
 
-def find_target(name: str | None, model: ViT, models: Sequence[ViT]) -> int | None:
-    """Return the index of a model's class of that name; None for each photo's first prediction.
+def find_target(settings: InferSettings, model: ViT, models: Sequence[ViT]) -> Target | None:
+    """Return the classes that relevance explains in a model; None for each first prediction.
 
-    That None is said on stderr if the class is one of another model only. Raises UserError if no
-    model has the class.
+    If a class is one of another model only, stderr says what is drawn instead. Raises UserError if
+    no model has the class, and for a class against itself.
     """
-    if name is None:
+    if settings.target is None:
         return None
+    index = find_class("target", settings.target, model, models)
+    if index is None:
+        say(
+            f"{model.origin.source} has no class {settings.target!r}: "
+            "relevance there is for its own first prediction",
+            sys.stderr,
+        )
+        return None
+    if settings.against is None:
+        return Target(index)
+    against = find_class("against", settings.against, model, models)
+    if against is None:
+        say(
+            f"{model.origin.source} has no class {settings.against!r}: "
+            f"relevance there is for {settings.target!r} alone",
+            sys.stderr,
+        )
+    if against == index:
+        raise UserError(f"--against {settings.against!r}: is the class of --target; name another")
+    return Target(index, against)
+
+
+def find_class(setting: str, name: str, model: ViT, models: Sequence[ViT]) -> int | None:
+    """Return the index of a model's class of that name; None if only another model has it.
+
+    Raises UserError, which names the flag of the setting, if no model has it.
+    """
     indices = {label.lower(): index for index, label in enumerate(model.labels)}
     if name.lower() in indices:
         return indices[name.lower()]
@@ -387,13 +424,8 @@ def find_target(name: str | None, model: ViT, models: Sequence[ViT]) -> int | No
         close = difflib.get_close_matches(name, all_labels, n=3, cutoff=0)
         names = ", ".join(close) if close else "a model with a classifier"
         raise UserError(
-            f"--target {name!r}: no such class; expected one of the model's, as {names}"
+            f"{flag(setting)} {name!r}: no such class; expected one of the model's, as {names}"
         )
-    say(
-        f"{model.origin.source} has no class {name!r}: "
-        "relevance there is for its own first prediction",
-        sys.stderr,
-    )
     return None
 
 

@@ -343,6 +343,16 @@ class ViT(nn.Module):
 
         Raises UserError for a block or a token that the model does not have.
         """
+        inputs, attn = self.head_inputs_with_attention(images, blocks, queries)
+        return self.head(inputs), attn
+
+    def head_inputs_with_attention(
+        self, images: Tensor, blocks: Iterable[int], queries: Sequence[int] | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return what the head reads, as head_inputs does, and forward_with_attention's attention.
+
+        The head's output of it is forward_with_attention's logits.
+        """
         blocks = sorted(set(blocks))
         check_indices("block", blocks, self.config.depth)
         query_index = None
@@ -357,7 +367,7 @@ class ViT(nn.Module):
                 x, attn[i] = block.forward_with_attention(x, query_index, self.needs_only_cls(i))
             else:
                 x = block(x, self.needs_only_cls(i))
-        return self.logits(x, start=self.config.depth), attn
+        return self.head_inputs(x, start=self.config.depth), attn
 
     def tokens(self, images: Tensor, stop: int = 0, *, only_read: bool = False) -> Tensor:
         """Return the tokens (B, N, D) that enter block `stop`.

@@ -97,6 +97,7 @@ class InferSettings:
     layers: str = "8-11"  # the blocks to draw, as cli.parse_blocks reads them
     method: str = "attention"  # one of attention.METHODS
     target: str | None = None  # the class for relevance; None: the first prediction
+    against: str | None = None  # with a target: the class that relevance contrasts it with
     heads: bool = False
     query: tuple[float, float] | None = None  # x, y of a pixel; None: the class token
     scale: str = "own"

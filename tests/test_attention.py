@@ -460,6 +460,49 @@ def test_a_patch_that_cannot_reach_the_logits_has_no_relevance():
     assert not torch.equal(model(images), model(images + changed.roll(8, 3)))
 
 
+# The contrast of two classes
+
+
+def test_a_contrast_keeps_the_other_sign_of_what_its_opposite_keeps():
+    """By hand: one head, two tokens; the class's logit has one gradient, the other class's another.
+
+    Gradient times attention of the difference is [[0.5, -1], [0.25, 0]]. The contrast keeps 0.5 and
+    0.25, its opposite keeps 1. So each place speaks for one of the two at most, and what one keeps
+    minus what the other keeps is the whole difference, without any clamping.
+    """
+    attn = torch.tensor([[[[0.5, 0.5], [0.25, 0.75]]]])
+    one = torch.tensor([[[[3.0, 1.0], [2.0, 5.0]]]])
+    other = torch.tensor([[[[2.0, 3.0], [1.0, 5.0]]]])
+    identity = torch.eye(2)
+    for_one = relevance({0: attn}, {0: one - other})[0] - identity
+    for_other = relevance({0: attn}, {0: other - one})[0] - identity
+    assert torch.equal(for_one, torch.tensor([[[0.5, 0.0], [0.25, 0.0]]]))
+    assert torch.equal(for_other, torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]))
+    assert torch.equal(for_one - for_other, (attn * (one - other)).mean(1))
+
+
+def test_the_contrast_of_a_model_is_of_the_difference_of_its_logits(tiny):
+    """In block 0, where nothing is multiplied, it is minus its opposite before it is clamped."""
+    images = torch.randn(2, 3, 32, 32)
+    others = torch.tensor([4, 1])
+    logits, attn = tiny.forward_with_attention(images, [0])
+    difference = logits.gather(1, TARGETS[:, None]) - logits.gather(1, others[:, None])
+    (gradient,) = torch.autograd.grad(difference.sum(), attn[0])
+    step = torch.eye(17) + (gradient * attn[0].detach()).clamp(min=0).mean(1)
+    queries = range(17)
+    found = class_relevance(tiny, images, TARGETS, [0, 11], queries, others)
+    assert_close(found[0], step, rtol=1e-4, atol=1e-7)
+    opposite = class_relevance(tiny, images, others, [0, 11], queries, TARGETS)
+    whole = (gradient * attn[0].detach()).mean(1)
+    assert_close(found[0] - opposite[0], whole, rtol=1e-4, atol=1e-7)
+    # A class against itself has nothing that speaks for it.
+    nothing = class_relevance(tiny, images, TARGETS, [0, 11], queries, TARGETS)
+    for rows in nothing.values():
+        assert torch.equal(rows, torch.eye(17).expand(2, 17, 17))
+    with pytest.raises(UserError, match="class 5 is out of range"):
+        class_relevance(tiny, images, TARGETS, [0], queries, others + 1)
+
+
 # The function that runs a model
 
 

@@ -520,8 +520,9 @@ def test_relevance_explains_the_first_prediction_or_the_target(tiny_folder, phot
     model, images, logits, _ = attention_of(tiny_folder, photo)
     seen = prepare(photo, [model])
     for target in (None, 0, 3):
+        wanted_class = None if target is None else explain.Target(target)
         (one,) = explain.explain_photos(
-            model, [seen], 0, [11], methods=["relevance"], target=target
+            model, [seen], 0, [11], methods=["relevance"], target=wanted_class
         )
         index = logits.argmax().item() if target is None else target
         wanted = class_relevance(model, images, torch.tensor([index]), [11])[11][0]
@@ -576,6 +577,24 @@ REFUSED = {
         ["--method", "relevance", "--target", "thing 9"],
         "no such class; expected one of the model's, as thing",
     ),
+    "a contrast of attention": (["--target", "thing 1", "--against", "thing 2"], "--target is for"),
+    "a contrast on the page alone": (
+        ["--html", "--target", "thing 1", "--against", "thing 2"],
+        "--against is for --method relevance with --target",
+    ),
+    "a contrast without a target": (
+        ["--method", "relevance", "--against", "thing 2"],
+        "--against is for --method relevance with --target",
+    ),
+    "a contrast with an unknown class": (
+        ["--method", "relevance", "--target", "thing 1", "--against", "thing 9"],
+        "--against 'thing 9': no such class; expected one of the model's, as thing",
+    ),
+    "a contrast of a class with itself": (
+        ["--method", "relevance", "--target", "thing 1", "--against", "THING 1"],
+        "--against 'THING 1': is the class of --target; name another",
+    ),
+    "a contrast without figures": (["--no-figures", "--against", "x"], "leave --against away"),
     "no block": (["--layers", "none"], "no block to draw"),
     "another grid": (["--compare", "GRID"], "two models that see a photo in the same patches"),
     "no such model": (["--compare", "nowhere/at-all/x"], "nowhere/at-all/x"),
@@ -639,6 +658,29 @@ def test_a_class_that_only_one_of_two_models_has_is_said(
         in printed.err
     )
     assert "has no class" not in run(*flags, "--target", "thing 4", capsys=capsys)[1].err
+    code, printed = run(*flags, "--target", "thing 4", "--against", "thing 1", capsys=capsys)
+    assert f"{other_folder} has no class 'thing 1': relevance there is for 'thing 4'" in printed.err
+
+
+def test_a_contrast_is_drawn_named_and_in_the_json(tiny_folder, photo, tmp_path, capsys):
+    names = ["--target", "Thing 1", "--against", "thing 3"]
+    flags = [photo, "--model", tiny_folder, "--method", "relevance", *names]
+    code, printed = run(*flags, "--json", "--out", tmp_path, capsys=capsys)
+    assert code == 0
+    answer = json.loads(printed.out)
+    assert (answer["target"], answer["against"]) == ("thing 1", "thing 3")
+    model, images, _, _ = attention_of(tiny_folder, photo)
+    seen = prepare(photo, [model])
+    (one,) = explain.explain_photos(
+        model, [seen], 0, [11], methods=["relevance"], target=explain.Target(1, against=3)
+    )
+    wanted = class_relevance(model, images, torch.tensor([1]), [11], against=torch.tensor([3]))
+    torch.testing.assert_close(
+        one.mean_and_heads("relevance", 11)[1:], wanted[11][0], rtol=1e-4, atol=1e-7
+    )
+    assert one.headline("relevance").endswith(", relevance for thing 1 against thing 3")
+    caption = explain.figure_caption(seen, [one], "relevance", heads=False, shared_scale=False)
+    assert "what speaks for the class rather than for thing 3" in caption
 
 
 @pytest.mark.usefixtures("no_figures")
