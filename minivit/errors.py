@@ -26,7 +26,10 @@ def printable(text: object) -> str:
 
     Control characters and bytes that could not be decoded are replaced by escapes.
     """
+    line = str(text)
+    if line.isprintable():
+        return line
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode()
-        for char in str(text)
+        for char in line
     )

@@ -95,7 +95,11 @@ class Preprocess:
         """Scale pixels (..., 3, h, w) from 0..255 to float32 with the checkpoint's mean and std."""
         mean = _channels(self.mean, pixels.device)
         std = _channels(self.std, pixels.device)
-        return (pixels.float() / 255 - mean) / std
+        # On a CPU, the memory for another tensor would take longer than the numbers.
+        images = pixels / 255
+        images -= mean
+        images /= std
+        return images
 
     def box(self, photo_size: tuple[int, int]) -> tuple[float, float, float, float]:
         """Return the part of a photo (W, H) that the model sees.
