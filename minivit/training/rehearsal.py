@@ -1,12 +1,15 @@
-"""A rehearsal before training: which micro-batch fits, and how much memory the steps take."""
+"""A rehearsal before training: which micro-batch fits, how much memory and time training takes."""
 
 from __future__ import annotations
 
 import math
+import time
 
 import torch
 
+from ..data.datasets import Data
 from ..model import ViT
+from ..settings import TrainSettings
 from ..system import distributed
 from ..system.device import peak_gib
 from .features import FeatureExtractor, TrainableLayers
@@ -42,3 +45,56 @@ def rehearse(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     return state.micro_batch, peak
+
+
+# A run of fewer operations takes a minute or two on a laptop, which needs no estimate.
+LONG_RUN_FLOPS = 3e13
+
+
+def count_images(data: Data, settings: TrainSettings) -> tuple[int, int]:
+    """Return how many images pass through the frozen blocks and the others in a run.
+
+    A training step counts as three passes through the others.
+    """
+    n, evaluated = len(data.train), len(data.train) + len(data.val)
+    frozen = n * (settings.views_to_keep() or settings.epochs) + evaluated + len(data.test)
+    others = settings.epochs * (3 * n + evaluated) + len(data.test)
+    return frozen, others
+
+
+def describe_time(
+    model: ViT, data: Data, settings: TrainSettings, cut: int, amp: torch.dtype | None
+) -> str | None:
+    """Say how long a run takes on this device, by the time of one batch, and what is shorter.
+
+    Returns None for a run that is short by the number of its operations. Decoding is not counted.
+    """
+    num_frozen, num_others = count_images(data, settings)
+    flops_of_others = model.flops(cut)
+    flops = num_frozen * (model.flops() - flops_of_others) + num_others * flops_of_others
+    if flops < LONG_RUN_FLOPS:
+        return None
+    device = model.cls_token.device
+    images = torch.zeros(8, 3, *model.config.img_size, device=device)
+    with torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
+        for _ in range(2):  # The first pass only warms up.
+            started = time.perf_counter()
+            features = model.tokens(images, stop=cut, only_read=True)
+            frozen_seconds = time.perf_counter() - started
+            model.logits(features, start=cut).sum().item()
+            others_seconds = time.perf_counter() - started - frozen_seconds
+    seconds = (num_frozen * frozen_seconds + num_others * others_seconds) / len(images)
+    photos = len(data.train) + len(data.val) + len(data.test)
+    head_seconds = photos * (frozen_seconds + others_seconds) / len(images)
+    text = f"about {minutes(seconds)} on {device}"
+    if cut == model.config.depth:
+        return text
+    return f"{text}; --blocks none, the head alone, takes about {minutes(head_seconds)}"
+
+
+def minutes(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
