@@ -65,10 +65,11 @@ class Recipe:
     smoothing: float = 0.0
     weight_decay: float = 0.05
     layer_decay: float = 1.0
+    views: int = VIEWS  # augmented views of each photo, of which an epoch takes one
 
 
 NOW = Recipe()  # what train.py did before this comparison
-BASE = replace(NOW, min_steps=120, batch=32, head_lr=1e-3)
+BASE = replace(NOW, min_steps=120, batch=16, head_lr=1e-3)
 STAGES: dict[str, dict[str, Recipe]] = {
     "now": {"before": NOW},
     "rates": {
@@ -90,12 +91,11 @@ STAGES: dict[str, dict[str, Recipe]] = {
         "mixup 0.2": replace(BASE, mixup=0.2),
         "label smoothing 0.1": replace(BASE, smoothing=0.1),
         "weight decay 0.3": replace(BASE, weight_decay=0.3),
-        "no weight decay": replace(BASE, weight_decay=0.0),
         "layer decay 0.7": replace(BASE, layer_decay=0.7),
     },
+    "views": {f"{views} kept views": replace(BASE, views=views) for views in (1, 2, 4)},
     "blocks": {
-        f"blocks {blocks}": replace(BASE, blocks=blocks)
-        for blocks in ("none", "11", "10-11", "8-11")
+        f"blocks {blocks}": replace(BASE, blocks=blocks) for blocks in ("none", "11", "8-11")
     },
 }
 
@@ -292,14 +292,10 @@ def run(dataset: DataSet, recipe: Recipe, repeat: int, fold: int) -> dict[str, f
     steps_per_epoch = math.ceil(len(train) / recipe.batch)
     epochs = max(recipe.epochs, math.ceil(recipe.min_steps / steps_per_epoch))
     total = epochs * steps_per_epoch
-    groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
-    head_names = {id(p) for p in model.head.parameters()}
-    groups += [group | {"params": [], "lr_scale": recipe.head_lr / recipe.lr} for group in groups]
-    for group in groups[: len(groups) // 2]:
-        twin = groups[groups.index(group) + len(groups) // 2]
-        twin["params"] = [p for p in group["params"] if id(p) in head_names]
-        group["params"] = [p for p in group["params"] if id(p) not in head_names]
-    optimizer = AdamW([group for group in groups if group["params"]])
+    groups = parameter_groups(
+        model, recipe.weight_decay, recipe.layer_decay, recipe.head_lr / recipe.lr
+    )
+    optimizer = AdamW(groups)
     parameters = optimizer.parameters()
     snapshots = Snapshots(model, score)
     views = dataset.features_at(recipe.augmentation, cut)
@@ -308,7 +304,8 @@ def run(dataset: DataSet, recipe: Recipe, repeat: int, fold: int) -> dict[str, f
     step = 0
     for _ in range(epochs):
         order = train[torch.randperm(len(train), generator=generator)]
-        view_of = torch.randint(len(views), (len(order),), generator=generator)
+        num_views = min(recipe.views, len(views))
+        view_of = torch.randint(num_views, (len(order),), generator=generator)
         for rows, view_rows in zip(order.split(recipe.batch), view_of.split(recipe.batch)):
             lr = lr_at(step, peak=recipe.lr * dataset.lr_factor, total=total)
             for group in optimizer.param_groups:

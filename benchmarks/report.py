@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import recipe_tables
 import workloads
 from results import ROOT, Figure, Row, read_rows, rounded, runs_of
 
@@ -30,7 +31,6 @@ PLOT = ROOT / "docs" / "scaling.png"
 BEGIN = "<!-- results: {} -->\n"
 END = "<!-- end of results -->"
 TABLE = re.compile(rf"(?s){BEGIN.format('([^>]*)')}(.*?){END}")
-SEEDS = (0, 1, 2)
 SHOWN_VERSIONS = ("torch", "transformers", "timm")  # of those that a row holds
 GPU = "NVIDIA H100"
 AMX_CORES = "Intel(R) Xeon(R) Processor, AMX, 2 cores"
@@ -404,32 +404,32 @@ def attention_cost(rows: Sequence[Row]) -> str:
     return table(head, lines)
 
 
-def accuracy(rows: Sequence[Row], data: str) -> str:
-    labels = {
-        "float32": "float32",
-        "float32-plain": "float32, nothing stored or kept (`--store-gib 1e-5 --cache-gib 1e-5`)",
-        "bf16": "bf16",
-        "fp16": "fp16",
-        "bf16-views1": "bf16, `--cache-views 1`",
-        "bf16-views2": "bf16, `--cache-views 2`",
-        "bf16-views4": "bf16, `--cache-views 4`",
-    }
-    runs = Measurement(rows, "accuracy", workloads.accuracy("dinov2-small", data, 15, 32), GPU)
+def accuracy(rows: Sequence[Row]) -> str:
+    """Return the table of test accuracies: means and standard deviations over the seeds."""
+    before = "--epochs 15 --batch-size 32"
     lines = []
-    for name, label in labels.items():
-        keys = [f"{name}, seed {seed}" for seed in SEEDS]
-        mean = statistics.mean(runs.figure(key)[0].median for key in keys)
-        cells = [runs.cell(key, ".3f") for key in keys]
-        lines.append([Cell(label), *cells, Cell(f"{mean:.3f}")])
-    return table(["test accuracy", *[f"seed {seed}" for seed in SEEDS], "mean"], lines)
+    for flags, version in ((before, "before"), ("", "now")):
+        for blocks in ("none", "11", "10-11", "8-11"):
+            for setting in ("float32", "bf16"):
+                name = f"blocks {blocks}, {setting}"
+                cells = [mean_over_seeds(rows, data, flags, name) for data in ("pets3", "pets37")]
+                if any(cell.text for cell in cells):
+                    lines.append([Cell(version), Cell(blocks), Cell(setting), *cells])
+    head = ["", "`--blocks`", "precision", "3 breeds, 298 test photos", "37 breeds, 74 test photos"]
+    return table(head, lines)
 
 
-def accuracy_on_three_breeds(rows: Sequence[Row]) -> str:
-    return accuracy(rows, "pets3")
-
-
-def accuracy_on_all_breeds(rows: Sequence[Row]) -> str:
-    return accuracy(rows, "pets37")
+def mean_over_seeds(rows: Sequence[Row], data: str, flags: str, name: str) -> Cell:
+    """Return the mean and standard deviation of a test accuracy over all seeds, in per cent."""
+    runs = Measurement(rows, "accuracy", workloads.accuracy("dino", data, flags), GPU)
+    values = []
+    for figure_name in runs.rows[0].figures:
+        if figure_name.startswith(f"{name}, seed "):
+            values.append(100 * runs.figure(figure_name)[0].median)
+    if not values:
+        return Cell("")
+    text = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    return Cell(text, runs.rows[0])
 
 
 def demo(rows: Sequence[Row]) -> str:
@@ -456,8 +456,9 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "one photo": one_photo,
     "a folder of photos": many_photos,
     "attention beside the logits": attention_cost,
-    "accuracy on three breeds": accuracy_on_three_breeds,
-    "accuracy on all breeds": accuracy_on_all_breeds,
+    "accuracy on real photos": accuracy,
+    "which epoch to keep": lambda _: recipe_tables.rules(),
+    "training settings": lambda _: recipe_tables.settings(),
     "the demo": demo,
 }
 

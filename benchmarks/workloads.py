@@ -66,8 +66,8 @@ def attention_cost(batch: int, device: str) -> str:
     return f"attention of blocks 8-11 beside the logits: ViT-B/16, batch {batch}, {device}"
 
 
-def accuracy(model: str, data: str, epochs: int, batch: int) -> str:
-    return f"test accuracy: {model}, blocks 10-11, {epochs} epochs, batch {batch}, {data}"
+def accuracy(model: str, data: str, flags: str) -> str:
+    return f"test accuracy: {model}, {data}, train.py {flags or 'by default'}"
 
 
 def train_gpu(gpus: int) -> str:
