@@ -23,6 +23,11 @@ def test_a_round_trip_is_lossless(tiny, tiny_folder, tmp_path):
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
+def test_a_model_is_saved_into_a_folder_that_is_made_for_it(tiny, tmp_path):
+    save_pretrained(tiny, tmp_path / "new" / "folder")
+    assert load_pretrained(tmp_path / "new" / "folder").labels == tiny.labels
+
+
 @pytest.mark.parametrize("family", ["vit_b16", "dinov2_s14"])
 def test_what_was_frozen_is_written_back_byte_for_byte(family, request, tmp_path):
     source = request.getfixturevalue(family)

@@ -346,9 +346,11 @@ def _prepare_for_training(model: ViT, spec: CheckpointSpec | None) -> None:
 def save_pretrained(model: ViT, folder: str | os.PathLike[str]) -> None:
     """Write model.safetensors, config.json and preprocessor_config.json as transformers does.
 
-    Each file is written whole or not at all. A note on stderr says what transformers does not have.
+    The folder is made if need be, and each file is written whole or not at all. A note on stderr
+    says what transformers does not have.
     """
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     config = model.config
     family = hub_family(config)
     prefix = family.prefix if config.num_classes else ""
