@@ -160,17 +160,22 @@ def _check_archives(pets: Path, problems: Problems) -> None:
         archive = pets / name
         if not archive.is_file():
             continue
-        md5 = _md5(archive)
+        md5 = file_md5(archive)
         if md5 != expected:
             problems["archive"][name] = f" has MD5 {md5}"
 
 
-def _md5(path: Path) -> str:
+def file_md5(path: Path) -> str:
     md5 = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             md5.update(block)
     return md5.hexdigest()
+
+
+def make_thumbnail(pixels: Image.Image) -> Image.Image:
+    """Return the photo in the few pixels by which group_copies tells copies."""
+    return pixels.resize(THUMBNAIL_SIZE, Image.Resampling.BOX)
 
 
 def _read_photo(photo: ListedPhoto) -> ReadPhoto:
@@ -203,8 +208,7 @@ def _read_photo(photo: ListedPhoto) -> ReadPhoto:
         problems.append(Problem("huge", photo.name, f" is {size}"))
     problems += _check_mask(path, pixels.size)
     clues = {"file format": file_format, "size": size, "colour mode": mode, "camera": camera}
-    thumbnail = pixels.resize(THUMBNAIL_SIZE, Image.Resampling.BOX)
-    return ReadPhoto(photo, problems, _md5(path), thumbnail, clues)
+    return ReadPhoto(photo, problems, file_md5(path), make_thumbnail(pixels), clues)
 
 
 def _read_exif(image: Image.Image) -> tuple[str, object]:
@@ -233,7 +237,10 @@ def _check_mask(path: Path, size: tuple[int, int]) -> list[Problem]:
 
 
 def _find_copies(photos: Sequence[ReadPhoto], problems: Problems) -> None:
-    for group in _group_copies(photos):
+    md5s = [read.md5 for read in photos]
+    thumbnails = [read.thumbnail for read in photos if read.thumbnail is not None]
+    for indices in group_copies(md5s, thumbnails):
+        group = [photos[i] for i in indices]
         if len({read.photo.class_name for read in group}) > 1:
             kind = "copies-labels"
         elif len({read.photo.split for read in group}) > 1:
@@ -248,38 +255,38 @@ def _find_copies(photos: Sequence[ReadPhoto], problems: Problems) -> None:
         problems[kind][names[0]] = sign + first_few(names[1:], limit=2, separator=sign)
 
 
-def _group_copies(photos: Sequence[ReadPhoto]) -> Iterator[list[ReadPhoto]]:
-    """Yield the groups of photos with equal bytes or similar thumbnails."""
-    edges = _edges(photos)
-    groups: defaultdict[int, list[ReadPhoto]] = defaultdict(list)  # by the first photo's index
+def group_copies(md5s: Sequence[str], thumbnails: Sequence[Image.Image]) -> Iterator[list[int]]:
+    """Yield the groups of photos with equal bytes or similar thumbnails, as their indices."""
+    edges = _edges(thumbnails)
+    groups: defaultdict[int, list[int]] = defaultdict(list)  # by the first photo's index
     group_of: list[int] = []  # the group of each photo
     index_of_md5: dict[str, int] = {}
-    for start in range(0, len(photos), COMPARED_AT_ONCE):
+    for start in range(0, len(md5s), COMPARED_AT_ONCE):
         stop = start + COMPARED_AT_ONCE
         # Row i of these compares photo start + i with all photos before it.
         is_copy = np.tril(edges[start:stop] @ edges[:stop].T > COPY_CORRELATION, start - 1)
         for i, row in enumerate(is_copy, start):
-            earlier = index_of_md5.setdefault(photos[i].md5, i)
+            earlier = index_of_md5.setdefault(md5s[i], i)
             if row.any():
                 earlier = int(row.argmax())
             group = i if earlier == i else group_of[earlier]
             group_of.append(group)
-            groups[group].append(photos[i])
+            groups[group].append(i)
     for members in groups.values():
         if len(members) > 1:
             yield members
 
 
-def _edges(photos: Sequence[ReadPhoto]) -> np.ndarray:
+def _edges(thumbnails: Sequence[Image.Image]) -> np.ndarray:
     """Return the second differences of each thumbnail as a vector of length 1: (n, values).
 
     The pixels themselves correlate for any two photos with a sky over dark ground. A flat thumbnail
     becomes zeros, which resemble nothing.
     """
-    thumbnails = np.stack([np.asarray(read.thumbnail, np.float32) for read in photos])
-    down = np.diff(thumbnails, 2, axis=1)[:, :, 1:-1]
-    across = np.diff(thumbnails, 2, axis=2)[:, 1:-1]
-    edges = (down + across).reshape(len(photos), -1)
+    pixels = np.stack([np.asarray(thumbnail, np.float32) for thumbnail in thumbnails])
+    down = np.diff(pixels, 2, axis=1)[:, :, 1:-1]
+    across = np.diff(pixels, 2, axis=2)[:, 1:-1]
+    edges = (down + across).reshape(len(pixels), -1)
     edges[edges.std(axis=1) < 5] = 0
     edges /= np.linalg.norm(edges, axis=1, keepdims=True) + 1e-6
     return edges

@@ -30,10 +30,16 @@ class LinearHead:
     bias: Tensor  # (C,)
     strength: float  # the weight of the penalty, chosen by cross-validation
     accuracy: float  # of the cross-validation: photos predicted by heads that had not seen them
+    fold_of: Tensor  # (n,), the fold of each photo
+    held_out_logits: Tensor  # (n, C), of each photo by the head that had not seen its fold
 
 
 def fit_linear_head(
-    features: Tensor, labels: Tensor, num_classes: int, class_weights: Tensor | None = None
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    folds: int = FOLDS,
+    class_weights: Tensor | None = None,
 ) -> LinearHead:
     """Fit a linear head to features, float32 (n, D), and labels (n,), on the features' device.
 
@@ -44,16 +50,16 @@ def fit_linear_head(
     mean = features.mean(0)
     scale = (features - mean).square().mean().sqrt().clamp(min=1e-12)
     inputs = (features - mean) / scale
-    fold_of = assign_folds(labels, num_classes)
+    fold_of = assign_folds(labels, num_classes, folds)
     # One problem for each fold, which leaves out its photos, and a last one with all photos.
-    problems = torch.arange(FOLDS + 1, device=inputs.device)
+    problems = torch.arange(folds + 1, device=inputs.device)
     used = (fold_of != problems[:, None]).float()  # (P, n)
     photo_weights = torch.ones_like(inputs[:, 0])
     if class_weights is not None:
         photo_weights = class_weights[labels]
 
     best: tuple[float, float] = (-1.0, 0.0)
-    solution = inputs.new_zeros(FOLDS + 1, inputs.shape[1] + 1, num_classes)
+    solution = inputs.new_zeros(folds + 1, inputs.shape[1] + 1, num_classes)
     for strength in STRENGTHS:
         # The solution of the stronger penalty is near, so that few iterations are needed.
         solution = solve(inputs, labels, used * photo_weights, strength, start=solution)
@@ -64,12 +70,13 @@ def fit_linear_head(
         if (accuracy, -loss) > best:
             best = (accuracy, -loss)
             chosen = strength
+            held_out_logits = logits
             weight = solution[-1, :-1].T / scale
             bias = solution[-1, -1] - weight @ mean
-    return LinearHead(weight, bias, chosen, best[0])
+    return LinearHead(weight, bias, chosen, best[0], fold_of, held_out_logits)
 
 
-def assign_folds(labels: Tensor, num_classes: int) -> Tensor:
+def assign_folds(labels: Tensor, num_classes: int, folds: int = FOLDS) -> Tensor:
     """Assign the photos (n,) to folds, of each class equally many to each fold.
 
     Photos are listed in the order of their names, so that photos of one series, whose names follow
@@ -80,8 +87,8 @@ def assign_folds(labels: Tensor, num_classes: int) -> Tensor:
         indices = (labels == c).nonzero()[:, 0]
         count = len(indices)
         # Small classes begin with different folds, so that all folds are equally large.
-        place = torch.arange(count, device=labels.device) * FOLDS // max(FOLDS, count) + c
-        fold_of[indices] = place % FOLDS
+        place = torch.arange(count, device=labels.device) * folds // max(folds, count) + c
+        fold_of[indices] = place % folds
     return fold_of
 
 
