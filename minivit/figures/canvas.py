@@ -10,6 +10,7 @@ import functools
 import math
 import re
 import struct
+import textwrap
 import threading
 import warnings
 import zlib
@@ -168,6 +169,15 @@ def fit(text: str, width: float, size: float, *, bold: bool = False) -> str:
         else:
             too_many = middle
     return _leave_out(text, kept)
+
+
+def wrap(text: str, width: float, size: float, characters: int) -> list[str]:
+    """Break a text into lines of at most `width` pixels, and of so many characters at first."""
+    lines = textwrap.wrap(text, characters)
+    while characters > 1 and any(text_width(line, size) > width for line in lines):
+        characters -= 1
+        lines = textwrap.wrap(text, characters)
+    return lines
 
 
 def _leave_out(text: str, kept: int) -> str:

@@ -6,7 +6,6 @@ Shapes: gh, gw patches of a map; h, w pixels of a panel, which shows the whole p
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from ..data.photos import open_photo
 from ..data.preprocess import Preprocess
-from .canvas import BLACK, GREEN, GREY, RED, WHITE, Canvas, fit, text_height, text_width
+from .canvas import BLACK, GREEN, GREY, RED, WHITE, Canvas, fit, text_height, text_width, wrap
 from .mpl import colormaps
 
 # Colours from dark to light, float32 (256, 3) from 0 to 255.
@@ -135,7 +134,7 @@ def _lay_out(figure: AttentionFigure) -> _Layout:
     if text_width(title, TITLE) > width - 2 * MARGIN:
         title = "\n".join(fit(part, width - 2 * MARGIN, TITLE) for part in figure.title)
     top = 36 + _height_of_more_lines(title, TITLE)
-    lines = textwrap.wrap(figure.caption, width // CHARACTER)
+    lines = wrap(figure.caption, width - 2 * MARGIN, CAPTION, width // CHARACTER)
     size = width, top + down * cell_h + 4 + CAPTION_LINE * len(lines)
     first = MARGIN + (cell_w - MARGIN - w) // 2, top + labels_h
     return _Layout(size, (cell_w, cell_h), first, w, stacked, title, lines)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import string
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter
 from ...data.photos import open_photo
 from ...data.preprocess import Preprocess
 from ...errors import printable
-from ...figures.canvas import Canvas, fit, text_height
+from ...figures.canvas import Canvas, fit, text_height, wrap
 from ...figures.panels import HEAT, overlay, value_range
 from ...system.files import whole_file
 from .masks import PET, read_mask
@@ -34,7 +34,7 @@ MOST_COLUMNS = 3  # of strips in gallery.png
 COLUMN = 440
 MARGIN = 12
 TITLE, HEADING, CAPTION = 9, 10, 8
-CHARACTER = 9  # the width of one of the title, at most on average
+CHARACTER = 7  # the width of an average one of the title
 
 
 class CaptionedStrip(NamedTuple):
@@ -177,7 +177,10 @@ def draw_gallery(path: Path, sections: Mapping[str, Sequence[CaptionedStrip]], t
     # The title needs two columns.
     num_columns = min(max(2, *map(len, sections.values())), MOST_COLUMNS)
     width = num_columns * COLUMN + MARGIN
-    title = "\n".join(textwrap.fill(line, width // CHARACTER) for line in title.split("\n"))
+    lines = [
+        wrap(line, width - 2 * MARGIN, TITLE, width // CHARACTER) for line in title.split("\n")
+    ]
+    title = "\n".join(itertools.chain(*lines))
 
     # Where things go, from top to bottom, and thereby how high the canvas is.
     y = MARGIN + text_height(title, TITLE) + MARGIN
