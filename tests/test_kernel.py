@@ -33,7 +33,7 @@ class Kernel:
                 interrupt_at = None
                 self.process.interrupt_kernel()
 
-        reply = self.client.execute_interactive(code, timeout=120, output_hook=receive)
+        reply = self.client.execute_interactive(code, timeout=300, output_hook=receive)
         assert reply["content"]["status"] == "ok", (code, reply["content"], printed)
         assert self.process.is_alive()
         return printed

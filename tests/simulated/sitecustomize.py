@@ -12,10 +12,10 @@ import builtins
 import errno
 import io
 import os
+import pathlib
 import signal
 import sys
 import warnings
-from pathlib import Path
 
 PLATFORM = os.environ.get("SIMULATED_PLATFORM", "win32")
 ROOT = os.path.realpath(os.environ.get("SIMULATED_ROOT", "/nonexistent"))
@@ -130,7 +130,7 @@ def open_as_there(file, mode="r", *arguments, **keywords):
 
 
 def os_open(path, flags, *arguments, **keywords):
-    if Path(path).is_dir():
+    if pathlib.Path(path).is_dir():
         raise denied(path)
     descriptor = real_os_open(path, flags & ~O_BINARY, *arguments, **keywords)
     if flags & O_BINARY:
@@ -154,7 +154,7 @@ def os_kill(process: int, number: int) -> None:
 
 
 def os_fsync(descriptor: int) -> None:
-    if Path(f"/proc/self/fd/{descriptor}").is_dir():
+    if pathlib.Path(f"/proc/self/fd/{descriptor}").is_dir():
         raise denied("a folder")
     real_fsync(descriptor)
 
@@ -223,6 +223,11 @@ if WINDOWS:
     os.replace = changing(os.replace, 2)
     os.rename = changing(os.rename, 2)
     os.unlink = os.remove = changing(os.unlink, 1)
+if sys.version_info < (3, 11):  # There pathlib has functions of its own.
+    accessor = pathlib._NormalAccessor
+    accessor.open = staticmethod(io.open)
+    for name in ("replace", "rename", "unlink"):
+        setattr(accessor, name, staticmethod(getattr(os, name)))
 # Each text file is opened with its encoding named, because the default one differs. pathlib warns
 # of those that are opened by its methods, and open_as_there of the others.
 warnings.filterwarnings("error", category=EncodingWarning, module="minivit")
