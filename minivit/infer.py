@@ -1,6 +1,6 @@
 """The inference job: for each photo, the likeliest names and a figure of where the model looks.
 
-What a model makes of a photo is in explain.py; how attention becomes a map is in attention.py.
+What a model makes of a photo is in look.py; how attention becomes a map is in attention.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from . import explain
+from . import look
 from .attention import METHODS
 from .checkpoints.weights import load_pretrained
 from .cli import default_model, parse_blocks
@@ -30,9 +30,9 @@ from .data.photos import PhotoError
 from .data.prepared import LARGE, SMALL, Needs, read_photo
 from .data.survey import describe_unread
 from .errors import UserError, first_few, printable
-from .explain import Explanation, Photo, Target
 from .figures import explorer, fonts, panels
 from .figures.marks import is_ours
+from .look import Explanation, Photo, Target
 from .model import ViT, working_copy
 from .settings import InferSettings, flag
 from .system import device as devices
@@ -172,7 +172,7 @@ def explain_all(
     panel = None
     if not settings.no_figures:
         panel = SMALL if settings.heads else LARGE
-    needs = explain.needs_of(plan.models, settings.query, panel=panel, page=settings.html)
+    needs = look.needs_of(plan.models, settings.query, panel=panel, page=settings.html)
     batch_size = choose_batch_size(settings, plan)
     photos = read_photos(jobs, needs, pool, settings.workers, ahead=batch_size)
     for start in range(0, len(jobs), batch_size):
@@ -206,7 +206,7 @@ def explain_batch(
     if not photos:
         return []
     by_model = [
-        explain.explain_photos(
+        look.explain_photos(
             model,
             photos,
             index,
@@ -462,16 +462,16 @@ def answer_photo(
     method = None if settings.no_figures else settings.method
     answer: dict = {
         "photo": str(job.photo),
-        **explain.summary(explanations[-1], settings.top_k, method),
+        **look.summary(explanations[-1], settings.top_k, method),
         "figure": None if job.figure is None else str(job.figure),
         "layers": list(plan.blocks),
         "method": method,
     }
     if len(explanations) > 1:
-        answer["compare"] = explain.summary(explanations[0], settings.top_k, method)
+        answer["compare"] = look.summary(explanations[0], settings.top_k, method)
     if job.figure is None:
         return Answer(answer)
-    figure = explain.attention_figure(
+    figure = look.attention_figure(
         photo,
         explanations,
         settings.method,
@@ -484,12 +484,12 @@ def answer_photo(
     drawing = pool.submit(panels.draw_attention, job.figure, figure)
     if settings.html:
         page = job.figure.with_suffix(".html")
-        panes = [explain.explorer_pane(photo, each, settings.top_k) for each in explanations]
+        panes = [look.explorer_pane(photo, each, settings.top_k) for each in explanations]
         explorer.write_page(page, panes, photo.page_image, job.photo.name)
         answer["html"] = str(page)
     if settings.npz:
         arrays = job.figure.with_suffix(".npz")
-        explain.write_arrays(arrays, photo, explanations, settings.method)
+        look.write_arrays(arrays, photo, explanations, settings.method)
         answer["npz"] = str(arrays)
     return Answer(answer, drawing)
 

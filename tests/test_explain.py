@@ -21,8 +21,8 @@ from minivit import (
     Preprocess,
     ViT,
     ViTConfig,
-    explain,
     load_pretrained,
+    look,
     open_photo,
     save_pretrained,
 )
@@ -52,8 +52,8 @@ def pixels(path) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def prepare(path, models, query=None, panel=LARGE) -> explain.Photo:
-    return read_photo(path, explain.needs_of(models, query, panel=panel, page=True))
+def prepare(path, models, query=None, panel=LARGE) -> look.Photo:
+    return read_photo(path, look.needs_of(models, query, panel=panel, page=True))
 
 
 # The way back to the photo
@@ -122,8 +122,8 @@ def test_the_map_is_brightest_on_the_object_however_exif_turns_it(
     for path in paths:
         seen = prepare(path, [model])
         assert seen.size == size
-        (answer,) = explain.explain_photos(model, [seen], 0, [1])
-        figure = explain.attention_figure(
+        (answer,) = look.explain_photos(model, [seen], 0, [1])
+        figure = look.attention_figure(
             seen, [answer], "attention", [1], title="", heads=False, shared_scale=False
         )
         prepared.append((seen.panel, figure.rows[0].panels[0].values))
@@ -246,7 +246,7 @@ def test_a_pixels_patch_is_the_one_whose_mark_holds_it(size, preprocess):
     for x, y in np.random.default_rng(0).uniform(0, 1, (200, 2)):
         x, y = left + x * (right - left), top + y * (bottom - top)
         token = 1 + preprocess.patch_at(x, y, size, (8, 12))
-        box = explain.query_box(explain.Photo(size, NO_PANEL, NO_PAGE, [], token), model)
+        box = look.query_box(look.Photo(size, NO_PANEL, NO_PAGE, [], token), model)
         assert box[0] * size[0] - 1e-9 <= x <= box[2] * size[0] + 1e-9
         assert box[1] * size[1] - 1e-9 <= y <= box[3] * size[1] + 1e-9
 
@@ -414,9 +414,9 @@ def test_a_difference_is_the_second_models_share_less_the_firsts(tiny_folder, ot
     models = [load_pretrained(folder).eval() for folder in (other_folder, tiny_folder)]
     seen = prepare(photo, models)
     explanations = [
-        explain.explain_photos(model, [seen], i, [10, 11])[0] for i, model in enumerate(models)
+        look.explain_photos(model, [seen], i, [10, 11])[0] for i, model in enumerate(models)
     ]
-    rows = explain.figure_rows(explanations, "attention", [10, 11], heads=False)
+    rows = look.figure_rows(explanations, "attention", [10, 11], heads=False)
     assert [row.signed for row in rows] == [False, False, True]
     for i, block in enumerate((10, 11)):
         maps = [
@@ -433,8 +433,8 @@ def test_a_difference_is_the_second_models_share_less_the_firsts(tiny_folder, ot
 def test_heads_have_a_panel_each_and_their_mean(tiny_folder, photo):
     model = load_pretrained(tiny_folder).eval()
     seen = prepare(photo, [model])
-    rows = explain.figure_rows(
-        explain.explain_photos(model, [seen], 0, [9, 11]), "attention", [9, 11], heads=True
+    rows = look.figure_rows(
+        look.explain_photos(model, [seen], 0, [9, 11]), "attention", [9, 11], heads=True
     )
     attn = attention_of(tiny_folder, photo)[3]
     assert [[panel.title for panel in row.panels] for row in rows] == [
@@ -454,9 +454,9 @@ def test_a_batch_explains_each_photo_and_its_query_as_if_alone(tiny_folder, tmp_
         draw_photo(*size, seed=i).save(tmp_path / f"{i}.png")
         query = None if method == "relevance" else (35.0, 30.0)
         photos.append(prepare(tmp_path / f"{i}.png", [model], query))
-    together = explain.explain_photos(model, photos, 0, [2, 11], methods=[method])
+    together = look.explain_photos(model, photos, 0, [2, 11], methods=[method])
     for photo, one in zip(photos, together, strict=True):
-        (alone,) = explain.explain_photos(model, [photo], 0, [2, 11], methods=[method])
+        (alone,) = look.explain_photos(model, [photo], 0, [2, 11], methods=[method])
         assert len(one.rows[method][2][0]) == (
             1 if method == "relevance" else len({p.query for p in photos})
         )
@@ -502,7 +502,7 @@ def test_registers_are_no_queries_and_have_no_place_in_a_map(photo, all_rows):
         attn = model.forward_with_attention(images, range(12))[1]
     kept = [0, *range(3, 19)]
     seen = prepare(photo, [model], (79, 59))
-    (one,) = explain.explain_photos(
+    (one,) = look.explain_photos(
         model, [seen], 0, [11], methods=["attention", "rollout"], all_rows=all_rows
     )
     for method, rows in (("attention", attn[11][0]), ("rollout", rollout(attn)[11])):
@@ -513,15 +513,15 @@ def test_registers_are_no_queries_and_have_no_place_in_a_map(photo, all_rows):
         torch.testing.assert_close(
             one.rows["attention"][11], attn[11][0][:, kept][..., kept], rtol=1e-4, atol=1e-6
         )
-        assert explain.explorer_pane(seen, one, 3).attn[11].shape == (3, 17, 17)
+        assert look.explorer_pane(seen, one, 3).attn[11].shape == (3, 17, 17)
 
 
 def test_relevance_explains_the_first_prediction_or_the_target(tiny_folder, photo):
     model, images, logits, _ = attention_of(tiny_folder, photo)
     seen = prepare(photo, [model])
     for target in (None, 0, 3):
-        wanted_class = None if target is None else explain.Target(target)
-        (one,) = explain.explain_photos(
+        wanted_class = None if target is None else look.Target(target)
+        (one,) = look.explain_photos(
             model, [seen], 0, [11], methods=["relevance"], target=wanted_class
         )
         index = logits.argmax().item() if target is None else target
@@ -531,7 +531,7 @@ def test_relevance_explains_the_first_prediction_or_the_target(tiny_folder, phot
         )
         headline = one.headline("relevance")
         assert headline.endswith(f", relevance for thing {index}") == (index != logits.argmax())
-        (row,) = explain.figure_rows([one], "relevance", [11], heads=False)
+        (row,) = look.figure_rows([one], "relevance", [11], heads=False)
         assert row.panels[0].values.sum() == pytest.approx(100, rel=1e-4)
 
 
@@ -546,8 +546,8 @@ def test_a_dominated_map_is_named_on_stderr_and_in_the_figure(tmp_path, photo, c
     assert code == 0
     assert f"{photo}: one token dominates block 1 (keeps 0% · top patch 100%)" in printed.err
     seen = prepare(photo, [load_pretrained(model)])
-    answered = explain.explain_photos(load_pretrained(model), [seen], 0, [1])
-    figure = explain.attention_figure(
+    answered = look.explain_photos(load_pretrained(model), [seen], 0, [1])
+    figure = look.attention_figure(
         seen, answered, "attention", [1], title="", heads=False, shared_scale=False
     )
     assert figure.rows[0].panels[0].warn
@@ -671,15 +671,15 @@ def test_a_contrast_is_drawn_named_and_in_the_json(tiny_folder, photo, tmp_path,
     assert (answer["target"], answer["against"]) == ("thing 1", "thing 3")
     model, images, _, _ = attention_of(tiny_folder, photo)
     seen = prepare(photo, [model])
-    (one,) = explain.explain_photos(
-        model, [seen], 0, [11], methods=["relevance"], target=explain.Target(1, against=3)
+    (one,) = look.explain_photos(
+        model, [seen], 0, [11], methods=["relevance"], target=look.Target(1, against=3)
     )
     wanted = class_relevance(model, images, torch.tensor([1]), [11], against=torch.tensor([3]))
     torch.testing.assert_close(
         one.mean_and_heads("relevance", 11)[1:], wanted[11][0], rtol=1e-4, atol=1e-7
     )
     assert one.headline("relevance").endswith(", relevance for thing 1 against thing 3")
-    caption = explain.figure_caption(seen, [one], "relevance", heads=False, shared_scale=False)
+    caption = look.figure_caption(seen, [one], "relevance", heads=False, shared_scale=False)
     assert "what speaks for the class rather than for thing 3" in caption
 
 

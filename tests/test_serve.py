@@ -36,7 +36,7 @@ from test_explorer import (
 )
 from test_fuzz import mutate, valid_photos
 
-from minivit import Preprocess, ViT, __main__, explain, save_pretrained
+from minivit import Preprocess, ViT, __main__, look, save_pretrained
 from minivit.data.photos import PhotoError, open_photo, open_sent_photo
 from minivit.figures.explorer import TEMPLATE, content_hash
 from minivit.system.files import whole_file
@@ -162,9 +162,9 @@ def test_the_answer_is_that_of_infer(page, tiny_answers, tmp_path):
     status, headers, body = send(page)
     answer = json.loads(body)
     models = tiny_answers.plan.models
-    photo = explain.prepare_photo(open_photo(tmp_path / "cat.jpg"), models)
+    photo = look.prepare_photo(open_photo(tmp_path / "cat.jpg"), models)
     blocks = tiny_answers.plan.blocks
-    [expected] = explain.explain_photos(models[0], [photo], 0, blocks)
+    [expected] = look.explain_photos(models[0], [photo], 0, blocks)
     assert status == 200
     assert headers["content-type"] == "application/json; charset=utf-8"
     assert (answer["photo"], answer["size"]) == ("cat.jpg", [60, 40])

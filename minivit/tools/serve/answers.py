@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ... import explain, infer
+from ... import infer, look
 from ...data.photos import open_sent_photo
 from ...errors import printable
 from ...figures.explorer import explorer_page
@@ -85,9 +85,9 @@ def make_plan(settings: InferSettings) -> infer.Plan:
 
 def explain_image(image: Image.Image, name: str, plan: infer.Plan) -> dict:
     """Return names, notes, a small copy of the photo, and the explorer's page."""
-    photo = explain.prepare_photo(image, plan.models)
+    photo = look.prepare_photo(image, plan.models)
     [explanations] = infer.explain_batch([photo], plan, all_rows=True)
-    panes = [explain.explorer_pane(photo, each, TOP_K) for each in explanations]
+    panes = [look.explorer_pane(photo, each, TOP_K) for each in explanations]
     page = explorer_page(panes, photo.page_image, name)
     return {
         "photo": name,
@@ -98,9 +98,9 @@ def explain_image(image: Image.Image, name: str, plan: infer.Plan) -> dict:
     }
 
 
-def describe(explanation: explain.Explanation) -> dict:
+def describe(explanation: look.Explanation) -> dict:
     """Return a model's names, and sentences about them that the page shows as `notes`."""
-    summary = explain.summary(explanation, TOP_K, "attention")
+    summary = look.summary(explanation, TOP_K, "attention")
     notes = []
     if not explanation.model.labels:
         notes.append("This model has no classifier, so it gives no names.")
