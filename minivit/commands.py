@@ -21,6 +21,7 @@ from .settings import (
     InferSettings,
     TrainSettings,
 )
+from .training.calibration import LEAST_PHOTOS
 
 TRAIN_DESCRIPTION = (
     "Fine-tune the last blocks of a Vision Transformer on Oxford-IIIT Pet, "
@@ -131,6 +132,12 @@ def train_parser() -> cli.Parser:
         choices=("auto", "best", "last", "average"),
         help="the weights to keep: the last epoch's unless an earlier one is clearly better on the "
         "validation photos, those of the best epoch or of the last, or the mean of the last half",
+    )
+    add(
+        "--calibrate",
+        choices=("auto", "on", "off"),
+        help="fit a temperature to the validation photos, so that probabilities are as often right "
+        f"as they say; auto: if there are at least {LEAST_PHOTOS} of them",
     )
     parser.add_device_flags()
     add(

@@ -45,6 +45,7 @@ class TrainSettings:
     cache_views: int = AUTO
     patience: int | None = None  # epochs without a better one; None: never stop early
     keep: str = "auto"  # which weights are tested and written, one of metrics.KEEP
+    calibrate: str = "auto"  # one of calibration.CALIBRATE
     seed: int = 0
     # On which machine.
     device: str = "auto"
@@ -68,7 +69,8 @@ class TrainSettings:
     def mathematics(self) -> dict[str, object]:
         """Return the settings that change the result, by flag; `--resume` keeps to them."""
         names = ["epochs", "batch_size", "lr", "head_lr", "weight_decay", "layer_decay"]
-        names += ["label_smoothing", "class_weights", "cache_views", "patience", "keep", "seed"]
+        names += ["label_smoothing", "class_weights", "cache_views", "patience", "keep"]
+        names += ["calibrate", "seed"]
         values = asdict(self)
         return {flag(name): values[name] for name in names}
 

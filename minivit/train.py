@@ -37,7 +37,7 @@ from .system import device as devices
 from .system import distributed, files
 from .system.signals import StopRequested, during_evaluation, held_back, stop_requests
 from .system.workers import worker_pool, write_behind
-from .training import metrics, publishing, report, run_folder
+from .training import calibration, metrics, publishing, report, run_folder
 from .training.class_weights import balanced_weights
 from .training.features import (
     FeatureExtractor,
@@ -550,23 +550,30 @@ def finish(
     eval_model = working_copy(state.model, device, state.amp, train=False)
     state.free_device_memory()
     batch = devices.eval_batch(device, settings.batch_size, state.micro_batch, state.amp)
+    val_logits, _ = predict_photos(eval_model, val_split[0], batch=batch)
     if not kept.is_average:
-        check_validation_loss(state.rows[kept.epoch], state.amp, eval_model, val_split, batch)
+        check_validation_loss(state.rows[kept.epoch], state.amp, val_logits, val_split[1])
+    temperature = calibration.choose_temperature(settings.calibrate, val_logits, val_split[1])
+    if temperature is not None:
+        calibration.fold_temperature(temperature, model, eval_model)
     # Weights are written while the photos are tested and figures are drawn.
     with ThreadPoolExecutor(1) as thread:
         # The tail comes first, because by it the other files are known to be this run's.
         tail = thread.submit(weights.save_tail, model, out / run_folder.TAIL)
         whole_model = thread.submit(write_model, model, out, tail)
-        test_logits = predict_photos(eval_model, test_split[0], batch=batch)
+        test_logits, _ = predict_photos(eval_model, test_split[0], batch=batch)
         num_classes = len(data.classes)
         confusion = metrics.confusion_matrix(test_logits.argmax(1), test_split[1], num_classes)
         tail.result()
-        figures = report.draw_figures(pool, out, state.rows, kept, data, test_logits, confusion)
+        figures = report.draw_figures(
+            pool, out, state.rows, kept, data, test_logits, confusion, temperature
+        )
     whole_model.result()
 
     scores = score_predictions(test_logits, test_split[1])
     summary: dict[str, object] = {f"test_{name}": value for name, value in scores.items()}
     summary |= summarize_run(settings, state, kept, model, data)
+    summary |= calibration.summarize(temperature, len(val_split[1]), test_logits, test_split[1])
     summary["photos_checksum"] = checksum
     summary["confused"] = report.name_pairs(confusion, data.classes)
     summary["seconds"] = state.spent + time.perf_counter() - started
@@ -584,18 +591,14 @@ def finish(
 
 
 def check_validation_loss(
-    row: dict[str, float],
-    amp: torch.dtype | None,
-    eval_model: ViT,
-    val_split: PixelsAndLabels,
-    batch: int,
+    row: dict[str, float], amp: torch.dtype | None, logits: Tensor, labels: Tensor
 ) -> None:
     """Check that the weights about to be tested reproduce the validation loss of their epoch.
 
-    `row` is the epoch's row of metrics.jsonl. Raises RuntimeError if they do not.
+    `row` is the epoch's row of metrics.jsonl; the logits (n, C) and labels (n,) are those of the
+    validation photos, before any calibration. Raises RuntimeError if they do not.
     """
-    pixels, labels = val_split
-    loss = score_predictions(predict_photos(eval_model, pixels, batch=batch), labels)["loss"]
+    loss = score_predictions(logits, labels)["loss"]
     # In bf16 and fp16, the loss of 30 photos changed by up to 1.7% with the rest of their batch.
     tolerance = 0.05 if amp else 1e-3
     if abs(loss - row["val_loss"]) > tolerance * max(1, row["val_loss"]):

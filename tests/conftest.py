@@ -191,6 +191,7 @@ def leave_figures_empty(patch):
         (panels, "draw_predictions"),
         (plots, "draw_confusion"),
         (plots, "draw_curves"),
+        (plots, "draw_calibration"),
     ):
         patch.setattr(module, name, lambda path, *_, **__: path.touch())
 

@@ -317,7 +317,7 @@ def test_inference_gives_the_logits_of_training(run, shapes_data):
     model = load_pretrained(run[0])
     data = load_data(shapes_data, seed=0)
     data, file = store.prepare(data, model.preprocess, workers=2, cap_gib=1)
-    logits = predict_photos(
+    logits, _ = predict_photos(
         model, store.open_splits(data, file, model.preprocess, workers=2)[2][0], batch=4
     )
     with torch.no_grad():

@@ -173,7 +173,7 @@ def test_tokens_that_are_kept_give_the_numbers_of_tokens_computed_anew(pixels):
 def test_training_metrics_are_of_photos_without_augmentation(pixels):
     model = make_trainable()
     last = fit(model, pixels)[-1]
-    expected = score_predictions(predict_photos(model, pixels[0], batch=64), pixels[1])
+    expected = score_predictions(predict_photos(model, pixels[0], batch=64)[0], pixels[1])
     assert last["train_loss"] == pytest.approx(expected["loss"], abs=1e-6)
     assert last["train_accuracy"] == last["val_accuracy"] == expected["accuracy"]
 

@@ -70,6 +70,30 @@ def draw_curves(
         return save(figure, path)
 
 
+def draw_calibration(
+    path: Path, lines: Sequence[tuple[str, Sequence[tuple[int, float, float]]]]
+) -> str:
+    """Draw how often test predictions are right by how confident they are, a line for each label.
+
+    A line's points are (number of photos, confidence, accuracy); larger points stand for more
+    photos. Returns what save returns.
+    """
+    with new_figure((5, 5), layout="constrained") as figure:
+        ax = figure.subplots()
+        ax.plot([0, 1], [0, 1], ":", color="0.5", label="as often right as it says")
+        styles = (("o--", "#5aae61"), ("s-", "#40004b"))
+        for (label, points), (style, colour) in zip(lines, styles[-len(lines) :]):
+            counts, confidence, accuracy = (np.array(values) for values in zip(*points))
+            ax.plot(confidence, accuracy, style, color=colour, lw=1, ms=3, label=label)
+            sizes = 10 + 250 * counts / counts.sum()
+            ax.scatter(confidence, accuracy, sizes, color=colour, marker=style[0], alpha=0.7)
+        ax.set(xlabel="confidence of the prediction", ylabel="share of test photos right")
+        ax.set(xlim=(0, 1.03), ylim=(-0.03, 1.03))
+        ax.grid(alpha=0.3)
+        figure.legend(fontsize=8, loc="outside upper center")
+        return save(figure, path)
+
+
 def draw_confusion(
     path: Path,
     counts: np.ndarray,

@@ -86,7 +86,7 @@ A Vision Transformer that distinguishes {len(classes)} classes. It was fine-tune
 | macro F1 | {summary["test_macro_f1"]:.4f} |
 | precision (weighted) | {summary["test_precision"]:.4f} |
 | recall (weighted) | {summary["test_recall"]:.4f} |
-
+{_calibration_row(summary)}
 The test photos were used once, at the end; which epoch to keep was chosen on the validation photos.
 Training: {summary["verdict"]}.
 The file classes.csv has the precision and recall of each class.
@@ -110,14 +110,34 @@ The pipeline of transformers reads it as well:
 
 ## Limits
 
-The model answers with one of its classes for any photo, even if the photo shows none of them, and
-its probabilities are not calibrated. It was tested on photos like those it was trained on; others
-may be harder. Classes: {class_list}.
+The model answers with one of its classes for any photo, even if the photo shows none of them.
+{_describe_calibration(summary)}
+It was tested on photos like those it was trained on; others may be harder. Classes: {class_list}.
 
 ## Licence
 
 {licence}
 """
+
+
+def _calibration_row(summary: Mapping) -> str:
+    """Return the row of the table of results; runs of before have no such error."""
+    if "test_calibration_error" not in summary:
+        return ""
+    return f"| expected calibration error | {summary['test_calibration_error']:.4f} |\n"
+
+
+def _describe_calibration(summary: Mapping) -> str:
+    """Say whether the probabilities are calibrated, and what that changed."""
+    if summary.get("temperature") is None:
+        return "Its probabilities are not calibrated."
+    return (
+        f"Its probabilities are calibrated: a temperature of {summary['temperature']:.3f}, fitted "
+        f"to the {summary['val_photos']:,}\nvalidation photos, is folded into the head, which "
+        "changes no prediction. On the test photos the\nexpected calibration error (15 bins of "
+        f"equal width) was {summary['test_calibration_error_before']:.4f} before and is "
+        f"{summary['test_calibration_error']:.4f}."
+    )
 
 
 def _is_apache(summary: Mapping) -> bool:

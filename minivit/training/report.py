@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError, printable
 from ..system.files import whole_file
-from . import metrics
+from . import calibration, metrics
 from .model_card import model_card
 
 if TYPE_CHECKING:
@@ -37,10 +37,12 @@ def draw_figures(
     data: Data,
     logits: Tensor,
     confusion: Tensor,
+    temperature: float | None,
 ) -> dict[str, Future[str]]:
-    """Start drawing predictions.png, confusion.png and curves.png, and return a future for each.
+    """Start drawing the figures of a run, and return a future for each by its file's name.
 
     `rows` are those of metrics.jsonl; `logits` (n, C) and `confusion` (C, C) are the test photos'.
+    `temperature` is what the logits were divided by, if they were.
     """
     num_photos = int(confusion.sum())
     num_right = int(confusion.trace())
@@ -54,12 +56,32 @@ def draw_figures(
     arguments = {
         "predictions": (*_choose_predictions(data, logits), predictions_title),
         "confusion": (confusion.numpy(), data.classes, confusion_title, pairs),
+        "calibration": (_compare_calibration(logits, data, temperature),),
         "curves": (rows, kept.epoch, overfits_from, metrics.verdict(rows, kept)),
     }
     figures = {}
     for name, args in arguments.items():
         figures[f"{name}.png"] = submit(executor, _draw, name, out / f"{name}.png", *args)
     return figures
+
+
+def _compare_calibration(
+    logits: Tensor, data: Data, temperature: float | None
+) -> list[tuple[str, list[calibration.Bin]]]:
+    """Return the label and the bins of each line of calibration.png."""
+    labels = logits.new_tensor(data.test.labels).long()
+    before_and_after = {"as trained": logits}
+    if temperature is not None:
+        before_and_after = {
+            "as trained": logits * temperature,
+            f"calibrated, temperature {temperature:.2f}": logits,
+        }
+    lines = []
+    for name, drawn in before_and_after.items():
+        bins = calibration.reliability(drawn, labels)
+        error = calibration.calibration_error(bins)
+        lines.append((f"{name}: error {100 * error:.1f} points", bins))
+    return lines
 
 
 def submit(executor: Executor, draw: Callable[..., str], *args: object) -> Future[str]:

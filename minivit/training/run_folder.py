@@ -36,6 +36,7 @@ RUN_FILES: tuple[str, ...] = (
     SUMMARY,
     "curves.png",
     "confusion.png",
+    "calibration.png",
     "predictions.png",
     "classes.csv",
     "README.md",

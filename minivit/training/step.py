@@ -325,10 +325,10 @@ def head_inputs(model: ViT, batches: Iterable[Tensor], *, cut: int) -> Tensor:
 
 
 @torch.no_grad()
-def predict_photos(model: ViT, pixels: Source, *, batch: int) -> Tensor:
-    """Return the logits, float32 (n, C) on the CPU, of pixels, uint8 (n, 3, h, w).
+def predict_photos(model: ViT, pixels: Source, *, batch: int) -> tuple[Tensor, Tensor]:
+    """Return the logits (n, C) of pixels, uint8 (n, 3, h, w), and what the head reads (n, D).
 
-    The images are not augmented.
+    Both are float32 on the CPU. The images are not augmented.
     """
     device = model.cls_token.device
     indices = torch.arange(len(pixels)).split(batch)
@@ -338,12 +338,14 @@ def predict_photos(model: ViT, pixels: Source, *, batch: int) -> Tensor:
 
     on_device = to_device_ahead(read, indices, device)
     logits = []
+    inputs = []
     for (pixels_of_batch,) in tqdm(
         on_device, "predicting", len(indices), unit="batch", leave=False, disable=None
     ):
         images = model.preprocess.normalize(pixels_of_batch)
-        logits.append(model(images).float())
-    return torch.cat(logits).cpu()
+        inputs.append(model.head_inputs(model.tokens(images)))
+        logits.append(model.head(inputs[-1]).float())
+    return torch.cat(logits).cpu(), torch.cat(inputs).float().cpu()
 
 
 def score_predictions(logits: Tensor, labels: Tensor) -> dict[str, float]:
