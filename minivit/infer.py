@@ -38,6 +38,7 @@ from .settings import InferSettings, flag
 from .system import device as devices
 from .system import distributed
 from .system.files import portable_stem, refuse_to_overwrite
+from .system.progress import bars_are_hidden
 from .system.workers import (
     InlineExecutor,
     map_ahead,
@@ -144,8 +145,8 @@ def start_workers(
 
 def progress_bar(num_photos: int) -> tqdm:
     """Return a progress bar, which a single photo does not need."""
-    disable = True if num_photos < 2 else None  # None: shown on a terminal only
-    return tqdm(total=num_photos, desc="photos", unit="photo", leave=False, disable=disable)
+    hidden = num_photos < 2 or bars_are_hidden()
+    return tqdm(total=num_photos, desc="photos", unit="photo", leave=False, disable=hidden)
 
 
 def make_plan(settings: InferSettings) -> Plan:
@@ -153,6 +154,11 @@ def make_plan(settings: InferSettings) -> Plan:
     device = devices.pick_device(distributed.local_device(settings.device))
     amp = devices.pick_amp(settings.amp, device)
     models = [working_copy(model, device, amp, train=False) for model in load_models(settings)]
+    return plan_for(models, settings)
+
+
+def plan_for(models: Sequence[ViT], settings: InferSettings) -> Plan:
+    """Decide what these models do with every photo; the one to compare with comes first."""
     if settings.no_figures:
         check_names_only(settings, models)
         return Plan(models, [None] * len(models), [], [])
@@ -377,6 +383,11 @@ def choose_methods(settings: InferSettings, models: Sequence[ViT]) -> list[str]:
     """Return the methods to compute: the figure's and, for the page, all that are possible."""
     if not settings.html:
         return [settings.method]
+    return possible_methods(models)
+
+
+def possible_methods(models: Sequence[ViT]) -> list[str]:
+    """Return all methods, without relevance if a model has no classifier."""
     all_have_classifiers = all(model.labels for model in models)
     return [method for method in METHODS if method != "relevance" or all_have_classifiers]
 

@@ -241,7 +241,7 @@ def _panels(
 ) -> list[Panel]:
     """Return panels of a model's maps, each with a note on its sink shares."""
     panels = []
-    for title, values, (kept, largest) in _maps(explanation, method, blocks, heads):
+    for title, values, (kept, largest) in patch_maps(explanation, method, blocks, heads):
         note = f"top patch {100 * largest:.0f}%"
         warn = largest > DOMINANT_SHARE
         if method == "attention":
@@ -259,7 +259,7 @@ def _difference_panels(
     heads: bool,
 ) -> list[Panel]:
     """Return panels of the second model's maps minus the first model's."""
-    first, second = (_maps(each, method, blocks, heads) for each in explanations)
+    first, second = (patch_maps(each, method, blocks, heads) for each in explanations)
     panels = []
     for (title, before, _), (_, after, _) in zip(first, second):
         change = difference(after, before)
@@ -267,7 +267,7 @@ def _difference_panels(
     return panels
 
 
-def _maps(
+def patch_maps(
     explanation: Explanation, method: str, blocks: Sequence[int], heads: bool
 ) -> list[tuple[str, Tensor, tuple[float, float]]]:
     """Return each panel's title, map (gh, gw) and sink shares.

@@ -22,7 +22,7 @@ SAMPLE_FORMAT = 339  # TIFF's tag: 1 unsigned, 2 signed, 3 floating-point
 ADVICE = "save it as PNG of 8 or 16 bits"
 
 
-def check_mode(image: ImageFile.ImageFile) -> None:
+def check_mode(image: Image.Image) -> None:
     """Raise ValueError, before decoding, for an image whose pixels have no known meaning."""
     if image.mode == "F":
         raise ValueError(f"its pixels are floating-point numbers of no known range; {ADVICE}")
@@ -32,15 +32,15 @@ def check_mode(image: ImageFile.ImageFile) -> None:
     if _raw_mode(image) == "RGB;16B" and "transparency" in image.info:
         raise ValueError(f"a transparent colour of 16 bits; {ADVICE}, with an alpha channel")
     # Pillow decodes these in Python, one pixel at a time.
-    if any(tile[0] in Image.DECODERS for tile in image.tile) and not _ppm_maximum(image):
+    if any(tile[0] in Image.DECODERS for tile in _tiles(image)) and not _ppm_maximum(image):
         raise ValueError("a run-length BMP, or a PPM of text; save it as PNG")
     if image.mode not in (*MODES_OF_8_BITS, *MODES_OF_16_BITS, "I"):
         raise ValueError(f"pixels of mode {image.mode}; {ADVICE}")
 
 
-def load_rgb(image: ImageFile.ImageFile) -> Image.Image:
+def load_rgb(image: Image.Image) -> Image.Image:
     """Decode an image that check_mode() lets pass: RGB, with transparent areas over white."""
-    if _ppm_maximum(image):
+    if isinstance(image, ImageFile.ImageFile) and _ppm_maximum(image):
         return _load_ppm(image)
     raw_mode = _raw_mode(image)
     is_white_zero = _tag(image, ExifTags.Base.PhotometricInterpretation, 0) == 0
@@ -81,11 +81,12 @@ def _over_white(image: Image.Image, raw_mode: str) -> Image.Image:
     return photo
 
 
-def _ppm_maximum(image: ImageFile.ImageFile) -> int:
+def _ppm_maximum(image: Image.Image) -> int:
     """Return the largest sample of a binary PPM or PGM that is not 255 or 65,535, else 0."""
-    if not image.tile or image.tile[0][0] != "ppm" or _raw_mode(image) not in ("L", "RGB"):
+    tiles = _tiles(image)
+    if not tiles or tiles[0][0] != "ppm" or _raw_mode(image) not in ("L", "RGB"):
         return 0
-    return int(image.tile[0][3][-1])  # type: ignore[index]  # This decoder has arguments.
+    return int(tiles[0][3][-1])
 
 
 def _load_ppm(image: ImageFile.ImageFile) -> Image.Image:
@@ -107,15 +108,21 @@ def _load_ppm(image: ImageFile.ImageFile) -> Image.Image:
     return Image.fromarray(np.broadcast_to(samples, (*shape[:2], 3)))
 
 
-def _raw_mode(image: ImageFile.ImageFile) -> str:
+def _raw_mode(image: Image.Image) -> str:
     """Return how Pillow names the samples in the file, or "" if it does not say."""
-    if not image.tile:
+    tiles = _tiles(image)
+    if not tiles:
         return ""
-    arguments = image.tile[0][3]
+    arguments = tiles[0][3]
     return str(arguments[0] if isinstance(arguments, tuple) else arguments)
 
 
-def _tag(image: ImageFile.ImageFile, number: int, default: int) -> int:
+def _tiles(image: Image.Image) -> list:
+    """Return where an image's pixels lie in its file; nothing for one that comes from no file."""
+    return getattr(image, "tile", [])
+
+
+def _tag(image: Image.Image, number: int, default: int) -> int:
     """Return a tag of a TIFF, of its first channel if each has its own, or the default."""
     value = getattr(image, "tag_v2", {}).get(number, default)
     return value[0] if isinstance(value, tuple) else value

@@ -112,6 +112,20 @@ def open_sent_photo(data: bytes, name: str) -> Image.Image:
         return _read(file)
 
 
+def from_pillow(image: Image.Image, name: str) -> Image.Image:
+    """Return an image that is open in Pillow as open_photo returns a file. It stays as it is.
+
+    `name` only says in the message of a PhotoError which photo is meant.
+    """
+    info = dict(image.info)
+    try:
+        with _photo_errors(name, b""):
+            _check_before_decoding(image)
+            return _decode(image)
+    finally:
+        image.info = info
+
+
 def _read(file: BinaryIO) -> Image.Image:
     own = own_data(file, MAX_BYTES)
     if own is not None and own.breaks_off:
@@ -305,7 +319,7 @@ def _decode_with_filling(own: ImageData, filling: bytes) -> Image.Image:
         return _decode(image)
 
 
-def _decode(image: ImageFile.ImageFile) -> Image.Image:
+def _decode(image: Image.Image) -> Image.Image:
     if image.format == "HEIF":
         return load_rgb(image)  # Its decoder turns it upright.
     if image.format == "AVIF":
@@ -332,7 +346,7 @@ def _check_scans(image: ImageFile.ImageFile, scans: int) -> None:
         raise ValueError(f"{scans} scans of {image.width} x {image.height} pixels")
 
 
-def _check_before_decoding(image: ImageFile.ImageFile) -> None:
+def _check_before_decoding(image: Image.Image) -> None:
     """Refuse an image whose pixels would take too much memory to decode."""
     tags = getattr(image, "tag_v2", {})
     # The tiles of a TIFF have a size of their own.

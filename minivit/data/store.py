@@ -35,6 +35,7 @@ from ..system.files import (
     write_json,
 )
 from ..system.home import cache_folders
+from ..system.progress import bars_are_hidden
 from ..system.workers import (
     map_ahead,
     processes_worth_starting,
@@ -166,7 +167,9 @@ def prepare_ahead(
 
 def show_decoding(num_photos: int) -> tqdm:
     """Return a bar, shown on a terminal only, that is told of the photos that are decoded."""
-    return tqdm(total=num_photos, desc="decoding", unit="photo", leave=False, disable=None)
+    return tqdm(
+        total=num_photos, desc="decoding", unit="photo", leave=False, disable=bars_are_hidden()
+    )
 
 
 def open_splits(

@@ -154,6 +154,11 @@ def _break_note(panel: Panel, width: int) -> str:
 
 def draw_attention(path: Path, figure: AttentionFigure) -> str:
     """Draw a figure of where a model looks, and return what Canvas.save returns."""
+    return compose_attention(figure).save(path)
+
+
+def compose_attention(figure: AttentionFigure) -> Canvas:
+    """Return a canvas with a figure of where a model looks."""
     layout = _lay_out(figure)
     width, height = layout.size
     photo = figure.photo
@@ -192,7 +197,7 @@ def draw_attention(path: Path, figure: AttentionFigure) -> str:
             left = layout.text_left(x, text_width(note, SMALL, bold=panel.warn))
             colour = RED if panel.warn else GREY
             canvas.write(left, y + h + 28, note, SMALL, colour=colour, bold=panel.warn)
-    return canvas.save(path)
+    return canvas
 
 
 def _write_label(canvas: Canvas, layout: _Layout, x: int, y: int, label: str) -> None:

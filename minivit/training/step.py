@@ -27,6 +27,7 @@ from ..errors import UserError
 from ..model import ViT
 from ..settings import TrainSettings
 from ..system import distributed
+from ..system.progress import bars_are_hidden
 from ..system.signals import StopRequested, stop_here
 from .class_weights import balanced_weights
 from .features import Source, gather_rows, to_device_ahead
@@ -215,7 +216,7 @@ def train_epoch(
         initial=first_step,
         unit="step",
         leave=False,
-        disable=None,  # shown on a terminal only
+        disable=bars_are_hidden(),
     )
     try:
         for batch in progress:
@@ -340,7 +341,7 @@ def predict_photos(model: ViT, pixels: Source, *, batch: int) -> tuple[Tensor, T
     logits = []
     inputs = []
     for (pixels_of_batch,) in tqdm(
-        on_device, "predicting", len(indices), unit="batch", leave=False, disable=None
+        on_device, "predicting", len(indices), unit="batch", leave=False, disable=bars_are_hidden()
     ):
         images = model.preprocess.normalize(pixels_of_batch)
         inputs.append(model.head_inputs(model.tokens(images)))
