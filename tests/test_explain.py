@@ -26,6 +26,7 @@ from minivit import (
     open_photo,
     save_pretrained,
 )
+from minivit import infer as infer_job
 from minivit.attention import METHODS, class_relevance, query_maps, rollout
 from minivit.checkpoints.hub import Origin
 from minivit.data.prepared import LARGE, NO_PAGE, NO_PANEL, panel_shape, read_photo
@@ -598,6 +599,9 @@ REFUSED = {
     "no block": (["--layers", "none"], "no block to draw"),
     "another grid": (["--compare", "GRID"], "two models that see a photo in the same patches"),
     "no such model": (["--compare", "nowhere/at-all/x"], "nowhere/at-all/x"),
+    "heads without figures": (["--no-figures", "--heads"], "names only; leave --heads away"),
+    "a page without figures": (["--no-figures", "--html"], "names only; leave --html away"),
+    "blocks without figures": (["--no-figures", "--blocks", "3"], "leave --layers away"),
 }
 
 
@@ -736,6 +740,44 @@ def test_a_folder_is_drawn_in_order_despite_an_unreadable_photo(
     assert (
         abs(pixels(alone["figure"]) - pixels(tmp_path / "out" / "3.png")).mean() < 0.05
     )  # a batch rounds otherwise
+
+
+def test_names_alone_are_those_of_the_figures_and_nothing_is_written(
+    tiny_folder, other_folder, many, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(infer_job, "DRAW_IN_WORKERS_FROM", 100)
+    monkeypatch.setattr("minivit.system.workers.WORTH_STARTING_BYTES", 1)
+    before = sorted(tmp_path.rglob("*"))
+    flags = (many, "--model", tiny_folder, "--compare", other_folder, "--workers", "2")
+    answered = {}
+    drawn = ("--blocks", "11", "--out", tmp_path / "out")
+    for name, more in (("figures", drawn), ("names", ("--no-figures",))):
+        for as_json in (["--json"], []):
+            if name == "names":
+                monkeypatch.setattr(ViT, "forward_with_attention", None)
+            # Names are read in threads, and in processes if they are more than these.
+            monkeypatch.setattr(infer_job, "DECODE_IN_THREADS_UP_TO", 1 if as_json else 2)
+            code, printed = run(*flags, *more, *as_json, capsys=capsys)
+            assert code == 2  # One photo is broken.
+            assert f"{many / '5.png'}: cannot be read as a photo" in printed.err
+            answered[name, bool(as_json)] = printed.out
+    assert sorted(path for path in tmp_path.rglob("*") if "out" not in path.parts) == before
+    text = [line for line in answered["figures", False].splitlines() if "/out/" not in line]
+    assert answered["names", False].splitlines() == text
+    with_figures, alone = (
+        [json.loads(line) for line in answered[name, True].splitlines()]
+        for name in ("figures", "names")
+    )
+    assert len(alone) == len(with_figures) == 9
+    for one, other in zip(alone, with_figures, strict=True):
+        assert one.keys() == other.keys()
+        assert (one["figure"], one["method"], one["layers"], one["maps"]) == (None, None, [], {})
+        for answer, reference in ((one, other), (one["compare"], other["compare"])):
+            assert answer["predictions"] == [
+                each | {"probability": pytest.approx(each["probability"], abs=1e-6)}
+                for each in reference["predictions"]
+            ]
 
 
 def test_a_disk_that_is_full_for_a_figure_ends_with_one_line(tiny_folder, many, tmp_path, capsys):

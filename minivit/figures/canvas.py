@@ -1,6 +1,6 @@
 """A canvas for figures of photos: images, frames and text, composed pixel by pixel.
 
-This takes a tenth of the time that a figure of matplotlib takes. The letters are still matplotlib's
+This takes a fifth of the time that a figure of matplotlib takes. The letters are still matplotlib's
 own: it finds fonts for any script, joins Arabic letters, and draws a text in one call.
 """
 
