@@ -38,6 +38,10 @@ COMMANDS = {
         "minivit.tools.drop.command:main",
         "leave the pet or the background out, and see whether the answer stays",
     ),
+    "review": (
+        "minivit.tools.review.command:main",
+        "find the photos that a run gets wrong and the labels that are hard to believe",
+    ),
     "study": (
         "minivit.tools.study.command:main",
         "compare accuracies over numbers of photos and of trained blocks",

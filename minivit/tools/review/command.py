@@ -1,0 +1,301 @@
+"""Review a run and its photos: mistakes, suspicious labels, how sure its accuracy is, and copies.
+
+This module imports neither torch nor NumPy before the job starts, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ... import cli
+from ...errors import UserError, printable
+from ...settings import RUN_DIR, TrainSettings
+from ...system import files
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ...data.datasets import Data
+    from ...model import ViT
+    from ...training.run_photos import Run
+    from .labels import HeldOut
+    from .report import Photos
+
+DESCRIPTION = (
+    "Review a run and its photos: which it gets wrong, which labels are hard to believe, how sure "
+    "its accuracy is, and which photos are in training and test. No photo is changed or moved."
+)
+OUTPUTS = ("review.json", "review.csv", "review.html")
+FOLDS = 5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser("review", description=DESCRIPTION)
+    add = parser.add_argument
+    add("run", nargs="?", default=RUN_DIR, metavar="RUN", help="the folder of a finished run")
+    add(
+        "--data",
+        metavar="DIR",
+        help="the photos that the run was trained on; default: the folder that it was given",
+    )
+    add(
+        "--blocks",
+        metavar="RANGE",
+        help="judge labels by these blocks, retrained for each fold, which takes much longer; "
+        "default: by a linear head on the model from before the run",
+    )
+    add("--folds", type=cli.at_least(2), default=FOLDS, metavar="N", help="folds of the photos")
+    add(
+        "--cache-gib",
+        type=cli.positive,
+        default=TrainSettings.cache_gib,
+        metavar="X",
+        help="host memory for the features that --blocks needs",
+    )
+    parser.add_device_flags()
+    parser.add_workers("threads that read photos")
+    add(
+        "--out",
+        type=cli.folder,
+        default="review",
+        metavar="DIR",
+        help="the folder for review.html, review.csv and review.json",
+    )
+    return cli.run(review, parser, argv)
+
+
+def review(args: argparse.Namespace) -> int:
+    """Review the run, print a sentence for each part, and write the page and the tables."""
+    import torch
+
+    from ...checkpoints.weights import load_pretrained
+    from ...model import working_copy
+    from ...system.device import peak_gib, pick_amp, pick_device
+    from ..doctor import group_copies
+    from ..score.measure import count_equal_blocks
+    from ..score.outputs import write_csv
+    from . import page, report
+    from .measure import measure
+
+    started = time.perf_counter()
+    out = Path(args.out)
+    check_folder(out)
+    run = find_reviewed_run(args.run)
+    root = args.data or run.data
+    data = load_reviewed(root, run)
+    model = load_pretrained(run.folder)
+    check_classes(model, data, run)
+    base = load_base(run, root, model)
+    blocks = cli.parse_blocks(args.blocks or "none", base.config.depth)
+    device = pick_device(args.device)
+    amp = pick_amp(args.amp, device)
+
+    all_paths, all_splits, all_labels = list_photos(data)
+    low_model = working_copy(model, device, amp, train=False)
+    low_base = working_copy(base, device, amp, train=False)
+    cut = count_equal_blocks(model, base)
+    measured = measure(low_model, low_base, cut, all_paths, args.workers, amp)
+    for reason in measured.unreadable.values():
+        print(f"left out: {printable(reason)}", file=sys.stderr)
+    photos = report.Photos(
+        data.root,
+        data.classes,
+        [all_paths[i] for i in measured.readable],
+        [all_splits[i] for i in measured.readable],
+        torch.tensor([all_labels[i] for i in measured.readable]),
+    )
+    if blocks:
+        folds = judge_by_blocks(args, run, base, photos, blocks, device)
+    else:
+        folds = judge_by_linear_head(base, measured.features, photos.labels, args.folds)
+    groups = group_copies(measured.md5s, measured.thumbnails)
+    findings = report.find(str(run.folder), photos, measured, folds, groups)
+    for part, sentence in findings.sentences.items():
+        print(f"{part}: {sentence}")
+
+    table = report.rows(findings)
+    for i in measured.unreadable:
+        label = data.classes[all_labels[i]]
+        table.append(report.unreadable_row(all_paths[i], all_splits[i], label))
+    out.mkdir(parents=True, exist_ok=True)
+    with files.locked(out, wait=True):
+        about = {
+            **report.summary(findings),
+            "base": base.origin.source,
+            "data": root,
+            "left_out": {str(all_paths[i]): why for i, why in measured.unreadable.items()},
+            "settings": vars(args) | {"device": str(device), "amp": str(amp)},
+        }
+        # The JSON file comes first, because by it a later review knows the others for its own.
+        files.write_json(out / "review.json", about)
+        write_csv(out / "review.csv", table)
+        page.write_page(out / "review.html", findings, low_model, args.workers)
+        seconds = time.perf_counter() - started
+        measures = {"seconds": seconds, "peak_gib": peak_gib(device)}
+        files.write_json(out / "review.json", about | measures)
+    print(f"{len(photos.paths)} photos reviewed in {seconds:.1f} s", file=sys.stderr)
+    print(*(printable(out / name) for name in OUTPUTS), sep="\n")
+    return 0
+
+
+def check_folder(out: Path) -> None:
+    """Raise UserError if the review would overwrite files that no review wrote."""
+    try:
+        about = files.read_json(out / OUTPUTS[0])
+        is_review = "sentences" in about and "suspicious_labels" in about
+    except (UserError, OSError):
+        is_review = False
+    files.refuse_to_overwrite(out, () if is_review else OUTPUTS)
+
+
+def find_reviewed_run(name: str) -> Run:
+    """Return the finished run in a folder. Raises UserError if there is none."""
+    from ...training.run_folder import STATE
+    from ...training.run_photos import find_run
+
+    run = find_run(name)
+    if run is None:
+        raise UserError(
+            f"{name}: expected the folder of a finished run, with its summary.json; "
+            "train.py --out writes one"
+        )
+    if (run.folder / STATE).exists():
+        raise UserError(f"{name}: this run is not finished; let train.py --resume finish it")
+    return run
+
+
+def load_reviewed(root: str, run: Run) -> Data:
+    """List the photos, split as the run split them.
+
+    Raises UserError if those are not the photos that the run was trained on.
+    """
+    from ...data.datasets import split_data
+    from ...data.listing import list_data
+    from ...data.survey import unread_photos
+    from ...training.run_photos import photos_checksum, was_trained_on
+
+    listing = list_data(root)
+    data = split_data(listing, seed=run.seed, skip_bad=True)
+    for finding in unread_photos(listing):
+        print(finding, file=sys.stderr)
+    if run.photos is None:
+        is_same = was_trained_on(run, root)
+    else:
+        is_same = photos_checksum(data) == run.photos
+    if not is_same:
+        raise UserError(
+            f"{root}: expected the photos that {run.folder} was trained on ({run.data}), found "
+            "others, or some added, removed or moved since; train again, then review that run"
+        )
+    return data
+
+
+def check_classes(model: ViT, data: Data, run: Run) -> None:
+    """Raise UserError unless the classes are the run's, in the same order."""
+    if model.labels != data.classes:
+        raise UserError(
+            f"{run.folder}: its classes are not those of the photos; train again on these photos"
+        )
+
+
+def load_base(run: Run, root: str, model: ViT) -> ViT:
+    """Load the model from before the run, or from before the first of several on these photos."""
+    from ...checkpoints.weights import load_pretrained
+    from ...training.run_photos import find_run, was_trained_on
+
+    first = run
+    parent = find_run(first.base)
+    while parent is not None and was_trained_on(parent, root):
+        first = parent
+        parent = find_run(first.base)
+    summary = files.read_json(first.folder / "summary.json")
+    base = load_pretrained(
+        first.base,
+        revision=summary.get("base_commit"),
+        labels=model.labels,
+        img_size=model.config.img_size,
+    )
+    check_sizes(base, model, first)
+    return base
+
+
+def check_sizes(base: ViT, model: ViT, run: Run) -> None:
+    """Raise UserError if the base cannot be what the run was trained from."""
+    shapes = {name: tensor.shape for name, tensor in base.named_parameters()}
+    for name, tensor in model.named_parameters():
+        if name != "pos_embed" and shapes.get(name) != tensor.shape:
+            raise UserError(
+                f"{run.base}: is not the model that {run.folder} was trained from, as {name} "
+                "differs in shape; put that model there again"
+            )
+
+
+def list_photos(data: Data) -> tuple[list[Path], list[str], list[int]]:
+    """Return all photos in the order of their paths, with the split and the label of each.
+
+    Photos of one series, whose names follow each other, then fall into one fold.
+    """
+    photos: list[tuple[str, Path, str, int]] = []
+    for name in ("train", "val", "test"):
+        split = getattr(data, name)
+        photos += [(str(path), path, name, label) for path, label in zip(split.paths, split.labels)]
+    photos.sort()
+    paths = [path for _, path, _, _ in photos]
+    splits = [split for _, _, split, _ in photos]
+    labels = [label for _, _, _, label in photos]
+    return paths, splits, labels
+
+
+def judge_by_linear_head(base: ViT, features: Tensor, labels: Tensor, folds: int) -> HeldOut:
+    """Judge each photo by a linear head on the base's features, fitted without its fold."""
+    from ...training.linear_head import fit_linear_head
+    from .labels import HeldOut
+
+    head = fit_linear_head(features, labels, base.config.num_classes, folds)
+    source = f"a linear head on {printable(base.origin.source)}"
+    return HeldOut(head.fold_of, head.held_out_logits.softmax(1), source)
+
+
+def judge_by_blocks(
+    args: argparse.Namespace,
+    run: Run,
+    base: ViT,
+    photos: Photos,
+    blocks: Sequence[int],
+    device: torch.device,
+) -> HeldOut:
+    """Judge each photo by blocks of the base that were trained, as the run's, without its fold."""
+    from ...system.device import pick_amp
+    from ...training.linear_head import assign_folds
+    from .blocks import held_out_logits, keep_features
+    from .labels import HeldOut
+
+    amp = pick_amp(args.amp, device)
+    fold_of = assign_folds(photos.labels, base.config.num_classes, args.folds)
+    features = keep_features(
+        base,
+        min(blocks),
+        photos.paths,
+        device=device,
+        amp=amp,
+        workers=args.workers,
+        cache_gib=args.cache_gib,
+    )
+    settings = settings_of(run)
+    logits = held_out_logits(base, blocks, features, photos.labels, fold_of, settings, amp)
+    source = f"blocks {args.blocks} of {printable(base.origin.source)}, retrained,"
+    return HeldOut(fold_of, logits.softmax(1), source)
+
+
+def settings_of(run: Run) -> TrainSettings:
+    """Return the settings of a run, as far as this version knows them."""
+    stored = files.read_json(run.folder / "summary.json")["settings"]
+    known = {field.name for field in fields(TrainSettings)}
+    return TrainSettings(**{name: value for name, value in stored.items() if name in known})

@@ -1,0 +1,125 @@
+"""The page of a review: one HTML file that loads nothing. Its frame is review.html.
+
+File names and class names are untrusted data. They stand in JSON, and the page shows them as text.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...figures.explorer import content_hash, to_json
+from ...figures.plots import shorten
+from ...model import ViT
+from ...system.files import whole_file
+from .pictures import LARGE, SMALL, draw_maps, small_photos
+from .report import Findings
+
+FRAME = Path(__file__).with_name("review.html")
+MOST_LISTED = 60  # mistakes, suspicious labels and groups of copies
+MOST_IN_CELLS = 300  # photos of the confusion matrix that are shown and not only named
+MOST_OF_A_GROUP = 4  # copies
+MAX_NAME = 200  # characters of any name
+
+
+def write_page(path: Path, findings: Findings, model: ViT, workers: int) -> None:
+    """Write the page, whole or not at all."""
+    frame = FRAME.read_text(encoding="utf-8")
+    for tag in ("script", "style"):
+        frame = frame.replace(f"{tag.upper()}_HASH", content_hash(frame, tag))
+    page = frame.replace("PAGE_DATA", to_json(page_data(findings, model, workers)))
+    with whole_file(path) as partial:
+        partial.write_bytes(page.encode())
+
+
+def page_data(findings: Findings, model: ViT, workers: int) -> dict[str, object]:
+    """Return all that the page shows; photos are referred to by their index."""
+    mistakes = findings.mistakes[:MOST_LISTED]
+    suspicious = findings.suspicious[:MOST_LISTED]
+    groups = [group[:MOST_OF_A_GROUP] for group in findings.copies[:MOST_LISTED]]
+    cells = cells_of(findings)
+    shown_in_cells = choose_for_cells(findings.mistakes, cells)
+    neighbours = {i: findings.neighbours[i].tolist() for i in suspicious}
+
+    small: dict[int, None] = dict.fromkeys(shown_in_cells)
+    for indices in (*neighbours.values(), *groups):
+        small |= dict.fromkeys(indices)
+    paths = findings.paths
+    uris = dict(zip(small, small_photos([paths[i] for i in small], SMALL, workers)))
+    large = [*dict.fromkeys((*mistakes, *suspicious))]
+    large_uris = dict(zip(large, small_photos([paths[i] for i in large], LARGE, workers)))
+    maps = draw_maps(
+        model,
+        [paths[i] for i in mistakes],
+        [int(findings.answers[i]) for i in mistakes],
+        [int(findings.labels[i]) for i in mistakes],
+    )
+    named = {*small, *large, *(i for indices in cells.values() for i in indices)}
+    return {
+        "run": shorten(findings.run, MAX_NAME),
+        "classes": [shorten(name, MAX_NAME) for name in findings.classes],
+        "sentences": findings.sentences,
+        "cropped": model.preprocess.crop is not None,
+        "photos": {i: describe_photo(findings, i, uris.get(i, "")) for i in sorted(named)},
+        "mistakes": [
+            {
+                "photo": i,
+                "picture": large_uris[i],
+                "answer": int(findings.answers[i]),
+                "answerProbability": round(float(findings.answer_probabilities[i]), 4),
+                "labelProbability": round(float(findings.run_label_probabilities[i]), 4),
+                "maps": maps_of_photo,
+            }
+            for i, maps_of_photo in zip(mistakes, maps)
+        ],
+        "moreMistakes": len(findings.mistakes) - len(mistakes),
+        "cells": [[*cell, indices] for cell, indices in sorted(cells.items())],
+        "suspicious": [
+            {
+                "photo": i,
+                "path": str(paths[i]),
+                "picture": large_uris[i],
+                "labelProbability": round(float(findings.label_probabilities[i]), 4),
+                "likeness": int(findings.likeness[i]),
+                "likenessProbability": round(float(findings.likeness_probabilities[i]), 4),
+                "neighbours": neighbours[i],
+            }
+            for i in suspicious
+        ],
+        "moreSuspicious": len(findings.suspicious) - len(suspicious),
+        "copies": groups,
+        "moreCopies": len(findings.copies) - len(groups),
+    }
+
+
+def describe_photo(findings: Findings, i: int, uri: str) -> dict[str, object]:
+    return {
+        "name": shorten(findings.names[i], MAX_NAME),
+        "label": int(findings.labels[i]),
+        "split": findings.splits[i],
+        "picture": uri,
+    }
+
+
+def cells_of(findings: Findings) -> dict[tuple[int, int], list[int]]:
+    """Return the validation and test photos of each cell (label, answer) of the confusion."""
+    cells: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for i in findings.held_out:
+        cells[int(findings.labels[i]), int(findings.answers[i])].append(i)
+    return dict(cells)
+
+
+def choose_for_cells(
+    mistakes: Sequence[int], cells: Mapping[tuple[int, int], Sequence[int]]
+) -> Iterable[int]:
+    """Return the photos that cells show: all mistakes first, then some of each right cell."""
+    chosen = list(mistakes[:MOST_IN_CELLS])
+    right = [indices for (label, answer), indices in cells.items() if label == answer]
+    room = MOST_IN_CELLS - len(chosen)
+    each = room // max(1, len(right))
+    for indices in right:
+        chosen += np.array(indices, int)[:each].tolist()
+    return chosen

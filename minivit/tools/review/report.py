@@ -1,0 +1,274 @@
+"""What a review finds: its sentences, a row for each photo, and a summary."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import printable
+from .labels import (
+    NEIGHBOURS,
+    Accuracy,
+    HeldOut,
+    accuracy_of_folds,
+    find_suspicious,
+    listed_first,
+    measure_accuracy,
+    nearest_neighbours,
+)
+from .measure import Measured
+
+# What may be odd about a photo, as the column "flags" of review.csv says it.
+MISTAKE, SUSPICIOUS, COPY, UNREADABLE = "mistake", "suspicious label", "copy", "unreadable"
+
+
+@dataclass(frozen=True)
+class Photos:
+    """The n photos that are reviewed."""
+
+    root: Path
+    classes: Sequence[str]
+    paths: Sequence[Path]
+    splits: Sequence[str]  # train, val or test
+    labels: Tensor  # (n,)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that a review finds out about n photos, which are referred to by their index."""
+
+    run: str
+    classes: Sequence[str]
+    paths: Sequence[Path]
+    names: Sequence[str]  # the paths within the data folder
+    splits: Sequence[str]
+    labels: Tensor  # (n,)
+    held_out: list[int]  # the validation and test photos
+    # The run's answers: these mean something for held-out photos only.
+    answers: Tensor  # (n,)
+    answer_probabilities: Tensor  # (n,)
+    run_label_probabilities: Tensor  # (n,), of the labels
+    mistakes: list[int]  # the held-out photos that are wrong, the most confident answer first
+    # Of models that had not seen a photo:
+    folds: HeldOut
+    label_probabilities: Tensor  # (n,), by which suspicious labels are ranked
+    predictions: Tensor  # (n,)
+    likeness: Tensor  # (n,), the likeliest class but for the label
+    likeness_probabilities: Tensor  # (n,)
+    suspicious: list[int]  # the least believed label first
+    neighbours: Tensor  # (n, k)
+    copies: list[list[int]]  # groups that span two splits or two labels
+    leaked: list[int]  # the held-out photos of which a copy was trained on
+    sentences: dict[str, str]  # by the part of the review
+
+
+def find(
+    run: str,
+    photos: Photos,
+    measured: Measured,
+    folds: HeldOut,
+    groups: Iterable[Sequence[int]],
+) -> Findings:
+    """Bring together what the parts of a review find. `groups` are those of all copies."""
+    labels = photos.labels
+    rows = torch.arange(len(labels))
+    probabilities = measured.logits.softmax(1)
+    answer_probabilities, answers = probabilities.max(1)
+    is_held_out = torch.tensor([split != "train" for split in photos.splits])
+    label_probabilities = folds.probabilities[rows, labels]
+    others = folds.probabilities.clone()
+    others[rows, labels] = -1.0
+    likeness_probabilities, likeness = others.max(1)
+    copies, leaked = sort_copies(groups, photos)
+    findings = Findings(
+        run=run,
+        classes=photos.classes,
+        paths=photos.paths,
+        names=[name_within(photos.root, path) for path in photos.paths],
+        splits=photos.splits,
+        labels=labels,
+        held_out=is_held_out.nonzero()[:, 0].tolist(),
+        answers=answers,
+        answer_probabilities=answer_probabilities,
+        run_label_probabilities=probabilities[rows, labels],
+        mistakes=listed_first(-answer_probabilities, is_held_out & (answers != labels)),
+        folds=folds,
+        label_probabilities=label_probabilities,
+        predictions=folds.probabilities.argmax(1),
+        likeness=likeness,
+        likeness_probabilities=likeness_probabilities,
+        suspicious=listed_first(label_probabilities, find_suspicious(folds.probabilities, labels)),
+        neighbours=nearest_neighbours(measured.features),
+        copies=copies,
+        leaked=leaked,
+        sentences={},
+    )
+    findings.sentences.update(describe(findings))
+    return findings
+
+
+def sort_copies(
+    groups: Iterable[Sequence[int]], photos: Photos
+) -> tuple[list[list[int]], list[int]]:
+    """Return the groups of copies in two splits or under two labels, and what was trained on.
+
+    The latter are the validation and test photos of which a copy is in training.
+    """
+    copies = []
+    leaked = []
+    for group in groups:
+        splits = {photos.splits[i] for i in group}
+        if len(splits) > 1 or len({int(photos.labels[i]) for i in group}) > 1:
+            copies.append(list(group))
+        if "train" in splits:
+            leaked += [i for i in group if photos.splits[i] != "train"]
+    return copies, leaked
+
+
+def name_within(root: Path, path: Path) -> str:
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+
+def describe(findings: Findings) -> dict[str, str]:
+    """Return a sentence for each part of the review."""
+    return {
+        "mistakes": describe_mistakes(findings),
+        "suspicious labels": describe_labels(findings),
+        "how sure the accuracy is": describe_accuracy(findings),
+        "nearly the same photo": describe_copies(findings),
+    }
+
+
+def describe_mistakes(findings: Findings) -> str:
+    held_out = len(findings.held_out)
+    wrong = len(findings.mistakes)
+    if wrong == 0:
+        return f"none of the {held_out} validation and test photos is wrong."
+    pairs = Counter((int(findings.labels[i]), int(findings.answers[i])) for i in findings.mistakes)
+    [((label, answer), count)] = pairs.most_common(1)
+    commonest = (
+        f"{printable(findings.classes[label])} taken for {printable(findings.classes[answer])}"
+    )
+    if wrong > 1:
+        commonest = f"most often {commonest} ({count})"
+    return (
+        f"{wrong} of {held_out} validation and test photos {is_or_are(wrong)} wrong, {commonest}."
+    )
+
+
+def describe_labels(findings: Findings) -> str:
+    photos = len(findings.paths)
+    found = len(findings.suspicious)
+    judge = f"{findings.folds.source} that had not seen them"
+    if found == 0:
+        return f"none of {photos}, as judged by {judge}."
+    return (
+        f"{found} of {photos}, as judged by {judge}. Look at them: a photo that "
+        "is hard to tell is suspicious, too."
+    )
+
+
+def describe_accuracy(findings: Findings) -> str:
+    is_right = findings.predictions == findings.labels
+    folds = accuracy_of_folds(is_right, findings.folds.fold_of)
+    sentence = (
+        f"{findings.folds.source} is right on "
+        f"{measure_accuracy(is_right)} of the photos in {len(folds)} folds, from {min(folds):.3f} "
+        f"to {max(folds):.3f} in each. The interval is Wilson's over all photos."
+    )
+    test = accuracy_of_test(findings)
+    if test is not None:
+        sentence += f" The run itself is right on {test} of the test photos."
+    return sentence
+
+
+def accuracy_of_test(findings: Findings) -> Accuracy | None:
+    """Return the run's accuracy on the test photos, or None if none of them can be read."""
+    test = [i for i in findings.held_out if findings.splits[i] == "test"]
+    if not test:
+        return None
+    return measure_accuracy(findings.answers[test] == findings.labels[test])
+
+
+def describe_copies(findings: Findings) -> str:
+    leaked = len(findings.leaked)
+    if leaked == 0:
+        return "none of the validation and test photos is also in training."
+    return (
+        f"{leaked} of {len(findings.held_out)} validation and test photos "
+        f"{is_or_are(leaked)} also in training, which makes accuracy look better than it is."
+    )
+
+
+def is_or_are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def rows(findings: Findings) -> list[dict[str, object]]:
+    """Return a row of review.csv for each photo that was read."""
+    flags: dict[str, set[int]] = {
+        MISTAKE: set(findings.mistakes),
+        SUSPICIOUS: set(findings.suspicious),
+        COPY: {i for group in findings.copies for i in group},
+    }
+    classes = [printable(name) for name in findings.classes]
+    table = []
+    for i, path in enumerate(findings.paths):
+        row = empty_row(path, findings.splits[i], classes[findings.labels[i]])
+        row["flags"] = "; ".join(flag for flag, indices in flags.items() if i in indices)
+        row["label_probability"] = round(float(findings.label_probabilities[i]), 6)
+        row["predicted"] = classes[findings.predictions[i]]
+        row["fold"] = int(findings.folds.fold_of[i])
+        if findings.splits[i] != "train":
+            row["run_predicted"] = classes[findings.answers[i]]
+            row["run_probability"] = round(float(findings.answer_probabilities[i]), 6)
+        for place, neighbour in enumerate(findings.neighbours[i].tolist(), 1):
+            row[f"neighbour_{place}"] = printable(findings.paths[neighbour])
+        table.append(row)
+    return table
+
+
+def empty_row(path: Path, split: str, label: str) -> dict[str, object]:
+    """Return a row with all columns, of which only those that are always known are filled in."""
+    columns = ["label_probability", "predicted", "fold"]
+    columns += ["run_predicted", "run_probability"]
+    columns += [f"neighbour_{place}" for place in range(1, NEIGHBOURS + 1)]
+    known = {"path": printable(path), "split": split, "label": printable(label), "flags": ""}
+    return {**known, **dict.fromkeys(columns, "")}
+
+
+def unreadable_row(path: Path, split: str, label: str) -> dict[str, object]:
+    return {**empty_row(path, split, label), "flags": UNREADABLE}
+
+
+def summary(findings: Findings) -> dict[str, object]:
+    """Return what review.json says of the findings."""
+    is_right = findings.predictions == findings.labels
+    accuracy = measure_accuracy(is_right)
+    test = accuracy_of_test(findings)
+    names = [str(path) for path in findings.paths]
+    return {
+        "sentences": findings.sentences,
+        "run": findings.run,
+        "photos": len(findings.paths),
+        "held_out_photos": len(findings.held_out),
+        "mistakes": [names[i] for i in findings.mistakes],
+        "suspicious_labels": [names[i] for i in findings.suspicious],
+        "cross_validation": {
+            "model": findings.folds.source,
+            "folds": accuracy_of_folds(is_right, findings.folds.fold_of),
+            **interval(accuracy),
+        },
+        "test": None if test is None else interval(test),
+        "copies": [[names[i] for i in group] for group in findings.copies],
+        "copies_in_training": [names[i] for i in findings.leaked],
+    }
+
+
+def interval(accuracy: Accuracy) -> Mapping[str, object]:
+    return {"accuracy": accuracy.mean, **accuracy._asdict()}
