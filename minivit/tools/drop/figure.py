@@ -84,7 +84,8 @@ def draw_bars(ax: Axes, summaries: Mapping[str, Summary]) -> None:
     ax.invert_yaxis()
     ax.set_xlim(0, 1.1)
     ax.set_xticks(np.linspace(0, 1, 6))
-    ax.set_xlabel("accuracy, mean of classes" if knows_classes else "answers that stay the same")
+    unit = "accuracy, mean of classes" if knows_classes else "answers as to the whole photo"
+    ax.set_xlabel(unit)
     if len(summaries) > 1 or knows_classes:
         ax.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     ax.spines[["top", "right"]].set_visible(False)

@@ -34,7 +34,7 @@ from .conditions import (
     show_joined,
     spread_classes,
 )
-from .photos import read_photos
+from .photos import DropPhoto, read_photos
 
 # Photos whose pixels are in memory together. Their conditions are sorted by the number of patches
 # that are shown, so that a batch needs no padding; many photos fill the batches.
@@ -108,12 +108,17 @@ def ask(
     parts: dict[str, list[dict[Key, np.ndarray]]] = {name: [] for name in models}
     label_of = np.asarray(labels)
     first = next(iter(models.values()))
-    windows = read_windows(first, paths, workers, answers.left_out, seed)
+    preprocess, grid = first.preprocess, first.config.grid
+    jobs = (
+        (paths[start : start + CHUNK], start, preprocess, grid, seed)
+        for start in range(0, len(paths), CHUNK)
+    )
+    reading = read_in_workers(read_photos, jobs, paths, workers=workers, left_out=answers.left_out)
     bar = tqdm(total=len(paths), unit="photo", leave=False, disable=None)
     with torch.inference_mode(), bar as progress:
         while True:
             with timed(seconds, "reading"):
-                window = next(windows, None)
+                window = next_window(reading, first)
             if window is None:
                 break
             for name, model in models.items():
@@ -132,6 +137,7 @@ def ask(
                 parts[name].append(predicted)
             answers.photos += window.photos
             progress.update(window.photos[-1] + 1 - progress.n)
+            del window  # Only one is in memory at a time.
     if not answers.photos:
         reasons = ", ".join(sorted(answers.left_out))
         raise UserError(f"none of {len(paths)} photos can be taken: {reasons}")
@@ -152,21 +158,18 @@ def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     seconds[part] += time.perf_counter() - started
 
 
-def read_windows(
-    model: ViT, paths: Sequence[Path], workers: int, left_out: dict[str, list[str]], seed: int
-) -> Iterator[Window]:
-    """Yield windows of photos; the names of those that are not taken go into `left_out`."""
-    preprocess, grid = model.preprocess, model.config.grid
-    jobs = (
-        (paths[first : first + CHUNK], first, preprocess, grid, seed)
-        for first in range(0, len(paths), CHUNK)
-    )
-    reading = read_in_workers(read_photos, jobs, paths, workers=workers, left_out=left_out)
-    while read := list(itertools.islice(reading, WINDOW)):
-        indices = [index for index, _ in read]
-        pixels, sets, shown = zip(*(photo for _, photo in read))
-        on_device = torch.from_numpy(np.stack(pixels)).to(model.cls_token.device)
-        yield Window(indices, on_device, list(sets), list(shown))
+def next_window(reading: Iterator[tuple[int, DropPhoto]], model: ViT) -> Window | None:
+    """Return the next photos that are read, with their indices; None if there are no more."""
+    # Allocated at once, so that no photo is in memory twice.
+    pixels = torch.empty((WINDOW, 3, *model.config.img_size), dtype=torch.uint8)
+    window = Window([], pixels, [], [])
+    for row, (index, photo) in enumerate(itertools.islice(reading, WINDOW)):
+        pixels[row] = torch.from_numpy(photo.pixels)
+        window.photos.append(index)
+        window.sets.append(photo.sets)
+        window.shown.append(photo.shown)
+    window.pixels = pixels[: len(window.photos)].to(model.cls_token.device)
+    return window if window.photos else None
 
 
 def ask_about_conditions(window: Window, labels: np.ndarray) -> list[Question]:
