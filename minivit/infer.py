@@ -46,6 +46,7 @@ from .system.workers import (
     read_ahead,
     worker_pool,
 )
+from .training.reference import find_reference
 
 # Figures of fewer photos are drawn before worker processes would have started.
 DRAW_IN_WORKERS_FROM = 8
@@ -328,6 +329,7 @@ def load_models(settings: InferSettings) -> list[ViT]:
         models.append(load_pretrained(settings.compare, img_size=settings.img_size))
     models.append(load_pretrained(source, revision=settings.revision, img_size=settings.img_size))
     for model in models:
+        model.reference = find_reference(model)
         if not model.labels:
             say(f"{model.origin.source} has no classifier: attention only", sys.stderr)
     return models
@@ -539,6 +541,8 @@ def report(answer: dict, settings: InferSettings) -> None:
             say(summary["model"], sys.stdout)
         for prediction in summary["predictions"]:
             say(f"{prediction['probability']:.3f}  {prediction['label']}", sys.stdout)
+        if summary.get("unlike_training"):
+            say(f"{look.UNLIKE} (distance {summary['distance']:.3g})", sys.stdout)
     for kind in ("figure", "html", "npz"):
         if answer.get(kind) is not None:
             say(answer[kind], sys.stdout)

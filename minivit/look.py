@@ -7,6 +7,7 @@ class token, then the patches); gh, gw patches of a map.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +29,17 @@ from .attention import (
     shares,
 )
 from .data import prepared
+from .data.photos import open_photo
 from .data.prepared import Needs, PanelSize, Photo
-from .figures.explorer import Pane
+from .errors import UserError
+from .figures.explorer import Pane, data_url
 from .figures.panels import AttentionFigure, Panel, Row
 from .model import ViT
 from .system.files import whole_file
+from .training.reference import Comparison
 
+UNLIKE = "unlike the training photos"
+THUMBNAIL_SIDE = 96  # pixels, of a training photo on the explorer's page
 KEEPS_MOST = 0.5  # above this, the class token keeps more attention than all patches get
 
 
@@ -60,6 +66,7 @@ class Explanation:
     query: int  # the token whose attention is shown
     target: str  # the class that relevance explains
     against: str  # the class that it is contrasted with, or ""
+    comparison: Comparison | None  # with the training photos, if they are known
     _sink_shares: dict[tuple[str, int], list[tuple[float, float]]] = field(default_factory=dict)
 
     def predictions(self, k: int) -> list[tuple[str, int, float]]:
@@ -96,6 +103,8 @@ class Explanation:
             return "no classifier"
         [(label, _, probability)] = self.predictions(1)
         headline = f"{label} {probability:.3f}"
+        if self.comparison is not None and self.comparison.is_unlike:
+            headline += f", {UNLIKE}"
         if method == "relevance" and self.against:
             headline += f", relevance for {self.target} against {self.against}"
         elif method == "relevance" and self.target != label:
@@ -168,6 +177,9 @@ def explain_photos(
             rows["relevance"] = {block: row[:, None] for block, row in relevance.items()}
     # A model without a classifier has no labels, and its logits are features.
     probabilities = logits[:, : len(model.labels)].float().softmax(1).cpu()
+    comparisons: Sequence[Comparison | None] = [None] * len(photos)
+    if model.reference is not None:
+        comparisons = model.reference.compare(inputs)
 
     on_cpu = {}  # rows without registers
     for method, by_block in rows.items():
@@ -188,7 +200,14 @@ def explain_photos(
             against_label = model.labels[target.against]
         explanations.append(
             Explanation(
-                model, probabilities[i], photo_rows, tokens, photo.query, label, against_label
+                model,
+                probabilities[i],
+                photo_rows,
+                tokens,
+                photo.query,
+                label,
+                against_label,
+                comparisons[i],
             )
         )
     return explanations
@@ -382,12 +401,17 @@ def summary(explanation: Explanation, top_k: int, method: str | None) -> dict:
         for block in explanation.rows[method]:
             class_token, top_patch = explanation.sink_shares(method, block)[0]
             maps[block] = {"class_token": class_token, "top_patch": top_patch}
+    comparison: dict[str, object] = {}
+    if explanation.comparison is not None:
+        comparison["distance"] = explanation.comparison.distance
+        comparison["unlike_training"] = explanation.comparison.is_unlike
     contrast = {}
     if method == "relevance" and explanation.against:
         contrast = {"target": explanation.target, "against": explanation.against}
     return {
         "model": explanation.model.origin.source,
         **contrast,
+        **comparison,
         "predictions": [
             {"label": label, "index": index, "probability": probability}
             for label, index, probability in explanation.predictions(top_k)
@@ -417,7 +441,35 @@ def explorer_pane(photo: Photo, explanation: Explanation, top_k: int) -> Pane:
         explanation.model.config.grid,
         (left * x_scale, top * y_scale, right * x_scale, bottom * y_scale),
         methods,
+        describe_comparison(explanation.comparison),
+        _nearest_photos(explanation.comparison),
     )
+
+
+def describe_comparison(comparison: Comparison | None) -> str:
+    """Say how far a photo is from the training photos, or "" if they are not known."""
+    if comparison is None:
+        return ""
+    return (
+        f"{'Unlike' if comparison.is_unlike else 'Like'} the training photos: distance "
+        f"{comparison.distance:.3g}, threshold {comparison.threshold:.3g}"
+    )
+
+
+def _nearest_photos(comparison: Comparison | None) -> list[tuple[str, str, str]]:
+    """Return the class, the name and a small copy of each of the nearest training photos.
+
+    The copy is a data URL, or "" if the photo is no longer where it was.
+    """
+    if comparison is None:
+        return []
+    nearest = []
+    for neighbour in comparison.nearest:
+        thumbnail = ""
+        with contextlib.suppress(UserError, OSError):
+            thumbnail = data_url(open_photo(neighbour.path), THUMBNAIL_SIDE)
+        nearest.append((neighbour.label, neighbour.path.name, thumbnail))
+    return nearest
 
 
 def write_arrays(

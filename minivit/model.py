@@ -26,6 +26,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     from .checkpoints.hub import Origin
     from .data.preprocess import Preprocess
+    from .training.reference import Reference
 
 MAX_SIZE = 65_536  # A larger size in a config means that the file is broken.
 
@@ -281,6 +282,8 @@ class ViT(nn.Module):
     labels: tuple[str, ...] = ()  # the class names in index order
     preprocess: Preprocess = None  # type: ignore[assignment]
     origin: Origin = None  # type: ignore[assignment]
+    # infer.py sets it for the model of a run: the training photos that photos are compared with.
+    reference: Reference | None = None
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -514,6 +517,8 @@ def working_copy(
     copy.labels = model.labels
     copy.preprocess = model.preprocess
     copy.origin = model.origin
+    if model.reference is not None:
+        copy.reference = model.reference.to(device)
     return copy
 
 

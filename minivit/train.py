@@ -37,7 +37,7 @@ from .system import device as devices
 from .system import distributed, files
 from .system.signals import StopRequested, during_evaluation, held_back, stop_requests
 from .system.workers import worker_pool, write_behind
-from .training import calibration, metrics, publishing, report, run_folder
+from .training import calibration, metrics, publishing, reference, report, run_folder
 from .training.class_weights import balanced_weights
 from .training.features import (
     FeatureExtractor,
@@ -125,9 +125,12 @@ def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = 
                 recorder.begin(state, started, lock)
                 with stop_requests() as stop_requested:
                     try:
-                        run_epochs(
+                        evaluation = run_epochs(
                             state, train_split, val_split, settings, stop_requested, recorder
                         )
+                        if not state.stopped:
+                            kept_weights = choose_weights(state, settings, len(val_split[1]))[1]
+                            state.read_by_head = evaluation.read_by_head(state, kept_weights)
                     except StopRequested:
                         state.stopped = True
             recorder.end(state)
@@ -155,7 +158,7 @@ def run_epochs(
     settings: TrainSettings,
     stop_requested: Callable[[], bool],
     recorder: Recorder | None = None,
-) -> None:
+) -> Evaluation:
     """Train from where the state stands to the last epoch; evaluate, save and report each.
 
     The head alone, fitted to the frozen model, comes first, as epoch 0. One seed gives one order of
@@ -184,14 +187,14 @@ def run_epochs(
         if recorder is not None:
             recorder.save_and_report(state, state.trainable_weights())
     if state.cut == state.model.config.depth:
-        return  # No block trains, so the head alone is all.
+        return evaluation  # No block trains, so the head alone is all.
 
     while state.epoch <= settings.epochs and not patience_is_over(state, settings.patience):
         started = time.perf_counter() - state.seconds
         photos_of_epoch = photos.of_epoch(state.epoch, stop_requested)
         if photos_of_epoch is None:
             state.stopped = True
-            return
+            return evaluation
 
         train_epoch(state, network, photos_of_epoch, settings, stop_requested)
         row = {
@@ -201,7 +204,7 @@ def run_epochs(
         }
         state.seconds = time.perf_counter() - started
         if state.stopped:
-            return
+            return evaluation
 
         row |= measure_speed(state, len(photos.labels), photos_of_epoch.runs_frozen_blocks)
         row |= evaluation.evaluate(state)
@@ -219,7 +222,8 @@ def run_epochs(
             recorder.save_and_report(state, current_weights)
         state.stopped = stop_requested()
         if state.stopped:
-            return
+            break
+    return evaluation
 
 
 class Evaluation:
@@ -291,6 +295,14 @@ class Evaluation:
             scores = score_predictions(distributed.gather(logits, len(labels)), labels)
             row |= {f"{name}_{metric}": value for metric, value in scores.items()}
         return row
+
+    @during_evaluation()
+    def read_by_head(self, state: RunState, weights: dict[str, Tensor]) -> Tensor:
+        """Return what the head reads of the training photos (n, D), with these trained weights."""
+        for name, weight in weights.items():
+            self.eval_model.get_parameter(name).copy_(weight)
+        inputs = head_inputs(self.eval_model, self.batches["train"](), cut=state.cut)
+        return distributed.gather(inputs, len(self.labels["train"]))
 
 
 def has_room_for_features(
@@ -537,20 +549,14 @@ def finish(
 
     # Files are written from here on that may have appeared here while the run trained.
     run_folder.check_folder(out)
-    kept = metrics.choose_kept(
-        state.rows,
-        settings.keep,
-        len(val_split[1]),
-        ended_early=state.epoch <= settings.epochs,
-    )
+    kept, kept_weights = choose_weights(state, settings, len(val_split[1]))
     # The kept weights become those of the model that is tested and of the one that is written.
-    kept_weights = state.trainable_weights() if kept.is_last else state.kept
     set_trainable(state.model, kept_weights)
     set_trainable(model, kept_weights)
     eval_model = working_copy(state.model, device, state.amp, train=False)
     state.free_device_memory()
     batch = devices.eval_batch(device, settings.batch_size, state.micro_batch, state.amp)
-    val_logits, _ = predict_photos(eval_model, val_split[0], batch=batch)
+    val_logits, val_inputs = predict_photos(eval_model, val_split[0], batch=batch)
     if not kept.is_average:
         check_validation_loss(state.rows[kept.epoch], state.amp, val_logits, val_split[1])
     temperature = calibration.choose_temperature(settings.calibrate, val_logits, val_split[1])
@@ -561,7 +567,7 @@ def finish(
         # The tail comes first, because by it the other files are known to be this run's.
         tail = thread.submit(weights.save_tail, model, out / run_folder.TAIL)
         whole_model = thread.submit(write_model, model, out, tail)
-        test_logits, _ = predict_photos(eval_model, test_split[0], batch=batch)
+        test_logits, test_inputs = predict_photos(eval_model, test_split[0], batch=batch)
         num_classes = len(data.classes)
         confusion = metrics.confusion_matrix(test_logits.argmax(1), test_split[1], num_classes)
         tail.result()
@@ -569,11 +575,16 @@ def finish(
             pool, out, state.rows, kept, data, test_logits, confusion, temperature
         )
     whole_model.result()
+    assert state.read_by_head is not None  # The run has reached its end.
+    known, threshold = reference.save_reference(
+        out / run_folder.REFERENCE, model, data, state.read_by_head, val_inputs, settings.seed
+    )
 
     scores = score_predictions(test_logits, test_split[1])
     summary: dict[str, object] = {f"test_{name}": value for name, value in scores.items()}
     summary |= summarize_run(settings, state, kept, model, data)
     summary |= calibration.summarize(temperature, len(val_split[1]), test_logits, test_split[1])
+    summary |= reference.summarize(known, threshold, val_inputs, test_inputs)
     summary["photos_checksum"] = checksum
     summary["confused"] = report.name_pairs(confusion, data.classes)
     summary["seconds"] = state.spent + time.perf_counter() - started
@@ -588,6 +599,16 @@ def finish(
     if report.wait_for_figures(figures, out):
         files.remove_file(out / run_folder.STATE)
     print(summary["verdict"])
+
+
+def choose_weights(
+    state: RunState, settings: TrainSettings, num_val: int
+) -> tuple[metrics.Kept, dict[str, Tensor]]:
+    """Return which weights the run keeps, and these weights."""
+    kept = metrics.choose_kept(
+        state.rows, settings.keep, num_val, ended_early=state.epoch <= settings.epochs
+    )
+    return kept, state.trainable_weights() if kept.is_last else state.kept
 
 
 def check_validation_loss(

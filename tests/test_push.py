@@ -153,7 +153,7 @@ def test_a_run_is_pushed_with_its_card_and_without_photos_and_paths(hub, shapes_
     listed, _, left_out = said.partition("Not uploaded:")
     assert all(name in listed for name in hub.uploaded)
     assert "predictions.png" in left_out
-    assert sorted(hub.uploaded) == sorted(set(runs.RUN_FILES) - {"predictions.png"})
+    assert sorted(hub.uploaded) == sorted(set(runs.RUN_FILES) - set(publishing.KEPT_HERE))
     for name, data in hub.uploaded.items():
         if name != "summary.json":
             assert data == (tmp_path / "run" / name).read_bytes(), name
@@ -230,10 +230,10 @@ def test_a_push_that_failed_is_made_up_for_by_resume(
     assert run_train(tiny_folder, shapes_data, out, *flags, "--resume") == 0
     printed = capsys.readouterr()
     assert "pushed: https://hub/owner/new/commit/1" in printed.err
-    assert "Not uploaded: predictions.png, which shows photos; tail.safetensors" in printed.err
+    assert "Not uploaded: predictions.png, which shows photos; reference.safetensors" in printed.err
     assert printed.out.splitlines()[-1].startswith("test accuracy")
     _, contents = no_hub.pushed[-1]
-    left_out = {"predictions.png", "tail.safetensors"}
+    left_out = {"predictions.png", "reference.safetensors", "tail.safetensors"}
     assert contents.keys() == set(runs.RUN_FILES) - left_out
     for content in contents.values():
         assert str(tmp_path.parent).encode() not in as_bytes(content)

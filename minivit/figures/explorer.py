@@ -41,7 +41,8 @@ class Pane:
     classifier. `attn` is {block: (H, Q, N)}. `methods` holds further maps by name, of the same
     blocks: (gh, gw) for the class token only, (N, N), or (H, Q, N). All are arrays or tensors of
     shares, 0 or more; relevance has no fixed sum, so take attention.shares of it. `box` is the part
-    of the photo that the model sees, as Preprocess.box gives it.
+    of the photo that the model sees, as Preprocess.box gives it. `comparison` says how far the
+    photo is from the training photos, of which `nearest` has (label, name, image as a data URL).
     """
 
     name: str
@@ -50,6 +51,8 @@ class Pane:
     grid: tuple[int, int]
     box: tuple[float, float, float, float]
     methods: Mapping[str, Mapping[int, ArrayLike]] = field(default_factory=dict)
+    comparison: str = ""
+    nearest: Sequence[tuple[str, str, str]] = ()
 
 
 class Page(str):
@@ -175,6 +178,11 @@ def _pane(pane: Pane, maps: dict[str, np.ndarray], levels: int, size: tuple[int,
         "predictions": [
             (shorten(label, MAX_NAME), round(float(p), 6)) for label, p in pane.predictions
         ],
+        "comparison": pane.comparison,
+        "nearest": [
+            (shorten(label, MAX_NAME), shorten(name, MAX_NAME), image)
+            for label, name, image in pane.nearest
+        ],
         "grid": pane.grid,
         # As fractions of the photo's width and height.
         "box": [edge / side for edge, side in zip(pane.box, size * 2)],
@@ -184,6 +192,15 @@ def _pane(pane: Pane, maps: dict[str, np.ndarray], levels: int, size: tuple[int,
         ],
         "maps": base64.b64encode(packed).decode(),
     }
+
+
+def data_url(photo: Image.Image, side: int) -> str:
+    """Return a small copy of a photo, with sides of up to `side` pixels, as a data URL."""
+    small = photo.copy()
+    small.thumbnail((side, side))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _jpeg(photo: Image.Image) -> bytes:

@@ -111,7 +111,7 @@ The pipeline of transformers reads it as well:
 ## Limits
 
 The model answers with one of its classes for any photo, even if the photo shows none of them.
-{_describe_calibration(summary)}
+{_describe_comparison(summary)}{_describe_calibration(summary)}
 It was tested on photos like those it was trained on; others may be harder. Classes: {class_list}.
 
 ## Licence
@@ -125,6 +125,18 @@ def _calibration_row(summary: Mapping) -> str:
     if "test_calibration_error" not in summary:
         return ""
     return f"| expected calibration error | {summary['test_calibration_error']:.4f} |\n"
+
+
+def _describe_comparison(summary: Mapping) -> str:
+    """Say how often photos count as unlike the training photos; runs of before did not compare."""
+    if "unlike_training" not in summary:
+        return ""
+    rates = summary["unlike_training"]
+    return (
+        "With the run's reference.safetensors, minivit says which photos are unlike the training "
+        f"photos. It says so\nof {rates['val_rate']:.1%} of the validation photos, which set the "
+        f"threshold, and of {rates['test_rate']:.1%} of the test photos.\n"
+    )
 
 
 def _describe_calibration(summary: Mapping) -> str:

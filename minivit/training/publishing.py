@@ -18,9 +18,10 @@ from ..settings import TrainSettings
 from ..system import files
 from . import report
 from .model_card import base_checkpoint, hub_base
-from .run_folder import RUN_FILES, SUMMARY, TAIL, base_of
+from .run_folder import REFERENCE, RUN_FILES, SUMMARY, TAIL, base_of
 
 PHOTOS = "predictions.png"  # shows the user's photos
+KEPT_HERE = (PHOTOS, REFERENCE)
 CHECKPOINT = ("model.safetensors", "config.json", "preprocessor_config.json")
 PATHS = ("model", "data", "out")  # the settings that may name local folders
 
@@ -46,8 +47,8 @@ def prepare(settings: TrainSettings) -> None:
         state = f"would be created as {wanted} if it does not exist"
     else:
         state = upload.prepare(repo, public=settings.public)
-    names = [name for name in RUN_FILES if name != PHOTOS]
-    left_out = [f"{PHOTOS}, which shows photos"]
+    names = [name for name in RUN_FILES if name not in KEPT_HERE]
+    left_out = [f"{PHOTOS}, which shows photos", f"{REFERENCE}, which names photos"]
     base = base_of(settings.model)
     if base != "demo" and Path(os.path.expanduser(base)).exists():
         names.remove(TAIL)
@@ -93,7 +94,7 @@ def files_to_upload(out: Path, summary: Mapping) -> dict[str, Path | bytes]:
     """
     contents: dict[str, Path | bytes] = {}
     for name in RUN_FILES:
-        if name != PHOTOS and (out / name).exists():
+        if name not in KEPT_HERE and (out / name).exists():
             contents[name] = out / name
     if hub_base(summary) is None and base_checkpoint(summary) != "demo":
         contents.pop(TAIL, None)

@@ -27,11 +27,13 @@ from .state import read_state
 ROWS = "metrics.jsonl"
 SUMMARY = "summary.json"
 TAIL = "tail.safetensors"
+REFERENCE = "reference.safetensors"
 RUN_FILES: tuple[str, ...] = (
     "model.safetensors",
     "config.json",
     "preprocessor_config.json",
     TAIL,
+    REFERENCE,
     ROWS,
     SUMMARY,
     "curves.png",

@@ -104,6 +104,8 @@ def describe(explanation: look.Explanation) -> dict:
     notes = []
     if not explanation.model.labels:
         notes.append("This model has no classifier, so it gives no names.")
+    if summary.get("unlike_training"):
+        notes.append(f"{look.describe_comparison(explanation.comparison)}.")
     return {"model": summary["model"], "predictions": summary["predictions"], "notes": notes}
 
 
