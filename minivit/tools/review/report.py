@@ -162,14 +162,14 @@ def describe_mistakes(findings: Findings) -> str:
 
 
 def describe_labels(findings: Findings) -> str:
-    photos = len(findings.paths)
+    judge = f"{findings.folds.source} that had not seen the photos"
     found = len(findings.suspicious)
-    judge = f"{findings.folds.source} that had not seen them"
     if found == 0:
-        return f"none of {photos}, as judged by {judge}."
+        return f"none of {len(findings.paths)} labels surprises {judge}."
+    surprise = "labels surprise" if found > 1 else "labels surprises"
     return (
-        f"{found} of {photos}, as judged by {judge}. Look at them: a photo that "
-        "is hard to tell is suspicious, too."
+        f"{found} of {len(findings.paths)} {surprise} {judge}. Look at them: some are wrong, others "
+        "are photos that are hard to tell."
     )
 
 
