@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import leave_figures_empty, make_pets, run_train
+from conftest import leave_figures_empty, make_pets, randomize, run_train
 from PIL import Image
 from test_explorer import HOSTILE, LEFT, RIGHT, browser, find, look, press, texts, too_wide
 
+from minivit import Preprocess, ViT, ViTConfig, load_pretrained
+from minivit.attention import method_rows
+from minivit.errors import UserError
 from minivit.tools import doctor
 from minivit.tools.review import command, labels, page, pictures, report
 from minivit.tools.review.measure import Measured
@@ -28,9 +31,9 @@ CHANNELS = {"red": 0, "green": 1, "blue": 2}
 def draw(path: Path, class_name: str, seed: int) -> None:
     """Draw a photo that is mostly of the class's colour, with a pattern of its own."""
     rng = np.random.default_rng([seed, CHANNELS[class_name]])
-    blocks = rng.integers(0, 120, (8, 10, 3))
-    blocks[..., CHANNELS[class_name]] += 120
-    photo = Image.fromarray(blocks.astype(np.uint8)).resize((50, 40), Image.Resampling.NEAREST)
+    squares = rng.integers(0, 120, (8, 10, 3))
+    squares[..., CHANNELS[class_name]] += 120
+    photo = Image.fromarray(squares.astype(np.uint8)).resize((50, 40), Image.Resampling.NEAREST)
     path.parent.mkdir(parents=True, exist_ok=True)
     photo.save(path)
 
@@ -199,16 +202,17 @@ def test_neighbours_are_the_nearest_by_cosine(monkeypatch):
     assert labels.nearest_neighbours(features[:3]).shape == (3, 2)
 
 
-def test_the_two_maps_of_a_mistake_are_relevance_for_its_two_classes(tiny):
-    from minivit.attention import method_rows
-
-    tiny.requires_grad_(False)
+def test_the_two_maps_of_a_mistake_are_relevance_for_its_two_classes():
+    config = ViTConfig((32, 32), 8, 24, 3, 3, 48, num_classes=5, num_registers=2)
+    model = randomize(ViT(config)).requires_grad_(False)
+    model.preprocess = Preprocess((32, 32))
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
-    maps = pictures.relevance_maps(tiny, photo, [3, 1])
+    maps = pictures.relevance_maps(model, photo, [3, 1])
     for values, target in zip(maps, (3, 1)):
-        image = tiny.preprocess(photo)[None]
-        _, rows = method_rows(tiny, image, [11], method="relevance", targets=torch.tensor([target]))
-        torch.testing.assert_close(values.flatten(), rows[11][0, 0, 0, 1:])
+        image = model.preprocess(photo)[None]
+        targets = torch.tensor([target])
+        _, rows = method_rows(model, image, [2], method="relevance", targets=targets)
+        torch.testing.assert_close(values.flatten(), rows[2][0, 0, 0, 3:])
 
 
 def test_a_page_of_noise_keeps_its_pictures_small():
@@ -267,10 +271,15 @@ def test_unreadable_photos_hostile_names_and_small_classes(tiny_saved, tmp_path,
     assert "<b>" not in (tmp_path / "out" / "review.html").read_text(encoding="utf-8")
 
 
-def test_a_base_that_was_trained_on_these_photos_is_passed_over(run, planted, tmp_path, no_figures):
-    assert run_train(run, planted, tmp_path / "second", "--epochs", "1", "--blocks", "11") == 0
-    assert review(tmp_path / "second", tmp_path / "out") == 0
-    assert about(tmp_path / "out")["base"] == json.loads((run / "summary.json").read_text())["base"]
+def test_a_base_that_was_trained_on_these_photos_is_passed_over(run, planted, tmp_path):
+    second = tmp_path / "second"
+    shutil.copytree(run, second)
+    summary = json.loads((run / "summary.json").read_text())
+    (second / "summary.json").write_text(json.dumps(summary | {"base": str(run)}))
+    found = command.find_reviewed_run(str(second))
+    assert found.base == str(run)
+    base = command.load_base(found, str(planted), load_pretrained(second))
+    assert base.origin.source == summary["base"] != str(run)
 
 
 # What is refused
@@ -286,25 +295,28 @@ def test_what_is_no_finished_run_is_refused(run, planted, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_photos_that_the_run_was_not_trained_on_are_refused(run, planted, tmp_path, capsys):
-    shutil.copytree(planted, tmp_path / "data", ignore=shutil.ignore_patterns(".minivit"))
-    assert review(run, tmp_path / "out", "--data", tmp_path / "data") == 0  # a copy is the same
-    moved = tmp_path / "data" / "train" / "green" / "really red.png"
-    moved.rename(tmp_path / "data" / "train" / "red" / moved.name)
-    capsys.readouterr()
-    assert review(run, tmp_path / "out", "--data", tmp_path / "data") == 2
-    assert "moved since; train again, then review that run" in capsys.readouterr().err
+def test_photos_that_the_run_was_not_trained_on_are_refused(run, planted, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(planted, root, ignore=shutil.ignore_patterns(".minivit"))
+    found = command.find_reviewed_run(str(run))
+    assert len(command.load_reviewed(str(root), found).paths()) == 51  # A copy is the same.
+    moved = root / "train" / "green" / "really red.png"
+    moved.rename(root / "train" / "red" / moved.name)
+    with pytest.raises(UserError, match="moved since; train again, then review that run"):
+        command.load_reviewed(str(root), found)
 
 
-def test_files_of_others_are_not_overwritten_but_those_of_a_review_are(run, tmp_path, capsys):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "review.csv").write_text("mine")
-    assert review(run, out) == 2
-    assert "holds review.csv, which minivit did not write there" in capsys.readouterr().err
-    assert (out / "review.csv").read_text() == "mine"
-    (out / "review.csv").unlink()
-    assert review(run, out) == 0 == review(run, out)
+def test_files_of_others_are_not_overwritten_but_those_of_a_review_are(reviewed, tmp_path):
+    command.check_folder(reviewed)
+    command.check_folder(tmp_path / "new")
+    (tmp_path / "review.csv").write_text("mine")
+    with pytest.raises(UserError, match="holds review.csv, which minivit did not write there"):
+        command.check_folder(tmp_path)
+
+
+def test_more_folds_than_make_sense_are_refused(run, tmp_path, capsys):
+    assert review(run, tmp_path / "out", "--folds", "21") == 2
+    assert "--folds 21: expected at most 20" in capsys.readouterr().err
 
 
 def test_nothing_beside_the_photos_is_written_or_changed(reviewed, planted):

@@ -34,6 +34,7 @@ DESCRIPTION = (
 )
 OUTPUTS = ("review.json", "review.csv", "review.html")
 FOLDS = 5
+MOST_FOLDS = 20  # More take memory for each, and hardly judge better.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,6 +86,8 @@ def review(args: argparse.Namespace) -> int:
     from .measure import measure
 
     started = time.perf_counter()
+    if args.folds > MOST_FOLDS:
+        raise UserError(f"--folds {args.folds}: expected at most {MOST_FOLDS}")
     out = Path(args.out)
     check_folder(out)
     run = find_reviewed_run(args.run)

@@ -28,7 +28,7 @@ from ..doctor import file_md5, make_thumbnail
 class Measured:
     """What reading the photos shows. All but `unreadable` is of the n photos that can be read.
 
-    A photo takes 4 kB, mostly for its features, and its pixels are not kept.
+    A photo takes a few kB, mostly for its features; its pixels are not kept.
     """
 
     readable: list[int]  # indices into the paths that were given

@@ -168,8 +168,8 @@ def describe_labels(findings: Findings) -> str:
         return f"none of {len(findings.paths)} labels surprises {judge}."
     surprise = "labels surprise" if found > 1 else "labels surprises"
     return (
-        f"{found} of {len(findings.paths)} {surprise} {judge}. Look at them: some are wrong, others "
-        "are photos that are hard to tell."
+        f"{found} of {len(findings.paths)} {surprise} {judge}. Look at them: some are wrong, "
+        "others are photos that are hard to tell."
     )
 
 
