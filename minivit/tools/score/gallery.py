@@ -183,10 +183,11 @@ def draw_gallery(path: Path, sections: Mapping[str, Sequence[CaptionedStrip]], t
     title = "\n".join(itertools.chain(*lines))
 
     # Where things go, from top to bottom, and thereby how high the canvas is.
-    y = MARGIN + text_height(title, TITLE) + MARGIN
+    y = MARGIN + text_height(title, TITLE)
     headings: list[tuple[int, str]] = []  # with their tops
     cells: list[tuple[int, int, CaptionedStrip]] = []  # left, the top of the image, the strip
     for kind, strips in sections.items():
+        y += MARGIN
         headings.append((y, kind if strips else f"{kind}: none"))
         y += text_height(kind, HEADING) + MARGIN
         for start in range(0, len(strips), num_columns):
@@ -207,9 +208,12 @@ def draw_gallery(path: Path, sections: Mapping[str, Sequence[CaptionedStrip]], t
 
 
 def _shrink(strip: CaptionedStrip) -> CaptionedStrip:
-    """Make a strip and the lines of its caption no wider than a column."""
+    """Make a strip no wider than a column, and break the lines of its caption that are."""
     room = COLUMN - MARGIN
     image = strip.image.copy()
     image.thumbnail((room, image.height), Image.Resampling.LANCZOS)
-    lines = [fit(line, room, CAPTION) for line in strip.caption.split("\n")]
+    lines: list[str] = []
+    for line in strip.caption.split("\n"):
+        # Three names of breeds take two lines. A hostile name takes no more than three.
+        lines += wrap(fit(line, 2 * room, CAPTION), room, CAPTION, room // CHARACTER)
     return CaptionedStrip(image, "\n".join(lines))
