@@ -6,17 +6,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .api import ExplainedPhoto, Run, explain, fine_tune
     from .attention import query_maps
     from .checkpoints.weights import load_pretrained, save_pretrained
     from .data.photos import open_photo
     from .data.preprocess import Preprocess
+    from .errors import UserError
     from .model import ViT, ViTConfig
 
 __version__ = "0.1.0"
 __all__ = [
+    "ExplainedPhoto",
     "Preprocess",
+    "Run",
+    "UserError",
     "ViT",
     "ViTConfig",
+    "explain",
+    "fine_tune",
     "load_pretrained",
     "open_photo",
     "query_maps",
@@ -24,9 +31,14 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ExplainedPhoto": "api",
     "Preprocess": "data.preprocess",
+    "Run": "api",
+    "UserError": "errors",
     "ViT": "model",
     "ViTConfig": "model",
+    "explain": "api",
+    "fine_tune": "api",
     "load_pretrained": "checkpoints.weights",
     "open_photo": "data.photos",
     "query_maps": "attention",
