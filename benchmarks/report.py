@@ -167,6 +167,7 @@ def provenance(lines: Sequence[Sequence[Cell]]) -> str:
             rows = "row" if len(numbers[row.line]) == 1 else "rows"
             part = f"{rows} {', '.join(numbers[row.line])}: {part}"
         parts.append(part)
+    parts = list(dict.fromkeys(parts))  # Two rows of one table's line may have one origin.
     return f"<sub>{text}: {'; '.join(parts)}.</sub>"
 
 
@@ -423,9 +424,10 @@ def mean_over_seeds(rows: Sequence[Row], data: str, flags: str, name: str) -> Ce
     """Return the mean and standard deviation of a test accuracy over all seeds, in per cent."""
     runs = Measurement(rows, "accuracy", workloads.accuracy("dino", data, flags), GPU)
     values = []
-    for figure_name in runs.rows[0].figures:
-        if figure_name.startswith(f"{name}, seed "):
-            values.append(100 * runs.figure(figure_name)[0].median)
+    for row in runs.rows:
+        for figure_name, figure in row.figures.items():
+            if figure_name.startswith(f"{name}, seed "):
+                values.append(100 * figure.median)
     if not values:
         return Cell("")
     text = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
