@@ -1,4 +1,4 @@
-"""The training job: load data and model, freeze, train epoch by epoch, test the best epoch.
+"""The training job: load data and model, freeze, train epoch by epoch, test the kept weights.
 
 Read `train` for the whole story, `run_epochs` for the loop, and training/step.py for one step.
 A job needs three copies of the model, which share memory wherever their weights are equal:
@@ -32,7 +32,7 @@ from .data.store import Pixels
 from .data.survey import quick_findings
 from .errors import UserError
 from .model import ViT, copy_trainable, freeze_except, trainable, working_copy
-from .settings import TrainSettings, batch_size_for, epochs_for
+from .settings import AUTO, TrainSettings, batch_size_for, epochs_for
 from .system import device as devices
 from .system import distributed, files
 from .system.signals import StopRequested, during_evaluation, held_back, stop_requests
@@ -168,6 +168,8 @@ def run_epochs(
     Raises UserError as soon as the loss of an epoch is not finite, and if the features of the
     views take more than `settings.cache_gib` of memory.
     """
+    if AUTO in (settings.epochs, settings.batch_size, settings.cache_views):
+        raise ValueError("expected settings for which choose_settings() has chosen all values")
     keep = has_room_for_features(state, len(train_split[1]), len(val_split[1]), settings)
     extractor = FeatureExtractor(
         state.model,
@@ -251,9 +253,9 @@ class Evaluation:
     def evaluate_head_alone(self, state: RunState, settings: TrainSettings) -> dict[str, float]:
         """Fit the head alone to the frozen model, and return a row for it, as epoch 0.
 
-        The row's `loss` is that of the fitted head. Its weights become state.kept, and also those
-        of the model if no block is to train. Otherwise training starts from the head as it was:
-        benchmarks/recipe.py found no gain in starting from the fitted one.
+        The weights with the fitted head become state.kept, and those of the model if no block is
+        to train. Otherwise training starts from the head as it was: benchmarks/recipe.py found no
+        gain in starting from the fitted one.
         """
         started = time.perf_counter()
         labels = self.labels["train"]
@@ -272,14 +274,19 @@ class Evaluation:
             )
             return {"head.weight": head.weight.cpu(), "head.bias": head.bias.cpu()}
 
-        before = state.trainable_weights()
-        set_trainable(state.model, before | distributed.on_rank_0(fit))
-        row: dict[str, float] = {"epoch": 0, **self.evaluate(state)}
+        untrained = state.trainable_weights()
+        fitted = untrained | distributed.on_rank_0(fit)
+        set_trainable(state.model, fitted)
+        try:
+            row: dict[str, float] = {"epoch": 0, **self.evaluate(state)}
+        finally:
+            # A run that is stopped meanwhile is saved with the head that training starts from.
+            set_trainable(state.model, untrained)
+        state.kept = fitted
+        if state.cut == state.model.config.depth:
+            set_trainable(state.model, fitted)
         row["loss"] = row["train_loss"]
         row["lr"] = 0.0
-        state.kept = state.trainable_weights()
-        if state.cut < state.model.config.depth:
-            set_trainable(state.model, before)
         row["seconds"] = time.perf_counter() - started
         row["images_per_s"] = len(labels) / row["seconds"]
         row["peak_gib"] = devices.peak_gib(state.device)
@@ -473,14 +480,25 @@ def choose_settings(
     device: torch.device,
     amp: torch.dtype | None,
 ) -> TrainSettings:
-    """Choose the size of batches, and the number of epochs and of kept views, as far as AUTO."""
-    settings = settings.choose(batch_size=batch_size_for(len(data.train)))
-    settings = settings.choose(epochs=epochs_for(settings.steps_per_epoch(len(data.train))))
-    views = views_for(settings.epochs, device)
-    gib = features_gib(model, views * len(data.train), cut)
-    if amp is not None:  # The features have the precision of the frozen layers.
-        gib *= amp.itemsize / torch.float32.itemsize
-    return settings.choose(cache_views=views if gib <= settings.cache_gib else 0)
+    """Return the settings with values for the batch size, epochs and kept views that are AUTO.
+
+    The size and number of batches follow from the number of photos alone. Kept views depend on
+    the device, too, so that a run that is resumed on another one stays with those that it has.
+    """
+    num_train = len(data.train)
+    settings = settings.choose(batch_size=batch_size_for(num_train))
+    settings = settings.choose(epochs=epochs_for(settings.steps_per_epoch(num_train)))
+    views = None
+    if settings.resume:
+        views = distributed.on_rank_0(lambda: run_folder.views_of_state(Path(settings.out)))
+    if views is None:
+        views = views_for(settings.epochs, device, cut)
+        gib = features_gib(model, views * num_train, cut)
+        if amp is not None:  # The features have the precision of the frozen layers.
+            gib *= amp.itemsize / torch.float32.itemsize
+        if gib > settings.cache_gib:
+            views = 0
+    return settings.choose(cache_views=views)
 
 
 def choose_micro_batch(
@@ -538,7 +556,7 @@ def finish(
     checksum: str,
     pool: Executor,
 ) -> None:
-    """Test the best epoch once, and write everything that the run leaves behind.
+    """Test the weights to keep once, and write everything that the run leaves behind.
 
     `checksum` is photos_checksum of all data.
     """
@@ -557,7 +575,7 @@ def finish(
     state.free_device_memory()
     batch = devices.eval_batch(device, settings.batch_size, state.micro_batch, state.amp)
     val_logits, val_inputs = predict_photos(eval_model, val_split[0], batch=batch)
-    if not kept.is_average:
+    if kept.weights != "average":  # No epoch has evaluated a mean.
         check_validation_loss(state.rows[kept.epoch], state.amp, val_logits, val_split[1])
     temperature = calibration.choose_temperature(settings.calibrate, val_logits, val_split[1])
     if temperature is not None:
@@ -608,7 +626,9 @@ def choose_weights(
     kept = metrics.choose_kept(
         state.rows, settings.keep, num_val, ended_early=state.epoch <= settings.epochs
     )
-    return kept, state.trainable_weights() if kept.is_last else state.kept
+    if kept.weights == "last":
+        return kept, state.trainable_weights()
+    return kept, state.kept
 
 
 def check_validation_loss(

@@ -284,11 +284,11 @@ def start_run(model: ViT, *, amp: torch.dtype | None = None, **changes):
 
 
 def train_epochs(state, train, val=None, *, stop_requested=lambda: False, **changes) -> list[dict]:
-    """Train a tiny model as train.py does, without files, and return its rows."""
+    """Train a tiny model as train.py does, without files; return a row for each epoch from 0 on."""
     from minivit.settings import TrainSettings
     from minivit.train import run_epochs
 
-    settings = {"epochs": 2, "batch_size": 4, "lr": 1e-3, "seed": 0} | changes
+    settings = {"epochs": 2, "batch_size": 4, "lr": 1e-3, "cache_views": 0, "seed": 0} | changes
     run_epochs(state, train, val or train, TrainSettings(**settings), stop_requested)
     return state.rows
 

@@ -95,12 +95,11 @@ def test_a_weighted_linear_head_is_that_of_repeated_photos():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 2
     features = torch.randn(60, 4, generator=generator) + labels[:, None]
-    start = torch.zeros(1, 5, 2)
     used = torch.ones(1, 60)
     twice = torch.cat([features, features[labels == 1]])
     labels_twice = torch.cat([labels, labels[labels == 1]])
-    repeated = linear_head.solve(twice, labels_twice, torch.ones(1, 90), 0.1, start)
-    weighted = linear_head.solve(features, labels, used + (labels == 1), 0.1, start)
+    (repeated,) = linear_head.solve(twice, labels_twice, torch.ones(1, 90), 2, [0.1])
+    (weighted,) = linear_head.solve(features, labels, used + (labels == 1), 2, [0.1])
     assert_close(weighted, repeated, rtol=1e-3, atol=1e-3)
 
 

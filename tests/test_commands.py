@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -22,8 +23,9 @@ from safetensors.torch import load_file
 
 import infer
 import train
-from minivit import __main__, cli, load_pretrained, save_pretrained
+from minivit import __main__, cli, commands, load_pretrained, save_pretrained, settings
 from minivit import train as train_job
+from minivit.training import metrics
 from minivit.training import run_folder as runs
 
 
@@ -66,10 +68,11 @@ def test_a_run_learns_and_writes_all_it_promises(run, tiny_folder):
         f" · best epoch {summary['best_epoch']} · {out}"
     )
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert (
-        max(row["val_accuracy"] for row in rows) == rows[summary["best_epoch"] - 1]["val_accuracy"]
-    )
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert summary["best_epoch"] == 6
+    assert "epoch 6 was kept, the last: none before it is better" in summary["verdict"]
+    assert summary["head_alone_val_accuracy"] == rows[0]["val_accuracy"]
+    assert re.search(r"^the head alone · training \d\.\d{4} \(loss ", printed, re.MULTILINE)
     for name in ("curves", "confusion", "predictions"):
         assert open_size(out / f"{name}.png")[0] > 300
     before = load_file(tiny_folder / "model.safetensors")
@@ -93,7 +96,7 @@ def test_a_dry_run_says_what_would_train_and_writes_nothing(
     out = capsys.readouterr().out
     assert "33 training, 3 validation, 12 test" in out
     assert re.search(r"^up to \d\.\d\d GiB of memory, with 3 photos at a time$", out, re.MULTILINE)
-    assert "epoch" not in out
+    assert "epoch 1/" not in out
     assert not (tmp_path / "run").exists()
 
 
@@ -194,29 +197,36 @@ def test_weights_that_do_not_validate_as_they_did_are_named(
     real = train_job.run_epochs
 
     def of_other_weights(state, *args):
-        real(state, *args)
+        evaluation = real(state, *args)
         state.rows[-1]["val_loss"] += by * max(1, state.rows[-1]["val_loss"])
+        return evaluation
 
     monkeypatch.setattr(train_job, "run_epochs", of_other_weights)
-    with pytest.raises(RuntimeError, match="weights validate at a loss of"):
+    with pytest.raises(RuntimeError, match="the weights of epoch 1 validate at a loss of"):
         run_train(tiny_saved, shapes_data, tmp_path / "run", "--epochs", "1", "--amp", amp)
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-@pytest.mark.parametrize(
-    "batch, hint",
-    [("33", "5 steps teach little; for so few photos try --epochs 60 --cache-views 4"), ("2", "")],
-)
-def test_too_few_steps_are_named_with_how_many_epochs_would_do(
-    tiny_saved, shapes_data, tmp_path, capsys, batch, hint
+def test_few_photos_get_more_epochs_and_the_table_says_so(
+    tiny_saved, shapes_data, tmp_path, capsys
 ):
-    assert (
-        run_train(tiny_saved, shapes_data, tmp_path / "run", "--batch-size", batch, "--dry-run")
-        == 0
-    )
-    printed = capsys.readouterr().err
-    assert hint in printed
-    assert ("steps" in printed) == bool(hint)
+    places = ["--model", tiny_saved, "--data", shapes_data, "--out", tmp_path / "run", "--dry-run"]
+
+    batch = settings.batch_size_for(33)
+    steps = math.ceil(33 / batch)
+    epochs = settings.epochs_for(steps)
+    few = f", to take at least {settings.MIN_STEPS} steps with few photos"
+
+    def table(*flags):
+        assert commands.train([*map(str, [*places, *flags]), "--device", "cpu"]) == 0
+        return capsys.readouterr().out
+
+    assert f"\n{epochs} epochs of {steps} steps of {batch} photos{few}\n" in table()
+    assert "\n1 epoch of 17 steps of 2 photos\n" in table("--epochs", 1, "--batch-size", 2)
+    alone = table("--blocks", "none")
+    assert "\nthe head alone is fitted once to the frozen model, so there are no epochs\n" in alone
+    assert "2 augmented views of each photo are kept for all epochs\n" in table("--cache-views", 2)
+    assert "photos are augmented anew in each epoch\n" in table("--cache-views", 0)
 
 
 def test_a_model_of_another_input_size_is_read_back_as_it_was(
@@ -239,19 +249,44 @@ def test_a_model_of_another_input_size_is_read_back_as_it_was(
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_the_written_weights_are_the_best_epochs_not_the_last(
-    tiny_folder, shapes_data, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    "keep, by_epoch, kept",
+    [
+        ("auto", (0.1, 0.9, 0.2, 0.3), 1),
+        ("auto", (0.99, 0.1, 0.1, 0.1), 0),
+        ("best", (0.1, 0.3, 0.4, 0.2), 2),
+        ("last", (0.1, 0.9, 0.2, 0.3), 3),
+        ("average", (0.1, 0.9, 0.2, 0.3), None),
+    ],
+    ids=str,
+)
+def test_the_written_weights_are_those_that_the_rule_keeps(
+    tiny_folder, shapes_data, tmp_path, monkeypatch, capsys, keep, by_epoch, kept
 ):
-    kept, real = [], train_job.Evaluation.evaluate
+    heads = []
+    real = train_job.Evaluation.evaluate
 
-    def worsening(evaluation, state):
-        kept.append(state.model.head.weight.detach().clone())
-        return real(evaluation, state) | {"val_accuracy": 1 - state.epoch / 10}
+    def with_accuracy(evaluation, state):
+        heads.append(state.model.head.weight.detach().clone())
+        return real(evaluation, state) | {"val_accuracy": by_epoch[len(heads) - 1]}
 
-    monkeypatch.setattr(train_job.Evaluation, "evaluate", worsening)
-    run_train(tiny_folder, shapes_data, tmp_path / "run", "--epochs", "3")
-    assert torch.equal(load_pretrained(tmp_path / "run").head.weight, kept[0])
-    assert not torch.equal(kept[0], kept[2])
+    monkeypatch.setattr(train_job.Evaluation, "evaluate", with_accuracy)
+    monkeypatch.setattr(metrics, "CLEARLY", 0.1)  # With 3 photos, nothing is clear otherwise.
+    out = tmp_path / "run"
+    assert run_train(tiny_folder, shapes_data, out, "--epochs", "3", "--keep", keep) == 0
+    expected = heads[kept] if kept is not None else torch.stack(heads[2:]).mean(0)
+    # Calibration divides the head by a temperature.
+    temperature = json.loads((out / "summary.json").read_text())["temperature"] or 1.0
+    written = load_pretrained(out)
+    torch.testing.assert_close(written.head.weight.detach() * temperature, expected)
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert f" · best epoch {3 if kept is None else kept} · " in last_line
+    if kept == 0:
+        # The blocks and the norm are the checkpoint's.
+        base = load_pretrained(tiny_folder)
+        assert torch.equal(written.blocks[11].mlp.fc1.weight, base.blocks[11].mlp.fc1.weight)
+        card = (out / "README.md").read_text()
+        assert "because training blocks 10-11 gave nothing better" in " ".join(card.split())
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import subprocess
 import sys
 
@@ -13,10 +14,13 @@ from conftest import ROOT
 from PIL import Image
 
 from minivit.training.metrics import (
+    KEEP,
+    choose_kept,
     confused_pairs,
     confusion_matrix,
     overfits_from,
     per_class,
+    standard_error,
     summarize,
     verdict,
 )
@@ -130,14 +134,72 @@ def test_overfitting_is_rising_validation_loss_with_falling_training_loss(losses
 
 
 def test_the_verdict_is_one_plain_sentence():
-    assert verdict(rows_of(*OVERFITTING["rises while training falls"][0])) == (
-        "overfitting from epoch 3: training 99.8%, validation 92.1%; "
-        "the weights of epoch 3 were kept; try fewer blocks or more photos"
+    rows = rows_of(*OVERFITTING["rises while training falls"][0])
+    assert verdict(rows, choose_kept(rows, "best", 30)) == (
+        "overfitting from epoch 3: training 99.8%, validation 92.1%; epoch 3 was kept, which has "
+        "the highest validation accuracy; try fewer blocks or more photos"
     )
-    assert verdict(rows_of((1.0, 1.0), (0.5, 0.6))) == (
-        "no overfitting: training 99.8%, validation 93.1%, a gap of 6.7 points; "
-        "the weights of epoch 2 were kept"
+    head_alone = rows[0] | {"epoch": 0, "val_accuracy": 0.8}
+    rows = [head_alone, *rows_of((1.0, 1.0), (0.5, 0.6))]
+    assert verdict(rows, choose_kept(rows, "auto", 30)) == (
+        "no overfitting: training 99.8%, validation 93.1%, a gap of 6.7 points, the head alone "
+        "80.0%; epoch 2 was kept, the last: none before it is better by more than 2 standard "
+        "errors of 30 photos"
     )
+    assert verdict([head_alone], choose_kept([head_alone], "auto", 30)) == (
+        "no overfitting: training 99.8%, validation 80.0%, a gap of 19.8 points; the head alone "
+        "was trained"
+    )
+
+
+# A standard error of 0.5 on 98 photos is 0.05.
+
+
+@pytest.mark.parametrize(
+    "keep, accuracies, kept",
+    [
+        ("auto", [0.4, 0.45, 0.5], (2, "last")),
+        ("auto", [0.4, 0.59, 0.5], (2, "last")),  # within two standard errors, 0.1
+        ("auto", [0.4, 0.61, 0.5], (1, "earlier")),
+        ("auto", [0.61, 0.4, 0.5], (0, "earlier")),  # the head alone
+        ("auto", [0.59, 0.4, 0.5], (2, "last")),
+        ("auto", [0.61, 0.61, 0.5], (1, "earlier")),  # Of equal ones, the later.
+        ("auto", [0.9], (0, "last")),  # --blocks none
+        ("auto", [0.25, 0.2], (1, "last")),
+        ("auto", [0.9, 0.2], (0, "earlier")),
+        ("best", [0.4, 0.51, 0.5], (1, "earlier")),
+        ("best", [0.51, 0.4, 0.5], (0, "earlier")),
+        ("best", [0.5, 0.5, 0.5], (2, "last")),
+        ("last", [0.9, 0.9, 0.1], (2, "last")),
+        ("last", [0.9], (0, "last")),
+        ("average", [0.9, 0.9, 0.1], (2, "average")),
+        ("average", [0.9, 0.1], (1, "average")),
+        ("average", [0.9], (0, "last")),
+    ],
+    ids=str,
+)
+def test_each_rule_keeps_the_weights_it_says(keep, accuracies, kept):
+    rows = [{"epoch": i, "val_accuracy": value} for i, value in enumerate(accuracies)]
+    choice = choose_kept(rows, keep, 98)
+    assert (choice.epoch, choice.weights) == kept
+
+
+def test_a_run_that_ended_early_keeps_its_best_epoch_unless_asked_otherwise():
+    rows = [{"epoch": i, "val_accuracy": value} for i, value in enumerate([0.4, 0.51, 0.5])]
+    chosen = {keep: choose_kept(rows, keep, 98, ended_early=True).epoch for keep in KEEP}
+    assert chosen == {"auto": 1, "best": 1, "last": 2, "average": 2}
+
+
+def test_what_counts_as_clearly_better_depends_on_the_number_of_photos():
+    rows = [{"epoch": i, "val_accuracy": value} for i, value in enumerate([0.4, 0.55, 0.5])]
+    assert choose_kept(rows, "auto", 30).epoch == 2
+    assert choose_kept(rows, "auto", 3000).epoch == 1
+
+
+def test_the_standard_error_is_the_binomials_and_never_0():
+    assert standard_error(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
+    assert standard_error(1.0, 30) == pytest.approx(math.sqrt(31 / 32 / 32 / 30))
+    assert standard_error(0.0, 30) == standard_error(1.0, 30)
 
 
 def test_the_most_confused_pairs_come_first_and_right_ones_never():

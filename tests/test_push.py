@@ -35,7 +35,14 @@ SUMMARY = {
     "seconds": 61.2,
     "device": "cpu",
     "precision": "float32",
-    "settings": {"blocks": "10-11", "epochs": 5, "batch_size": 64, "lr": 1e-4, "seed": 0},
+    "settings": {
+        "blocks": "10-11",
+        "epochs": 5,
+        "batch_size": 64,
+        "lr": 1e-4,
+        "head_lr": 1e-3,
+        "seed": 0,
+    },
 }
 
 

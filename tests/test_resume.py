@@ -27,6 +27,8 @@ from conftest import (
     run_train,
     start_run,
     train_epochs,
+    trainable_vector,
+    without_times,
 )
 from safetensors import SafetensorError, safe_open
 
@@ -37,6 +39,7 @@ from minivit.errors import UserError
 from minivit.figures import plots
 from minivit.model import freeze_except
 from minivit.settings import TrainSettings
+from minivit.system.signals import StopRequested
 from minivit.system.workers import worker_pool
 from minivit.training import report
 from minivit.training import run_folder as runs
@@ -120,7 +123,9 @@ def test_a_second_interrupt_ends_at_once(tiny_saved, shapes_data, tmp_path, monk
     stop_in_step(monkeypatch, 2, twice)
     assert run_train(tiny_saved, shapes_data, tmp_path / "run", *EPOCHS) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "python -m minivit train: interrupted"
-    assert not (tmp_path / "run" / runs.STATE).exists()
+    with safe_open(tmp_path / "run" / runs.STATE, "pt") as file:
+        about = json.loads(file.metadata()["state"])
+    assert (len(about["rows"]), about["losses"]) == (1, [])  # as it was after the head alone
 
 
 def test_fp16_goes_on_with_its_scaler(pixels, tmp_path):
@@ -135,7 +140,7 @@ def test_fp16_goes_on_with_its_scaler(pixels, tmp_path):
     whole, first, second = begin(), begin(), begin()
     train_epochs(whole, pixels, **settings)
     assert whole.step < 9  # some were skipped
-    train_epochs(first, pixels, **settings, stop_requested=lambda: bool(first.rows))
+    train_epochs(first, pixels, **settings, stop_requested=lambda: first.epoch > 1)
     save_state(tmp_path / "state", first, {})
     second.restore(*read_state(tmp_path / "state", {}))
     train_epochs(second, pixels, **settings)
@@ -144,25 +149,76 @@ def test_fp16_goes_on_with_its_scaler(pixels, tmp_path):
     assert (second.step, second.scaler.state_dict()) == (whole.step, whole.scaler.state_dict())
 
 
-def test_the_best_epochs_weights_come_back_even_if_it_is_not_the_last(pixels, tmp_path):
+def test_kept_weights_come_back_even_if_they_are_not_the_last(pixels, tmp_path):
     run = start_run(make_trainable())
-    train_epochs(run, pixels, lr=1e-2, stop_requested=lambda: bool(run.rows))
+    train_epochs(run, pixels, lr=1e-2, stop_requested=lambda: run.epoch > 1)
     last = run.trainable_weights()
     before = {name: tensor - 1 for name, tensor in last.items()}
     sizes = []
-    for best in ({}, last, before):
-        run.best = best
+    for kept in ({}, last, before):
+        run.kept = kept
         save_state(tmp_path / "state", run, {})
         sizes.append((tmp_path / "state").stat().st_size)
         again = start_run(make_trainable())
         again.restore(*read_state(tmp_path / "state", {}))
-        assert all(torch.equal(tensor, again.best[name]) for name, tensor in (best or last).items())
+        assert all(torch.equal(tensor, again.kept[name]) for name, tensor in (kept or last).items())
     assert sizes[1] < sizes[2] - 4 * sum(tensor.numel() for tensor in last.values())
+
+
+def test_the_mean_of_the_last_half_is_the_mean_also_after_resuming(pixels, tmp_path):
+    settings = {"epochs": 5, "lr": 1e-2, "keep": "average"}
+    whole = start_run(make_trainable())
+    after_epoch = []
+
+    def note_weights():
+        if len(after_epoch) < whole.epoch - 1:
+            after_epoch.append(whole.trainable_weights())
+        return False
+
+    train_epochs(whole, pixels, **settings, stop_requested=note_weights)
+    for name, mean in whole.kept.items():
+        expected = torch.stack([weights[name] for weights in after_epoch[2:]]).mean(0)
+        torch.testing.assert_close(mean, expected)
+
+    for num_steps in (4, 13):  # of 3 an epoch: before the mean begins, and within it
+        taken = []
+        first, second = start_run(make_trainable()), start_run(make_trainable())
+
+        def stop(taken=taken, num_steps=num_steps):
+            taken.append(0)
+            # It is asked after each step and each epoch.
+            return len(taken) >= num_steps + num_steps // 3
+
+        train_epochs(first, pixels, **settings, stop_requested=stop)
+        assert first.stopped and first.losses
+        save_state(tmp_path / "state", first, {})
+        second.restore(*read_state(tmp_path / "state", {}))
+        train_epochs(second, pixels, **settings)
+        assert all(torch.equal(mean, second.kept[name]) for name, mean in whole.kept.items())
+
+
+def test_a_stop_while_the_head_alone_is_evaluated_changes_nothing(pixels, tmp_path, monkeypatch):
+    """Training starts from the head as it was, not from the fitted one."""
+    whole, first, second = (start_run(make_trainable()) for _ in range(3))
+    train_epochs(whole, pixels)
+
+    def stop(*_, **__):
+        raise StopRequested
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "predict", stop)
+        with pytest.raises(StopRequested):
+            train_epochs(first, pixels)
+    save_state(tmp_path / "state", first, {})
+    second.restore(*read_state(tmp_path / "state", {}))
+    train_epochs(second, pixels)
+    assert without_times(second.rows) == without_times(whole.rows)
+    assert torch.equal(trainable_vector(second.model), trainable_vector(whole.model))
 
 
 def test_a_snapshot_stays_as_it_is_while_training_goes_on(pixels):
     run = start_run(make_trainable())
-    train_epochs(run, pixels, lr=1e-2, stop_requested=lambda: bool(run.rows))
+    train_epochs(run, pixels, lr=1e-2, stop_requested=lambda: run.epoch > 1)
     taken, _ = run.snapshot({})
     before = {name: tensor.clone() for name, tensor in taken.items()}
     train_epochs(run, pixels, lr=1e-2)
@@ -179,6 +235,8 @@ CHANGED = {
     "--blocks": (["--blocks", "9-11"], "--blocks was [10, 11], now [9, 10, 11]"),
     "--batch-size": (["--batch-size", "4"], "--batch-size was 8, now 4"),
     "--seed": (["--seed", "1"], "--seed was 0, now 1"),
+    "--head-lr": (["--head-lr", "0.1"], "--head-lr was 0.001, now 0.1"),
+    "--keep": (["--keep", "last"], "--keep was auto, now last"),
     "precision": (["--amp", "bf16"], "precision was None, now torch.bfloat16"),
     "two at once": (
         ["--weight-decay", "0.1", "--layer-decay", "0.5"],

@@ -21,7 +21,7 @@ from minivit.data.datasets import load_data
 from minivit.data.store import Pixels
 from minivit.errors import UserError
 from minivit.model import freeze_except, working_copy
-from minivit.settings import TrainSettings
+from minivit.settings import MIN_STEPS, TrainSettings
 from minivit.tools.study import grid, summary
 from minivit.tools.study.features import StudyFeatures
 from minivit.training import run_photos
@@ -82,7 +82,7 @@ def test_a_cell_is_train_pys_run_with_the_same_settings(whole, tiny_saved, shape
         )
         result = json.loads((out / "summary.json").read_text())
         epochs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        best = epochs[result["best_epoch"] - 1]
+        best = epochs[result["best_epoch"]]
         assert float(cell["test_accuracy"]) == pytest.approx(result["test_accuracy"], abs=2 / 12)
         assert float(cell["train_accuracy"]) == pytest.approx(best["train_accuracy"], abs=3 / 33)
 
@@ -114,8 +114,8 @@ def test_fewer_shots_are_among_more_and_every_class_has_as_many(shapes_data):
         assert two < five < everything
         assert sorted(cells[seed, "2"].train.labels) == [0, 0, 1, 1, 2, 2]
     assert cells[0, "2"].train.paths != cells[1, "2"].train.paths
-    assert cells[0, "2"].settings.epochs == 60  # of one step
-    assert cells[0, "all"].settings.epochs == 20  # of three steps
+    assert cells[0, "2"].settings.epochs == MIN_STEPS  # of one step
+    assert cells[0, "all"].settings.epochs == MIN_STEPS // 3  # of three steps
 
 
 def test_shots_for_which_photos_lack_are_left_out_and_said(shapes_data, capsys):
@@ -182,7 +182,8 @@ def test_an_estimate_counts_steps_evaluations_and_the_test(tiny_saved, shapes_da
     n, val, test = (len(split) for split in (data.train, data.val, data.test))
     features = (n + val + test + 4 * n) * (model.flops() - model.flops(11))
     # A backward pass takes as long as two forward passes.
-    work = model.flops(11) * (10 * 3 * n + 5 * val + n + test)
+    # The head alone comes first, and the kept weights are evaluated last.
+    work = model.flops(11) * (n + val + 10 * 3 * n + 5 * val + n + val + test)
     seconds = grid.estimate_seconds(model, [cell], [data], num_views=4)
     assert seconds == pytest.approx((features + work) / (32 * model.flops()))
 
@@ -199,7 +200,7 @@ def test_the_model_stays_as_it_was_and_five_epochs_are_evaluated(
     settings = TrainSettings(blocks="11", epochs=10, batch_size=16, lr=0.01, cache_views=1)
     cell = grid.Cell("all", freeze_except(model, [11]), data.train, settings)
     train_epoch, accuracy = grid.train_epoch, grid.accuracy
-    epochs = []
+    epochs = [0]  # the head alone
     evaluated = []
 
     def counted_epoch(state, *args):
@@ -215,9 +216,10 @@ def test_the_model_stays_as_it_was_and_five_epochs_are_evaluated(
     features.advance(11)
     assert grid.run_cell(cell, model, data, features, None)["photos"] == 33
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert epochs == list(range(1, 11))
-    assert [epoch for epoch, split in evaluated if split is data.val] == [2, 4, 6, 8, 10]
-    assert [split for _, split in evaluated[5:]] == [data.train, data.test]
+    assert epochs == list(range(11))
+    validated = [epoch for epoch, split in evaluated if split is data.val]
+    assert validated == [0, 2, 4, 6, 8, 10, 10]  # at last, the kept weights
+    assert [split for _, split in evaluated[6:]] == [data.val, data.train, data.test]
 
 
 def table_of(cells, num_val=180):

@@ -2,24 +2,29 @@
 
 It is the baseline that fine-tuning must beat, and all that `--blocks none` trains.
 
-Shapes: n photos, D numbers that the head reads of each, C classes, P problems solved together.
+Shapes: n photos, D numbers that the head reads of each, C classes, P problems solved together, A
+principal axes of the photos.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..system.signals import stop_here
+
 # Weights of the penalty to choose from, strongest first, for features of unit variance.
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
 FOLDS = 5
 MAX_ITERATIONS = 500
-# Iterations end once a step changes no problem's loss by more than this.
-TOLERANCE = 1e-6
+# Iterations end once a step changes no problem's loss by more than about this.
+TOLERANCE = 1e-8
+ITERATIONS_PER_CHECK = 10
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ def fit_linear_head(
     folds predict most photos right; of equal ones, that with the lowest loss.
     """
     mean = features.mean(0)
+    # One scale for all features: the model's final norm has given each its own.
     scale = (features - mean).square().mean().sqrt().clamp(min=1e-12)
     inputs = (features - mean) / scale
     fold_of = assign_folds(labels, num_classes, folds)
@@ -62,10 +68,8 @@ def fit_linear_head(
 
     best: tuple[float, float] = (-1.0, 0.0)
     lowest_loss = math.inf
-    solution = inputs.new_zeros(folds + 1, inputs.shape[1] + 1, num_classes)
-    for strength in STRENGTHS:
-        # The solution of the stronger penalty is near, so that few iterations are needed.
-        solution = solve(inputs, labels, used * photo_weights, strength, start=solution)
+    solutions = solve(inputs, labels, used * photo_weights, num_classes, STRENGTHS)
+    for strength, solution in zip(STRENGTHS, solutions):
         logits = (with_ones(inputs) @ solution)[fold_of, torch.arange(len(labels))]
         is_right = (logits.argmax(1) == labels).float()
         accuracy = (is_right * photo_weights).mean().item()  # The weights have a mean of 1.
@@ -76,7 +80,7 @@ def fit_linear_head(
         if (accuracy, -loss) > best:
             best = (accuracy, -loss)
             chosen = strength
-            weight = solution[-1, :-1].T / scale
+            weight = (solution[-1, :-1].T / scale).contiguous()  # Files need it so.
             bias = solution[-1, -1] - weight @ mean
     return LinearHead(weight, bias, chosen, best[0], fold_of, held_out_logits)
 
@@ -97,41 +101,75 @@ def assign_folds(labels: Tensor, num_classes: int, folds: int = FOLDS) -> Tensor
     return fold_of
 
 
-def solve(inputs: Tensor, labels: Tensor, used: Tensor, strength: float, start: Tensor) -> Tensor:
-    """Return the weights (P, D + 1, C) of logistic regression on the photos that each problem uses.
+def solve(
+    inputs: Tensor, labels: Tensor, used: Tensor, num_classes: int, strengths: Iterable[float]
+) -> Iterator[Tensor]:
+    """Yield for each strength the weights (P, D + 1, C) of regularised logistic regression.
 
-    `inputs` are (n, D) with mean 0; the last row of the weights is the bias, which is not
-    penalised. `used` (P, n) is how much a photo counts in a problem, 0 if it is left out.
+    The last row of the weights is the bias, which is not penalised. `inputs` are (n, D), and `used`
+    (P, n) is how much a photo counts in a problem, 0 if it is left out. Strong penalties come
+    first: each solution is the start for the next one, which is near.
+    """
+    targets = F.one_hot(labels, num_classes)[:, None].to(inputs.dtype)  # (n, 1, C)
+    # A problem that uses no photo at all has the solution 0.
+    share = used / used.sum(1, keepdim=True).clamp(min=1e-12)
+    # The weights are found in principal axes, of which few photos have only few. The curvature
+    # along each axis, and along the bias, is at most the one with the largest share of each photo.
+    largest_share = share.amax(0)
+    mean = largest_share @ inputs / largest_share.sum()
+    centred = inputs - mean
+    scatter = centred.T @ (largest_share[:, None] * centred)
+    squares, axes = torch.linalg.eigh(scatter.double())  # in increasing order
+    num_axes = min(inputs.shape)
+    axes = axes[:, -num_axes:].to(inputs.dtype)  # (D, A)
+    curvature = 0.5 * torch.cat([squares[-num_axes:].clamp(min=0).float(), share.new_ones(1)])
+    positions = with_ones(centred @ axes)  # (n, A + 1)
+
+    weights = inputs.new_zeros(num_axes + 1, len(used), num_classes)
+    for strength in strengths:
+        weights = descend(positions, targets, share.T[:, :, None], curvature, strength, weights)
+        of_inputs = torch.einsum("da,apc->pdc", axes, weights[:-1])
+        bias = weights[-1] - mean @ of_inputs
+        yield torch.cat([of_inputs, bias[:, None]], dim=1)
+
+
+def descend(
+    X: Tensor, targets: Tensor, share: Tensor, curvature: Tensor, strength: float, start: Tensor
+) -> Tensor:
+    """Return the weights (A + 1, P, C) that minimise the losses of all problems, from a start.
+
+    `X` (n, A + 1) has orthogonal columns, `targets` are (n, 1, C), `share` is (n, P, 1), and
+    `curvature` (A + 1,) bounds the second derivative of the losses without their penalties.
 
     This is Nesterov's gradient descent, restarted where the momentum points uphill
-    (https://arxiv.org/abs/1204.3982). Each step is divided by a bound of the second derivative,
-    X'X / 2n + strength (Boehning 1992, https://doi.org/10.1007/BF00048682), so it cannot overshoot.
+    (https://arxiv.org/abs/1204.3982). Each step is divided by the bound of Boehning 1992, half of
+    X'X (https://doi.org/10.1007/BF00048682), and the penalty, so that it cannot overshoot.
     torch.optim.LBFGS would do, but like all its optimizers imports torch's compiler, for seconds.
     """
-    X = with_ones(inputs)  # (n, D + 1)
-    targets = F.one_hot(labels, start.shape[2]).to(X.dtype)
-    share = used / used.sum(1, keepdim=True)  # (P, n), the weight of each photo in the mean
-    penalty = torch.full((X.shape[1], 1), strength, device=X.device)
+    penalty = torch.full_like(curvature, strength)
     penalty[-1] = 0.0
-    curvature = 0.5 * X.T @ (share[:, :, None] * X)  # (P, D + 1, D + 1)
-    bound = curvature + torch.diag(penalty[:, 0] + 1e-6)
-    inverse_bound = torch.cholesky_inverse(torch.linalg.cholesky(bound))
+    # A small number more, because the curvature along the last axes may be 0.
+    bound = (curvature + penalty + 1e-6)[:, None, None]
+    penalty = penalty[:, None, None]
+    num_problems = share.shape[1]
 
     weights = start
     ahead = start  # the weights, moved on by their momentum
-    t = 1.0
-    for _ in range(MAX_ITERATIONS):
-        errors = share[:, :, None] * ((X @ ahead).softmax(2) - targets)  # (P, n, C)
-        gradient = X.T @ errors + penalty * ahead
-        step = inverse_bound @ gradient
+    t = torch.ones_like(share[:1])  # of Nesterov's sequence, for each problem
+    for iteration in range(MAX_ITERATIONS):
+        logits = (X @ ahead.flatten(1)).unflatten(1, (num_problems, -1))  # (n, P, C)
+        errors = share * (logits.softmax(2) - targets)
+        gradient = (X.T @ errors.flatten(1)).view_as(ahead) + penalty * ahead
+        step = gradient / bound
         previous = weights
         weights = ahead - step
-        if (gradient * step).sum((1, 2)).max() < TOLERANCE:
-            break
-        is_uphill = (gradient * (weights - previous)).sum() > 0
-        if is_uphill:
-            t = 1.0
-        next_t = (1 + math.sqrt(1 + 4 * t * t)) / 2
+        if iteration % ITERATIONS_PER_CHECK == 0:  # Each check makes the host wait for a GPU.
+            stop_here()
+            if (gradient * step).sum((0, 2)).max() < TOLERANCE:
+                break
+        is_uphill = (gradient * (weights - previous)).sum((0, 2), keepdim=True) > 0
+        t = torch.where(is_uphill, 1.0, t)
+        next_t = (1 + (1 + 4 * t * t).sqrt()) / 2
         ahead = weights + (t - 1) / next_t * (weights - previous)
         t = next_t
     return weights

@@ -90,8 +90,7 @@ class Kept:
     """Which weights a run keeps, and why."""
 
     epoch: int  # 0 is the head alone
-    is_last: bool
-    is_average: bool
+    weights: str  # those of the "last" epoch, of an "earlier" one, or an "average"
     reason: str  # a clause that follows a semicolon
 
 
@@ -104,26 +103,28 @@ def choose_kept(
     reached 0, so that the last epoch has no advantage: "auto" is then the same as "best".
     """
     last = rows[-1]
-    best = best_row(rows)
     epoch = int(last["epoch"])
     if epoch == 0:
-        return Kept(0, True, False, "the head alone was trained")
+        return Kept(0, "last", "the head alone was trained")
     if keep == "last":
-        return Kept(epoch, True, False, f"epoch {epoch} was kept, the last one, as asked")
+        return Kept(epoch, "last", f"epoch {epoch} was kept, the last one, as asked")
     if keep == "average":
         first = first_averaged(epoch)
         reason = f"the mean of the weights of epochs {first} to {epoch} was kept, as asked"
-        return Kept(epoch, False, True, reason)
+        return Kept(epoch, "average", reason)
+    best = best_row(rows)
+    best_epoch = int(best["epoch"])
+    weights = "last" if best is last else "earlier"
     if keep == "best" or ended_early:
         reason = f"{name_epoch(best)} was kept, which has the highest validation accuracy"
-        return Kept(int(best["epoch"]), best is last, False, reason)
+        return Kept(best_epoch, weights, reason)
     margin = CLEARLY * standard_error(last["val_accuracy"], num_val)
     evidence = f"by more than {CLEARLY} standard errors of {num_val} photos"
     if best["val_accuracy"] - last["val_accuracy"] > margin:
-        reason = f"{name_epoch(best)} was kept, which is better than the last {evidence}"
-        return Kept(int(best["epoch"]), False, False, reason)
-    reason = f"epoch {epoch} was kept, the last: no earlier one is better {evidence}"
-    return Kept(epoch, True, False, reason)
+        reason = f"{name_epoch(best)} was kept, which is better than the last epoch {evidence}"
+        return Kept(best_epoch, weights, reason)
+    reason = f"epoch {epoch} was kept, the last: none before it is better {evidence}"
+    return Kept(epoch, "last", reason)
 
 
 def name_epoch(row: Mapping[str, float]) -> str:

@@ -65,10 +65,17 @@ def model_card(
     class_list = ", ".join(_code(label) for label in classes[:MAX_CLASSES])
     if len(classes) > MAX_CLASSES:
         class_list += ", ..."
-    trained = "The head alone was fitted to the frozen model, by regularised logistic regression:"
+    share = f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters"
     how = f"The seed was {settings['seed']}. "
-    if summary["best_epoch"] > 0:
-        trained = f"Blocks {settings['blocks']}, the final norm and the head were trained:"
+    if summary["best_epoch"] == 0:
+        trained = "The head alone was fitted to the frozen model by logistic regression"
+        if settings["blocks"] == "none":
+            trained += f":\n{share}."
+        else:
+            trained += f",\nbecause training blocks {settings['blocks']} gave nothing better."
+    else:
+        trained = f"Blocks {settings['blocks']}, the final norm and the head were trained:\n"
+        trained += f"{share}."
         how = (
             f"The settings were {settings['epochs']} epochs,\n{settings['batch_size']} photos per "
             f"step, a peak learning rate of {settings['lr']:g} ({settings['head_lr']:g} for the "
@@ -94,8 +101,7 @@ The file classes.csv has the precision and recall of each class.
 ## How it was trained
 
 {trained}
-{summary["trainable_parameters"]:,} of {summary["total_parameters"]:,} parameters. The others are
-those of the base model. {how}Training took {summary["seconds"]:.0f} seconds in
+The others are those of the base model. {how}Training took {summary["seconds"]:.0f} seconds in
 {summary["precision"]} on {summary["device"]}.
 
 ## How to use it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -68,13 +69,17 @@ def describe_class_weights(data: Data, settings: TrainSettings) -> list[str]:
 
 
 def describe_epochs(model: ViT, data: Data, settings: TrainSettings) -> list[str]:
-    """Say how many epochs there are and how photos are augmented, and why if we chose it."""
-    if not model.norm.weight.requires_grad:
-        return ["the head alone, fitted once to the frozen model: there are no epochs"]
-    steps = settings.steps_per_epoch(len(data.train))
-    epochs = f"{settings.epochs} epochs of {count(steps, 'step')} of {settings.batch_size} photos"
-    is_adapted = settings.batch_size < MAX_BATCH or settings.epochs > MIN_EPOCHS
-    if {"epochs", "batch_size"} <= set(settings.chosen) and is_adapted:
+    """Say how many epochs there are and how photos are augmented, and why if it was chosen."""
+    if not any(parameter.requires_grad for parameter in model.blocks.parameters()):
+        return ["the head alone is fitted once to the frozen model, so there are no epochs"]
+    num_train = len(data.train)
+    steps = settings.steps_per_epoch(num_train)
+    epochs = (
+        f"{count(settings.epochs, 'epoch')} of {count(steps, 'step')} "
+        f"of {count(settings.batch_size, 'photo')}"
+    )
+    photos_are_few = MIN_EPOCHS * math.ceil(num_train / MAX_BATCH) < MIN_STEPS
+    if "epochs" in settings.chosen and photos_are_few:
         epochs += f", to take at least {MIN_STEPS} steps with few photos"
     views = "photos are augmented anew in each epoch"
     if settings.views_to_keep():

@@ -228,6 +228,16 @@ def has_state(out: Path, resume: bool) -> bool:
     return resume and (out / STATE).exists()
 
 
+def views_of_state(out: Path) -> int | None:
+    """Return how many views the run keeps that is saved here; None if none is saved."""
+    try:
+        with safe_open(out / STATE, "pt") as file:
+            saved = json.loads(file.metadata()["state"])["settings"]
+        return saved.get(flag("cache_views"))
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError):
+        return None  # resume_run() will say what is wrong.
+
+
 def resume_run(out: Path, fingerprint: Mapping[str, object]) -> tuple[dict[str, Tensor], dict]:
     """Return the saved state, and make metrics.jsonl agree with it.
 

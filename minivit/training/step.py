@@ -201,7 +201,7 @@ def train_epoch(
     Ends early, with state.stopped set, after the step during which a stop was requested. Raises
     StopRequested in the middle of a step, which is then left out.
     """
-    steps_per_epoch = math.ceil(len(photos.labels) / settings.batch_size)
+    steps_per_epoch = settings.steps_per_epoch(len(photos.labels))
     total_steps = settings.epochs * steps_per_epoch
     first_step = len(state.losses)
     class_weights = None

@@ -10,20 +10,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..settings import TrainSettings
+from ..settings import MIN_EPOCHS, TrainSettings
 from .features import FeatureExtractor, Source
 from .step import EpochPhotos, draw_epoch
 
 
-def views_for(epochs: int, device: torch.device) -> int:
+def views_for(epochs: int, device: torch.device, cut: int) -> int:
     """Return how many views to keep of each photo unless the user says so; 0 keeps none.
 
-    On a CPU the frozen blocks take most of the time, so that kept views make training faster.
-    benchmarks/recipe.py found no loss of accuracy with so many.
+    On a CPU the frozen blocks take most of the time, so that kept views make training faster. Few
+    photos, which get more epochs, lose accuracy by them (benchmarks/recipe.py), and are done soon.
     """
-    if device.type != "cpu":
+    has_frozen_blocks = cut > 0
+    has_few_photos = epochs > MIN_EPOCHS
+    if device.type != "cpu" or not has_frozen_blocks or has_few_photos:
         return 0
-    return max(2, epochs // 4)
+    return 2
 
 
 class TrainingPhotos:

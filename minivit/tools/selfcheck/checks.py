@@ -109,7 +109,7 @@ def stop_and_resume(model: ViT, amp: torch.dtype | None, folder: Path) -> float:
     size = (8, 3, *model.config.img_size)
     pixels = torch.randint(256, size, dtype=torch.uint8)
     split = pixels, torch.arange(len(pixels)) % len(CLASSES)
-    settings = TrainSettings(epochs=2, batch_size=4, lr=1e-3)
+    settings = TrainSettings(epochs=2, batch_size=4, lr=1e-3, cache_views=0)
 
     uninterrupted = begin_run(model, amp)
     run_epochs(uninterrupted, split, split, settings, stop_requested=lambda: False)

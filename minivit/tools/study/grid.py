@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -143,7 +143,8 @@ def estimate_seconds(
         epochs = cell.settings.epochs
         evaluations = math.ceil(epochs / evaluation_interval(epochs))
         images_trained = 3 * epochs * len(cell.train)  # A backward pass takes as long as two.
-        images_evaluated = evaluations * len(data.val) + len(cell.train) + len(data.test)
+        # The head alone is fitted to the training photos, and evaluated; so are the kept weights.
+        images_evaluated = (evaluations + 2) * len(data.val) + 2 * len(cell.train) + len(data.test)
         flops += model.flops(cell.cut) * (images_trained + images_evaluated)
     return flops / flops_per_second
 
@@ -160,8 +161,6 @@ def run_cell(
     cell: Cell, model: ViT, data: Data, features: StudyFeatures, amp: torch.dtype | None
 ) -> dict[str, object] | None:
     """Fine-tune as train.py does, but from the kept features, and test the weights that it keeps.
-
-    A cell is one run of the study's grid.
 
     Returns a row of study.csv, or None if a stop was requested. The model is left as it was.
     """
@@ -180,14 +179,17 @@ def run_cell(
     weights_before = state.trainable_weights()
     eval_model = working_copy(state.model, device, amp, train=False)
     try:
-        if cell.cut == model.config.depth:
-            fit_head(cell, state, eval_model, features)
-        else:
-            train_cell(cell, state, eval_model, data.val, features)
+        with stop_requests() as stop_requested:
+            evaluate_head_alone(cell, state, eval_model, data.val, features)
+            if cell.cut < model.config.depth:
+                train_cell(cell, state, eval_model, data.val, features, stop_requested)
     except StopRequested:
         state.stopped = True
     if state.stopped:
+        set_trainable(state.model, weights_before)
         return None
+    if choose_kept(state.rows, settings.keep, len(data.val)).weights == "earlier":
+        set_trainable(state.model, state.kept)
     copy_trainable(eval_model, state.model)
     val_accuracy = accuracy(eval_model, data.val, features)
     train_accuracy = accuracy(eval_model, cell.train, features)
@@ -209,10 +211,34 @@ def run_cell(
     }
 
 
-def train_cell(
+def evaluate_head_alone(
     cell: Cell, state: RunState, eval_model: ViT, val: Split, features: StudyFeatures
 ) -> None:
-    """Train all epochs, and leave the weights that are kept in the model.
+    """Fit the head alone to the frozen model as train.py does, and add its row, as epoch 0.
+
+    The weights with the fitted head become state.kept, and those of the model if no block is to
+    train.
+    """
+    labels = torch.tensor(cell.train.labels)
+    inputs = head_inputs(eval_model, features.batches(cell.train.paths), cut=cell.cut)
+    head = fit_linear_head(inputs, labels, eval_model.config.num_classes)
+    untrained = state.trainable_weights()
+    state.kept = untrained | {"head.weight": head.weight, "head.bias": head.bias}
+    set_trainable(state.model, state.kept)
+    add_row(state, 0, eval_model, val, features)
+    if cell.cut < eval_model.config.depth:
+        set_trainable(state.model, untrained)
+
+
+def train_cell(
+    cell: Cell,
+    state: RunState,
+    eval_model: ViT,
+    val: Split,
+    features: StudyFeatures,
+    stop_requested: Callable[[], bool],
+) -> None:
+    """Train all epochs, with a row for each that is evaluated.
 
     Stops early, with state.stopped set, if a stop was requested.
     """
@@ -222,33 +248,28 @@ def train_cell(
     num_views = min(settings.cache_views, settings.epochs)
     views = [features.view(i, cell.train.paths) for i in range(num_views)]
     interval = evaluation_interval(settings.epochs)
-    with stop_requests() as stop_requested:
-        while state.epoch <= settings.epochs and not state.stopped:
-            order, draws = draw_epoch(len(labels), settings.seed, state.epoch)
-            view = views[(state.epoch - 1) % num_views]
-            photos = EpochPhotos(view, given_features, labels, order, draws)
-            train_epoch(state, layers, photos, settings, stop_requested)
-            mean_loss(state, len(labels), settings)  # This raises if the loss is not finite.
-            if state.stopped:
-                break
-            if state.epoch % interval == 0 or state.epoch == settings.epochs:
-                copy_trainable(eval_model, state.model)
-                val_accuracy = accuracy(eval_model, val, features)
-                state.rows.append({"epoch": state.epoch, "val_accuracy": val_accuracy})
-                state.update_kept(state.trainable_weights(), settings)
-                state.stopped = stop_requested()
-            state.epoch += 1
-            state.losses = []
-    if not state.stopped and not choose_kept(state.rows, settings.keep, len(val)).is_last:
-        set_trainable(state.model, state.kept)
+    while state.epoch <= settings.epochs and not state.stopped:
+        order, draws = draw_epoch(len(labels), settings.seed, state.epoch)
+        view = views[(state.epoch - 1) % num_views]
+        photos = EpochPhotos(view, given_features, labels, order, draws)
+        train_epoch(state, layers, photos, settings, stop_requested)
+        mean_loss(state, len(labels), settings)  # This raises if the loss is not finite.
+        if state.stopped:
+            return
+        if state.epoch % interval == 0 or state.epoch == settings.epochs:
+            add_row(state, state.epoch, eval_model, val, features)
+            state.update_kept(state.trainable_weights(), settings)
+            state.stopped = stop_requested()
+        state.epoch += 1
+        state.losses = []
 
 
-def fit_head(cell: Cell, state: RunState, eval_model: ViT, features: StudyFeatures) -> None:
-    """Fit the head alone to the frozen model, as train.py does."""
-    labels = torch.tensor(cell.train.labels)
-    inputs = head_inputs(eval_model, features.batches(cell.train.paths), cut=cell.cut)
-    head = fit_linear_head(inputs, labels, eval_model.config.num_classes)
-    set_trainable(state.model, {"head.weight": head.weight, "head.bias": head.bias})
+def add_row(
+    state: RunState, epoch: int, eval_model: ViT, val: Split, features: StudyFeatures
+) -> None:
+    """Evaluate the present weights on the validation photos, and add a row for the epoch."""
+    copy_trainable(eval_model, state.model)
+    state.rows.append({"epoch": epoch, "val_accuracy": accuracy(eval_model, val, features)})
 
 
 def accuracy(model: ViT, split: Split, features: StudyFeatures) -> float:

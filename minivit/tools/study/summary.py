@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ...cli import parse_blocks
 from ...errors import UserError, printable
 from ...system.files import whole_file
+from ...training import metrics
 
 
 class Spread(NamedTuple):
@@ -127,25 +128,22 @@ def _summarize_seeds(rows: Sequence[Mapping[str, str]], num_val: int) -> Summary
         photos=statistics.mean(int(row["photos"]) for row in rows),
         seeds=len(rows),
         val=_spread(val),
-        val_error=standard_error(val, min(num_val, val_photos * len(rows))),
+        val_error=error_of_mean(val, min(num_val, val_photos * len(rows))),
         val_photos=val_photos,
         test=_spread(test),
-        test_error=standard_error(test, test_photos),
+        test_error=error_of_mean(test, test_photos),
         test_photos=test_photos,
         gap=_spread([of_train - of_val for of_train, of_val in zip(train, val)]),
     )
 
 
-def standard_error(accuracies: Sequence[float], num_photos: int) -> float:
+def error_of_mean(accuracies: Sequence[float], num_photos: int) -> float:
     """Return the standard error of the mean of each seed's accuracy.
 
     `num_photos` is how many different photos these were measured on. Other photos and other seeds
     would both give another mean, so the variances of the two are added.
     """
-    # With a right and a wrong answer more, an accuracy of 1 has an error, too.
-    right = statistics.mean(accuracies) * num_photos
-    rate = (right + 1) / (num_photos + 2)
-    variance = rate * (1 - rate) / num_photos
+    variance = metrics.standard_error(statistics.mean(accuracies), num_photos) ** 2
     if len(accuracies) > 1:
         variance += statistics.variance(accuracies) / len(accuracies)
     return math.sqrt(variance)
