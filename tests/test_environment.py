@@ -262,6 +262,18 @@ def test_names_are_drawn_in_a_font_that_has_their_characters(installed, tmp_path
     assert with_squares > 1.5 * (pixels(tmp_path / "boxes.png") == 0).sum()
 
 
+def test_a_canvas_draws_a_name_in_a_font_that_has_its_characters(installed, tmp_path):
+    boxes = canvas._draw_line("猫犬", 9, False)
+    assert boxes.missing == {"猫", "犬"}
+    make_font(tmp_path / "Squares One.ttf", "猫")
+    make_font(tmp_path / "Squares Two.ttf", "犬")
+    installed += [str(tmp_path / "Squares One.ttf"), str(tmp_path / "Squares Two.ttf")]
+    clear_caches()
+    squares = canvas._draw_line("猫犬", 9, False)
+    assert not squares.missing
+    assert (squares.opacity == 255).sum() > 2 * (boxes.opacity == 255).sum()
+
+
 def test_characters_that_no_font_has_are_said_once_with_what_helps(installed, tmp_path, capsys):
     assert draw_names(tmp_path / "boxes.png") == "と犬猫"
     assert draw_names(tmp_path / "boxes.png") == "と犬猫"

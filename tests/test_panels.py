@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from minivit import Preprocess
@@ -83,6 +84,17 @@ def assert_apart_and_inside(texts, shape) -> None:
             across = min(one.right, other.right) - max(one.left, other.left)
             down = min(one.bottom, other.bottom) - max(one.top, other.top)
             assert across <= 0 or down <= 2, (one, other)
+
+
+def test_a_map_is_brought_onto_the_photo_as_torchs_grid_sample_does():
+    values = torch.from_numpy(RNG.random((7, 14)).astype(np.float32))
+    ours = Preprocess().to_photo(values, (500, 375), (75, 100))
+    y, x = (torch.arange(n).add(0.5).mul(2 / n).sub(1) for n in (75, 100))
+    positions = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)
+    settings = {"mode": "bicubic", "padding_mode": "border", "align_corners": False}
+    theirs = torch.nn.functional.grid_sample(values[None, None], positions[None], **settings)
+    theirs = theirs[0, 0].clamp(values.min(), values.max())
+    torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=0, atol=1e-5)
 
 
 # The canvas
