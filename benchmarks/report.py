@@ -446,9 +446,20 @@ def demo(rows: Sequence[Row]) -> str:
     return table(head, [line])
 
 
+def job_alone_on_a_gpu(rows: Sequence[Row]) -> str:
+    runs = Measurement(rows, "finetune", f"{H100_JOB}, train.py alone", GPU)
+    labels = {
+        "minivit-cold": "photos still to be decoded",
+        "minivit": "photos decoded by an earlier run",
+    }
+    lines = [[Cell(label), runs.cell(f"{name}, time")] for name, label in labels.items()]
+    return table(["`train.py`, later version", "seconds"], lines)
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "the whole job in short": job_in_short,
     "the whole job on a GPU": job_on_a_gpu,
+    "train.py alone on a GPU": job_alone_on_a_gpu,
     "images a second": images_a_second,
     "what an epoch costs, as a picture": epochs_picture,
     "what an epoch costs by photos": epochs_by_photos,

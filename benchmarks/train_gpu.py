@@ -101,7 +101,9 @@ def wait_for_epoch(process: subprocess.Popen, epoch: int) -> None:
 
 
 def read_rows(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Return the rows of a run's epochs, without that of the head alone."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["epoch"] > 0]
 
 
 def read_summary(run: Path) -> dict:
