@@ -360,6 +360,20 @@ def fake_findings(tmp_path: Path, num_classes: int) -> report.Findings:
     return report.find("runs/<b>mine", photos, measured, folds, [[0, 3]])
 
 
+def test_the_sentences_say_how_many_and_what_to_do(tmp_path):
+    sentences = fake_findings(tmp_path, 3).sentences
+    assert sentences["mistakes"].startswith("2 of 3 validation and test photos are wrong, no two")
+    assert (
+        "1 of 3 validation and test photos is also in training"
+        in (sentences["nearly the same photo"])
+    )
+    assert sentences["suspicious labels"].startswith("2 of 8 labels surprise a head that had not")
+    assert "too many to be wrong" in sentences["suspicious labels"]
+    accuracy = sentences["how sure the accuracy is"]
+    assert "a head is right on 0.750 (6/8, 95% interval 0.409 to 0.929)" in accuracy
+    assert "The run itself is right on 1.000 (1/1, 95% interval" in accuracy
+
+
 @pytest.fixture
 def page_text(tiny, tmp_path):
     tiny.requires_grad_(False)

@@ -26,6 +26,9 @@ from .measure import Measured
 # What may be odd about a photo, as the column "flags" of review.csv says it.
 MISTAKE, SUSPICIOUS, COPY, UNREADABLE = "mistake", "suspicious label", "copy", "unreadable"
 
+# If more of the labels are suspicious, it is the model that cannot tell the classes.
+TOO_MANY = 0.2
+
 
 @dataclass(frozen=True)
 class Photos:
@@ -154,8 +157,10 @@ def describe_mistakes(findings: Findings) -> str:
     commonest = (
         f"{printable(findings.classes[label])} taken for {printable(findings.classes[answer])}"
     )
-    if wrong > 1:
+    if count > 1:
         commonest = f"most often {commonest} ({count})"
+    elif wrong > 1:
+        commonest = f"no two in the same way; the most confident is {commonest}"
     return (
         f"{wrong} of {held_out} validation and test photos {is_or_are(wrong)} wrong, {commonest}."
     )
@@ -167,10 +172,13 @@ def describe_labels(findings: Findings) -> str:
     if found == 0:
         return f"none of {len(findings.paths)} labels surprises {judge}."
     surprise = "labels surprise" if found > 1 else "labels surprises"
-    return (
-        f"{found} of {len(findings.paths)} {surprise} {judge}. Look at them: some are wrong, "
-        "others are photos that are hard to tell."
-    )
+    sentence = f"{found} of {len(findings.paths)} {surprise} {judge}. "
+    if found > TOO_MANY * len(findings.paths):
+        return sentence + (
+            "These are too many to be wrong: it can hardly tell the classes, so look at the first "
+            "ones only."
+        )
+    return sentence + "Look at them: some are wrong, others are photos that are hard to tell."
 
 
 def describe_accuracy(findings: Findings) -> str:
