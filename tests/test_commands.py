@@ -340,7 +340,7 @@ def test_infer_prints_names_and_draws_a_figure_for_each_photo(run, tmp_path, cap
     assert len(lines) == 12
     assert lines[8] == str(other)
     assert lines[9].split("  ")[1] == "blue"
-    assert 0.5 < float(lines[9].split("  ")[0]) <= 1
+    assert 1 / 3 < float(lines[9].split("  ")[0]) <= 1
     assert lines[11] == str(figures / "wide-2.png")
     assert sorted(path.name for path in figures.iterdir()) == ["tall.png", "wide-2.png", "wide.png"]
 
