@@ -413,6 +413,26 @@ def test_layer_decay_lowers_the_learning_rate_block_by_block(tiny):
     assert scale["blocks.8.mlp.fc1.weight"] == 0.0625
 
 
+def test_the_head_has_a_learning_rate_of_its_own(tiny, pixels):
+    freeze_except(tiny, [10, 11])
+    names = {id(p): name for name, p in tiny.named_parameters()}
+    groups = parameter_groups(tiny, 0.05, layer_decay=0.5, head_scale=10.0)
+    scale = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert scale.keys() == trainable(tiny).keys()
+    assert (scale["head.weight"], scale["head.bias"]) == (10.0, 10.0)
+    assert (scale["norm.weight"], scale["blocks.11.norm1.bias"]) == (1.0, 0.5)
+    assert scale["blocks.10.mlp.fc1.weight"] == 0.25
+    decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert (decay["head.weight"], decay["head.bias"]) == (0.05, 0.0)
+
+    state = start_run(make_trainable(), head_scale=0.0)
+    before = state.trainable_weights()
+    train_epochs(state, pixels, epochs=1)
+    now = state.trainable_weights()
+    still = {name for name, weight in now.items() if torch.equal(weight, before[name])}
+    assert still == {"head.weight", "head.bias"}
+
+
 def test_layer_decay_reaches_the_steps(pixels):
     moved = []
     for layer_decay in (1.0, 0.0):

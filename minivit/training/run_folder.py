@@ -207,9 +207,11 @@ def check_finished(out: Path, settings: TrainSettings, precision: str) -> None:
     names = ("model", "revision", "img_size", "data", "blocks")
     wanted = settings.mathematics() | {flag(name): getattr(settings, name) for name in names}
     wanted["precision"] = precision
-    for name in summary["settings"].get("chosen", ()):
-        if getattr(settings, name) == AUTO:  # It would be chosen again.
-            wanted[flag(name)] = before[flag(name)]
+    chosen = [flag(name) for name in summary["settings"].get("chosen", ())]
+    for name, value in wanted.items():
+        if value == AUTO:
+            # What was chosen would be chosen again.
+            wanted[name] = before[name] if name in chosen else "auto"
     wanted = json.loads(json.dumps(wanted))  # A tuple, for example, becomes a list.
     for name in ("--model", "--data"):
         if name in before and _is_same_place(before[name], wanted[name]):  # as data and ./data/ are
