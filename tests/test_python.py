@@ -299,3 +299,54 @@ def test_the_names_of_minivit_are_there_and_import_nothing_before_they_are_used(
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
+
+
+def execute_tutorial(folder, monkeypatch, **replacements: str) -> list[str]:
+    """Execute the notebook in a folder, and return what each cell of code prints and shows."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        for before, after in replacements.items():
+            cell.source = cell.source.replace(before, after)
+    resources = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(notebook, resources=resources, timeout=500).execute()
+    return [str(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_the_tutorial_runs_in_ten_cells(tmp_path, monkeypatch):
+    smaller = {'"train": 50, "test": 12': '"train": 4, "test": 2', "EPOCHS = 6": "EPOCHS = 1"}
+    shown = execute_tutorial(tmp_path, monkeypatch, **smaller)
+    assert len(shown) == 10
+    for number, part in ((2, "image/png"), (3, "image/png"), (4, "epoch 1/1"), (4, "\\repoch 1")):
+        assert part in shown[number - 1], number
+    for number, part in ((5, "image/png"), (6, "image/png"), (7, "before: washing machine")):
+        assert part in shown[number - 1], number
+    for number, part in ((8, "image/png"), (9, "srcdoc="), (10, "Ginger_Tabby")):
+        assert part in shown[number - 1], number
+    assert not any("Traceback" in outputs or "Warning" in outputs for outputs in shown)
+
+
+@pytest.mark.slow
+def test_the_tutorial_learns_to_see_the_cat(tmp_path, monkeypatch):
+    shown = execute_tutorial(tmp_path, monkeypatch)
+    assert "before: washing machine" in shown[6] and "after: Ginger_Tabby" in shown[6]
+    accuracy = float(re.search(r"test accuracy (0\.\d+|1\.0+)", shown[3])[1])
+    assert accuracy > 0.8
+
+
+def test_the_tutorial_is_stored_with_its_pictures_and_is_small():
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert NOTEBOOK.stat().st_size < 400_000
+    assert [cell["execution_count"] for cell in cells] == list(range(1, 11))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert sum("image/jpeg" in output.get("data", {}) for output in outputs) == 5
+    assert not any(output["output_type"] == "error" for output in outputs)
+    assert not any(output.get("name") == "stderr" for output in outputs)
+    assert not re.search("/(?:tmp|root|home|work)/", json.dumps(notebook))

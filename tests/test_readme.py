@@ -328,11 +328,17 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     (tmp_path / "google" / "vit-base-patch16-224").symlink_to(DEMO)
     (tmp_path / "runs" / "pets").symlink_to(DEMO)
     draw_photo(500, 375).save(tmp_path / "cat.jpg")
+    for number in range(8):
+        folder = tmp_path / "photos" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_photo(40, 30, number).save(folder / f"{number}.png")
     names: dict = {}
     for block in blocks:
         # On the CPU, and at a size that it computes in a moment.
         code = block.replace('"cuda", torch.float16', '"cpu"').replace('"cuda"', '"cpu"')
-        code = code.replace("ViTConfig()", "ViTConfig(embed_dim=24, num_heads=3, mlp_dim=48)")
+        code = code.replace("epochs=5", "epochs=1").replace(
+            "ViTConfig()", "ViTConfig(embed_dim=24, num_heads=3, mlp_dim=48)"
+        )
         exec(compile(code, f"a block of {page.name}", "exec"), names)
     assert "False" not in capsys.readouterr().out  # The tests that the pages print come out.
     if "map11" in names:
