@@ -95,8 +95,8 @@ def review(args: argparse.Namespace) -> int:
     data = load_reviewed(root, run)
     model = load_pretrained(run.folder)
     check_classes(model, data, run)
-    base = load_base(run, root, model)
-    blocks = cli.parse_blocks(args.blocks or "none", base.config.depth)
+    blocks = cli.parse_blocks(args.blocks or "none", model.config.depth)
+    base = load_base(run, root, model, with_head=len(blocks) > 0)
     device = pick_device(args.device)
     amp = pick_amp(args.amp, device)
 
@@ -117,7 +117,7 @@ def review(args: argparse.Namespace) -> int:
     if blocks:
         folds = judge_by_blocks(args, run, base, photos, blocks, device)
     else:
-        folds = judge_by_linear_head(base, measured.features, photos.labels, args.folds)
+        folds = judge_by_linear_head(base, measured.features, photos, args.folds)
     groups = group_copies(measured.md5s, measured.thumbnails)
     findings = report.find(str(run.folder), photos, measured, folds, groups)
     for part, sentence in findings.sentences.items():
@@ -208,8 +208,11 @@ def check_classes(model: ViT, data: Data, run: Run) -> None:
         )
 
 
-def load_base(run: Run, root: str, model: ViT) -> ViT:
-    """Load the model from before the run, or from before the first of several on these photos."""
+def load_base(run: Run, root: str, model: ViT, *, with_head: bool) -> ViT:
+    """Load the model from before the run, or from before the first of several on these photos.
+
+    `with_head` gives it a head for the classes of `model`, which only training needs.
+    """
     from ...checkpoints.weights import load_pretrained
     from ...training.run_photos import find_run, was_trained_on
 
@@ -222,7 +225,7 @@ def load_base(run: Run, root: str, model: ViT) -> ViT:
     base = load_pretrained(
         first.base,
         revision=summary.get("base_commit"),
-        labels=model.labels,
+        labels=model.labels if with_head else None,
         img_size=model.config.img_size,
     )
     check_sizes(base, model, first)
@@ -233,7 +236,8 @@ def check_sizes(base: ViT, model: ViT, run: Run) -> None:
     """Raise UserError if the base cannot be what the run was trained from."""
     shapes = {name: tensor.shape for name, tensor in base.named_parameters()}
     for name, tensor in model.named_parameters():
-        if name != "pos_embed" and shapes.get(name) != tensor.shape:
+        may_differ = name == "pos_embed" or name.startswith("head.")
+        if not may_differ and shapes.get(name) != tensor.shape:
             raise UserError(
                 f"{run.base}: is not the model that {run.folder} was trained from, as {name} "
                 "differs in shape; put that model there again"
@@ -256,12 +260,12 @@ def list_photos(data: Data) -> tuple[list[Path], list[str], list[int]]:
     return paths, splits, labels
 
 
-def judge_by_linear_head(base: ViT, features: Tensor, labels: Tensor, folds: int) -> HeldOut:
+def judge_by_linear_head(base: ViT, features: Tensor, photos: Photos, folds: int) -> HeldOut:
     """Judge each photo by a linear head on the base's features, fitted without its fold."""
     from ...training.linear_head import fit_linear_head
     from .labels import HeldOut
 
-    head = fit_linear_head(features, labels, base.config.num_classes, folds)
+    head = fit_linear_head(features, photos.labels, len(photos.classes), folds)
     source = f"a linear head on {printable(base.origin.source)}"
     return HeldOut(head.fold_of, head.held_out_logits.softmax(1), source)
 
