@@ -82,3 +82,23 @@ def test_an_interrupt_stops_a_run_and_not_the_notebook(kernel):
     assert "the same command with --resume goes on" in printed
     assert "epoch 9/50" not in printed
     assert kernel.run("signal.getsignal(2) is signal.default_int_handler") == "True"
+
+
+def test_an_interrupted_call_leaves_a_run_to_go_on_with(kernel):
+    kernel.run(f"import sys; sys.path.insert(0, {str(ROOT)!r})")
+    printed = kernel.run(
+        "import minivit\n"
+        "try:\n"
+        "    minivit.fine_tune('demo', 'data', epochs=50, batch_size=8, amp='off', device='cpu')\n"
+        "except KeyboardInterrupt as stopped:\n"
+        "    print('stopped:', stopped)\n",
+        interrupt_at="epoch 1/50",
+    )
+    assert "stopped: runs/pets holds all; the same call with resume=True goes on" in printed
+    printed = kernel.run(
+        "try:\n"
+        "    minivit.Run.load('runs/pets')\n"
+        "except minivit.UserError as error:\n"
+        "    print(error)\n"
+    )
+    assert "runs/pets: holds a run that is not finished" in printed
