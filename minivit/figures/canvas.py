@@ -127,7 +127,7 @@ def _encode_png(pixels: np.ndarray) -> bytes:
     chunks = {
         b"IHDR": header,
         b"tEXt": b"Software\0" + SOFTWARE.encode(),
-        b"IDAT": zlib.compress(filtered, PNG_LEVEL),
+        b"IDAT": zlib.compress(filtered.tobytes(), PNG_LEVEL),
         b"IEND": b"",
     }
     png = [b"\x89PNG\r\n\x1a\n"]

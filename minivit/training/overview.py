@@ -70,7 +70,10 @@ def describe_class_weights(data: Data, settings: TrainSettings) -> list[str]:
 
 def describe_epochs(model: ViT, data: Data, settings: TrainSettings) -> list[str]:
     """Say how many epochs there are and how photos are augmented, and why if it was chosen."""
-    if not any(parameter.requires_grad for parameter in model.blocks.parameters()):
+    trains_blocks = any(
+        parameter.requires_grad for block in model.blocks for parameter in block.parameters()
+    )
+    if not trains_blocks:
         return ["the head alone is fitted once to the frozen model, so there are no epochs"]
     num_train = len(data.train)
     steps = settings.steps_per_epoch(num_train)
