@@ -23,6 +23,7 @@ from ...attention import CLASS_TOKEN, METHODS, method_rows, query_maps
 from ...errors import UserError
 from ...model import ViT
 from ...system.device import cpu_batch
+from ...system.progress import bars_are_hidden
 from ..score.measure import CHUNK, read_in_workers
 from .conditions import (
     CONDITIONS,
@@ -114,7 +115,7 @@ def ask(
         for start in range(0, len(paths), CHUNK)
     )
     reading = read_in_workers(read_photos, jobs, paths, workers=workers, left_out=answers.left_out)
-    bar = tqdm(total=len(paths), unit="photo", leave=False, disable=None)
+    bar = tqdm(total=len(paths), unit="photo", leave=False, disable=bars_are_hidden())
     with torch.inference_mode(), bar as progress:
         while True:
             with timed(seconds, "reading"):

@@ -20,6 +20,7 @@ from ...data.photos import PhotoError, open_photo
 from ...errors import UserError
 from ...model import ViT
 from ...system.device import eval_batch
+from ...system.progress import bars_are_hidden
 from ...system.workers import read_ahead
 from ..doctor import file_md5, make_thumbnail
 
@@ -72,7 +73,7 @@ def measure(
         pixels = model.preprocess.array(photo)
         return ReadPhoto(index, pixels, file_md5(path), make_thumbnail(photo))
 
-    progress = tqdm(paths, unit="photo", leave=False, disable=None)
+    progress = tqdm(paths, unit="photo", leave=False, disable=bars_are_hidden())
     photos = filter(None, read_ahead(read, enumerate(progress), workers))
     readable: list[int] = []
     md5s: list[str] = []

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ...attention import CLASS_TOKEN, class_relevance, forward_with_rollout, query_maps
 from ...errors import UserError
 from ...model import ViT
+from ...system.progress import bars_are_hidden
 from ...system.workers import map_ahead, processes_worth_starting, worker_pool
 from .masks import PetPhoto, read_pets
 from .region_scores import region_scores
@@ -85,7 +86,7 @@ def measure(
     reading = read_photos(
         paths, model, workers=workers, left_out=left_out, without_head=without_head
     )
-    bar = tqdm(total=len(paths), unit="photo", leave=False, disable=None)
+    bar = tqdm(total=len(paths), unit="photo", leave=False, disable=bars_are_hidden())
     with torch.inference_mode(), bar as progress:
         for batch in reading:
             rows = slice(len(photos), len(photos) + len(batch.indices))
