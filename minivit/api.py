@@ -218,11 +218,11 @@ def fine_tune(
     """
     if distributed.launched_world_size() > 1:
         raise UserError("fine_tune runs in one process; under torchrun, use train.py")
-    if out is None:
-        out = _default_out(data)
+    data = _as_path("data", data)
+    out = _default_out(data) if out is None else _as_path("out", out)
     _check_keywords("fine_tune", settings, TrainSettings, NOT_FOR_TRAINING)
     values = {"blocks": blocks, "epochs": epochs, "out": out, "resume": resume} | settings
-    values["data"] = os.fspath(data)
+    values["data"] = data
     values["model"], revision = _source(model)
     if revision is not None:
         values["revision"] = revision
@@ -326,12 +326,18 @@ def _as_text(name: str, value: Any) -> str:
     return str(value)
 
 
-def _default_out(data: str | os.PathLike[str]) -> Path:
+def _as_path(name: str, path: object) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name}: expected the path of a folder, found {type(path).__name__}")
+    return os.path.expanduser(path)
+
+
+def _default_out(data: str) -> str:
     """Return the folder of a run on these photos: that of train.py for its own default folder."""
     if is_default_folder(data):
-        return Path(RUN_DIR)
-    name = Path(os.path.expanduser(data)).resolve().name
-    return Path(RUN_DIR).parent / portable_stem(name or "run")
+        return RUN_DIR
+    name = Path(data).resolve().name
+    return str(Path(RUN_DIR).parent / portable_stem(name or "run"))
 
 
 def _source(model: str | os.PathLike[str] | ViT | Run) -> tuple[str, str | None]:

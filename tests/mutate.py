@@ -30,6 +30,7 @@ TESTS = {
     "model": ["model", "attention", "parity", "families", "features"],
     "attention": ["attention", "score", "explain"],
     "train": ["loop", "resume", "commands"],
+    "api": ["python"],
     "training/step": ["loop", "features", "distributed"],
     "training/features": ["features", "loop", "study"],
     "training/views": ["features", "loop", "resume"],

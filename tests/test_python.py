@@ -134,6 +134,10 @@ def test_what_is_no_data_or_keyword_is_refused(tiny_saved, shapes_data, tmp_path
     for data in (tmp_path / "empty", tmp_path / "absent"):
         with pytest.raises(UserError, match=data.name):
             fine_tune(tiny_saved, data, out=tmp_path / "run")
+    for name, wrong in (("data", b"photos"), ("out", 3)):
+        paths = {"data": shapes_data, "out": tmp_path / "run"} | {name: wrong}
+        with pytest.raises(TypeError, match=f"{name}: expected the path of a folder"):
+            fine_tune(tiny_saved, **paths)
     for name in ("epoch", "dry_run", "chosen"):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'; expected one"):
             fine_tune(tiny_saved, shapes_data, out=tmp_path / "run", **{name: 1})
