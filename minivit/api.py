@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from . import cli, infer, look
+from .checkpoints.hub import Origin
 from .checkpoints.weights import load_pretrained
 from .commands import infer_parser, train_parser
 from .data.layout import is_default_folder
@@ -271,6 +272,9 @@ def explain(
         models = [
             working_copy(_load(source, checked), device, amp, train=False) for source in sources
         ]
+        for each in models:
+            if each.origin is None:  # It was made and not loaded.
+                each.origin = Origin("a model")
         plan = infer.plan_for(models, checked)
         panel = SMALL if checked.heads else LARGE
         needs = look.needs_of(models, checked.query, panel=panel, page=True)
@@ -374,6 +378,8 @@ def _load(model: str | os.PathLike[str] | ViT | Run, settings: InferSettings) ->
         return model
     if settings.revision is not None or settings.img_size is not None:
         raise UserError("revision and img_size are for a model that is still to be loaded")
+    if model.preprocess is None:
+        raise UserError("expected a model that was loaded; to one that was made, give a preprocess")
     return model
 
 

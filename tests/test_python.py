@@ -15,7 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same_end, draw_photo, leave_figures_empty, rows_of
+from conftest import (
+    ROOT,
+    TINY,
+    assert_same_end,
+    draw_photo,
+    leave_figures_empty,
+    randomize,
+    rows_of,
+)
 from conftest import run_train as run_train_py
 from PIL import Image
 
@@ -270,11 +278,17 @@ def test_two_models_are_drawn_and_explored_side_by_side(finished, tiny_saved):
     assert "srcdoc=" in page._repr_html_()
 
 
-def test_a_model_without_a_classifier_has_maps_and_no_names(dinov2_s14):
-    seen = explain(draw_photo(90, 60), dinov2_s14, blocks="11", device="cpu")
+def test_a_model_that_was_made_has_maps_and_no_names_without_a_classifier():
+    model = randomize(minivit.ViT(dataclasses.replace(TINY, num_classes=0)))
+    photo = draw_photo(90, 60)
+    with pytest.raises(UserError, match="give a preprocess"):
+        explain(photo, model)
+    model.preprocess = minivit.Preprocess((32, 32))
+    seen = explain(photo, model, blocks="11", device="cpu")
     assert seen.names == [] and seen.maps.shape == (1, 60, 90)
-    assert "relevance" not in seen.explorer().partition("<style")[0]
     assert repr(seen) == "<photo: no classifier>"
+    assert seen.summary["model"] == "a model" and model.origin is None
+    assert "</html>" in seen.explorer()
 
 
 def test_calls_work_in_a_thread_and_with_other_defaults(finished):
