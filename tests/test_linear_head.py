@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TIMES, make_trainable, rows_of, run_train, start_run, train_epochs
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from minivit import load_pretrained
@@ -207,6 +208,9 @@ def test_blocks_none_fits_the_head_once_and_changes_nothing_else(none_run, tiny_
     for name, parameter in written.named_parameters():
         if not name.startswith("head."):
             assert torch.equal(parameter, base.get_parameter(name)), name
+    tail = load_file(none_run / "tail.safetensors")
+    assert sum(tensor.numel() for tensor in tail.values()) == summary["trainable_parameters"]
+    assert set(tail) == {"head.weight", "head.bias"}
     photo = Image.open(photos[0]).convert("RGB")
     answers = pipeline("image-classification", str(none_run))(photo)
     assert {answer["label"] for answer in answers} == {"red", "green", "blue"}

@@ -24,6 +24,7 @@ from pages import CONTRIBUTING, DOCS, PAGES, README
 
 from minivit import __main__, cli
 from minivit.checkpoints.hub import DEMO
+from minivit.settings import AUTO
 
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # Values for placeholders that a parser would not take as they are.
@@ -480,6 +481,8 @@ def check_default(parser: argparse.ArgumentParser, row: list[str]) -> None:
         stated = row[1].strip("`")
         if isinstance(default, list):
             assert stated == " ".join(default), row
+        elif default == AUTO:
+            assert stated.startswith(("chosen", "auto")), row
         elif isinstance(default, (int, float)) and not isinstance(default, bool):
             assert stated == "one for each core" or float(stated) == default, row
         elif default in (None, False):
