@@ -38,6 +38,9 @@ def main() -> None:
                 make_small(output) for output in cell.outputs if output.get("name") != "stderr"
             ]
             cell.outputs = join_lines(cell.outputs)
+            for output in cell.outputs:
+                if "text" in output:
+                    output.text = without_bars(output.text)
     nbformat.write(notebook, NOTEBOOK)
     print(f"{NOTEBOOK}: {NOTEBOOK.stat().st_size:,} bytes")
 
@@ -64,6 +67,11 @@ def join_lines(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNo
         else:
             joined.append(output)
     return joined
+
+
+def without_bars(text: str) -> str:
+    """Return what is left on each line once a progress bar has vanished."""
+    return "\n".join(line.rpartition("\r")[2] for line in text.split("\n"))
 
 
 if __name__ == "__main__":

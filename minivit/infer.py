@@ -38,7 +38,7 @@ from .settings import InferSettings, flag
 from .system import device as devices
 from .system import distributed
 from .system.files import portable_stem, refuse_to_overwrite
-from .system.progress import bars_are_hidden
+from .system.progress import progress_bar
 from .system.workers import (
     InlineExecutor,
     map_ahead,
@@ -104,7 +104,10 @@ def infer(settings: InferSettings) -> int:
         plan = make_plan(settings)
         if not settings.no_figures:
             Path(settings.out).mkdir(parents=True, exist_ok=True)
-        with progress_bar(len(jobs)) as progress:
+        # A single photo needs no bar.
+        with progress_bar(
+            total=len(jobs), desc="photos", unit="photo", hidden=len(jobs) < 2
+        ) as progress:
             for job, photo, explanations in explain_all(jobs, plan, settings, pool):
                 if isinstance(photo, UserError):
                     report_unreadable(job, photo)
@@ -142,12 +145,6 @@ def start_workers(
         return worker_pool(num_processes, "minivit.data.prepared")
     num_processes = min(settings.workers, len(jobs)) if len(jobs) >= DRAW_IN_WORKERS_FROM else 0
     return worker_pool(num_processes, "minivit.figures.panels")
-
-
-def progress_bar(num_photos: int) -> tqdm:
-    """Return a progress bar, which a single photo does not need."""
-    hidden = num_photos < 2 or bars_are_hidden()
-    return tqdm(total=num_photos, desc="photos", unit="photo", leave=False, disable=hidden)
 
 
 def make_plan(settings: InferSettings) -> Plan:

@@ -35,7 +35,7 @@ from ..system.files import (
     write_json,
 )
 from ..system.home import cache_folders
-from ..system.progress import bars_are_hidden
+from ..system.progress import progress_bar
 from ..system.workers import (
     map_ahead,
     processes_worth_starting,
@@ -167,9 +167,7 @@ def prepare_ahead(
 
 def show_decoding(num_photos: int) -> tqdm:
     """Return a bar, shown on a terminal only, that is told of the photos that are decoded."""
-    return tqdm(
-        total=num_photos, desc="decoding", unit="photo", leave=False, disable=bars_are_hidden()
-    )
+    return progress_bar(total=num_photos, desc="decoding", unit="photo")
 
 
 def open_splits(

@@ -1,15 +1,23 @@
-"""Where progress bars are shown: on a terminal, and in the cell of a notebook."""
+"""Progress bars, where they are of use: on a terminal, and in the cell of a notebook."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
+
+from tqdm import tqdm
 
 
-def bars_are_hidden() -> bool:
-    """Return whether a progress bar on stderr would only fill a file or a pipe.
+def progress_bar(*arguments: Any, hidden: bool = False, **settings: Any) -> tqdm:
+    """Return a bar of tqdm's, which vanishes when it is done.
 
-    A notebook's stderr is no terminal, and yet shows a line again in place of the one before.
-    tqdm's own widgets for notebooks would need ipywidgets.
+    In a file or a pipe there is none. In a notebook it goes where the lines go that are printed
+    between two bars, because stderr has a colour of its own there. tqdm's widgets for notebooks
+    would need ipywidgets.
     """
-    is_in_notebook = type(sys.stderr).__module__ == "ipykernel.iostream"
-    return sys.stderr is None or not (sys.stderr.isatty() or is_in_notebook)
+    stream = sys.stderr
+    if type(sys.stdout).__module__ == "ipykernel.iostream":
+        stream = sys.stdout
+    elif stream is None or not stream.isatty():
+        hidden = True
+    return tqdm(*arguments, file=stream, disable=hidden, leave=False, **settings)

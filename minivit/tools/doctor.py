@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageStat
-from tqdm import tqdm
 
 from .. import cli
 from ..data.datasets import split_data
@@ -28,7 +27,7 @@ from ..data.own_masks import check_own_masks
 from ..data.photos import PhotoError, open_photo, open_undecoded
 from ..data.survey import Finding, Problems, describe_problems, survey
 from ..errors import UserError, first_few
-from ..system.progress import bars_are_hidden
+from ..system.progress import progress_bar
 from ..system.workers import read_ahead
 from .score.masks import PET, mask_path, read_mask
 
@@ -145,9 +144,7 @@ def check(root: str | os.PathLike[str], *, workers: int) -> tuple[list[ListedPho
     pending = [photo for photo in candidates if photo.name not in problems["unreadable"]]
     readable: list[ReadPhoto] = []
     reading = read_ahead(_read_photo, pending, workers)
-    for read in tqdm(
-        reading, total=len(pending), unit="photo", leave=False, disable=bars_are_hidden()
-    ):
+    for read in progress_bar(reading, total=len(pending), unit="photo"):
         for kind, name, detail in read.problems:
             problems[kind][name] = detail
         if read.photo.split and read.thumbnail is not None:

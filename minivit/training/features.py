@@ -16,13 +16,12 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..data.augment import augment
 from ..data.datasets import Data
 from ..data.store import Pixels
 from ..model import ViT
-from ..system.progress import bars_are_hidden
+from ..system.progress import progress_bar
 from ..system.signals import stop_here
 from ..system.workers import map_ahead
 
@@ -113,13 +112,11 @@ class FeatureExtractor:
 
         batches = [slice(i, i + self.batch) for i in range(0, len(indices), self.batch)]
         on_device = to_device_ahead(read, batches, weight.device)
-        progress = tqdm(
+        progress = progress_bar(
             on_device,
             "frozen blocks",
             len(batches),
             unit="batch",
-            leave=False,
-            disable=bars_are_hidden(),
         )
         for tensors, rows in zip(progress, batches):
             stop_here()

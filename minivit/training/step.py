@@ -20,14 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from ..data.augment import draw_augmentation
 from ..errors import UserError
 from ..model import ViT
 from ..settings import TrainSettings
 from ..system import distributed
-from ..system.progress import bars_are_hidden
+from ..system.progress import progress_bar
 from ..system.signals import StopRequested, stop_here
 from .class_weights import balanced_weights
 from .features import Source, gather_rows, to_device_ahead
@@ -209,14 +208,12 @@ def train_epoch(
         num_classes = state.model.config.num_classes
         class_weights = balanced_weights(photos.labels, num_classes).to(state.device)
     losses: list[Tensor] = []
-    progress = tqdm(
+    progress = progress_bar(
         _batches(state, photos, settings.batch_size),
         f"epoch {state.epoch}",
         steps_per_epoch,
         initial=first_step,
         unit="step",
-        leave=False,
-        disable=bars_are_hidden(),
     )
     try:
         for batch in progress:
@@ -340,9 +337,7 @@ def predict_photos(model: ViT, pixels: Source, *, batch: int) -> tuple[Tensor, T
     on_device = to_device_ahead(read, indices, device)
     logits = []
     inputs = []
-    for (pixels_of_batch,) in tqdm(
-        on_device, "predicting", len(indices), unit="batch", leave=False, disable=bars_are_hidden()
-    ):
+    for (pixels_of_batch,) in progress_bar(on_device, "predicting", len(indices), unit="batch"):
         images = model.preprocess.normalize(pixels_of_batch)
         inputs.append(model.head_inputs(model.tokens(images)))
         logits.append(model.head(inputs[-1]).float())

@@ -17,13 +17,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ...attention import CLASS_TOKEN, METHODS, method_rows, query_maps
 from ...errors import UserError
 from ...model import ViT
 from ...system.device import cpu_batch
-from ...system.progress import bars_are_hidden
+from ...system.progress import progress_bar
 from ..score.measure import CHUNK, read_in_workers
 from .conditions import (
     CONDITIONS,
@@ -115,7 +114,7 @@ def ask(
         for start in range(0, len(paths), CHUNK)
     )
     reading = read_in_workers(read_photos, jobs, paths, workers=workers, left_out=answers.left_out)
-    bar = tqdm(total=len(paths), unit="photo", leave=False, disable=bars_are_hidden())
+    bar = progress_bar(total=len(paths), unit="photo")
     with torch.inference_mode(), bar as progress:
         while True:
             with timed(seconds, "reading"):

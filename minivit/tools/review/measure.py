@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ...data.photos import PhotoError, open_photo
 from ...errors import UserError
 from ...model import ViT
 from ...system.device import eval_batch
-from ...system.progress import bars_are_hidden
+from ...system.progress import progress_bar
 from ...system.workers import read_ahead
 from ..doctor import file_md5, make_thumbnail
 
@@ -73,7 +72,7 @@ def measure(
         pixels = model.preprocess.array(photo)
         return ReadPhoto(index, pixels, file_md5(path), make_thumbnail(photo))
 
-    progress = tqdm(paths, unit="photo", leave=False, disable=bars_are_hidden())
+    progress = progress_bar(paths, unit="photo")
     photos = filter(None, read_ahead(read, enumerate(progress), workers))
     readable: list[int] = []
     md5s: list[str] = []

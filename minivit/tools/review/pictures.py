@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ...attention import class_relevance, query_maps
 from ...data.photos import PhotoError, open_photo
 from ...figures.panels import HEAT, overlay, value_range
 from ...model import ViT
-from ...system.progress import bars_are_hidden
+from ...system.progress import progress_bar
 from ...system.workers import read_ahead
 
 
@@ -72,7 +71,7 @@ def draw_maps(
     Both are maps of relevance up to the last block over the photo.
     """
     pictures = []
-    progress = tqdm(paths, "maps", unit="photo", leave=False, disable=bars_are_hidden())
+    progress = progress_bar(paths, "maps", unit="photo")
     for path, answer, label in zip(progress, answers, labels):
         try:
             photo = open_photo(path)

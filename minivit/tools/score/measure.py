@@ -15,12 +15,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ...attention import CLASS_TOKEN, class_relevance, forward_with_rollout, query_maps
 from ...errors import UserError
 from ...model import ViT
-from ...system.progress import bars_are_hidden
+from ...system.progress import progress_bar
 from ...system.workers import map_ahead, processes_worth_starting, worker_pool
 from .masks import PetPhoto, read_pets
 from .region_scores import region_scores
@@ -86,7 +85,7 @@ def measure(
     reading = read_photos(
         paths, model, workers=workers, left_out=left_out, without_head=without_head
     )
-    bar = tqdm(total=len(paths), unit="photo", leave=False, disable=bars_are_hidden())
+    bar = progress_bar(total=len(paths), unit="photo")
     with torch.inference_mode(), bar as progress:
         for batch in reading:
             rows = slice(len(photos), len(photos) + len(batch.indices))
