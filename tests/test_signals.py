@@ -204,9 +204,14 @@ TRAINING = {
     "loading": (["open", "model.safetensors", 1], None),
     "decoding": (["open", "red/7.png", 1], None),
     "first evaluation": (["call", FEATURES, 1], "epoch 1, after 0 of its steps"),
+    "the head alone": (
+        ["call", "minivit.train.fit_linear_head", 1],
+        "epoch 1, after 0 of its steps",
+    ),
     "a step": (["call", "minivit.training.step.train_step", 2], "epoch 1, after 1 of its steps"),
-    "evaluation": (["call", "minivit.train.score_predictions", 1], "epoch 1, after 5 of its steps"),
-    "saving": (["os.rename", "state.safetensors", 1], "epoch 2, after"),
+    # The head alone is evaluated and saved before.
+    "evaluation": (["call", "minivit.train.score_predictions", 3], "epoch 1, after 5 of its steps"),
+    "saving": (["os.rename", "state.safetensors", 3], "epoch 2, after"),  # two for each file
     "testing": (["call", "minivit.train.predict_photos", 1], "epoch 4, after 0 of its steps"),
     "writing weights": (["os.rename", "tail.safetensors", 1], "epoch 4, after 0 of its steps"),
     "drawing": (["os.rename", "confusion.png", 1], "epoch 4, after 0 of its steps"),
@@ -268,7 +273,7 @@ def places(drawings, twenty, tiny_saved) -> dict[str, Path]:
 SCORE = ["score", "--model", "TINY", "--data", "DRAWINGS", *CPU, "--blocks", "11"]
 DROP = ["drop", "--model", "TINY", "--data", "DRAWINGS", *CPU]
 SERVE = ["serve", "--model", "TINY", "--port", "0", *CPU]
-STUDY = ["study", "--model", "TINY", "--data", "DRAWINGS", *CPU, "--blocks", "none", "--seeds", "1"]
+STUDY = ["study", "--model", "TINY", "--data", "DRAWINGS", *CPU, "--blocks", "11", "--seeds", "1"]
 STUDY += ["--shots", "2", "--epochs", "4"]
 INFER = ["infer", "PHOTOS", "--model", "TINY", "--layers", "11", *CPU, "--workers", "2"]
 OTHERS = {
