@@ -48,7 +48,7 @@ from .training.features import (
 from .training.fingerprint import describe_run
 from .training.linear_head import fit_linear_head
 from .training.overview import describe_training
-from .training.rehearsal import rehearse
+from .training.rehearsal import describe_time, rehearse
 from .training.run_photos import photos_checksum
 from .training.state import RunState, new_state, save_state, set_trainable
 from .training.step import (
@@ -504,11 +504,18 @@ def choose_settings(
 def choose_micro_batch(
     settings: TrainSettings, model: ViT, data: Data, cut: int, amp: torch.dtype | None
 ) -> int:
-    """Return how many photos to take per forward pass; on a GPU, print what memory that needs."""
+    """Return how many photos to take per forward pass; print what memory or time that needs.
+
+    On a GPU that is the memory, which a rehearsal finds; on other devices the time of a long run.
+    """
     device = model.cls_token.device
     micro_batch = devices.pick_micro_batch(settings.micro_batch, settings.batch_size, device, amp)
-    if device.type != "cuda" and not settings.dry_run:
-        return micro_batch
+    if device.type != "cuda":
+        expected_time = describe_time(model, data, settings, cut, amp)
+        if expected_time is not None:
+            print(f"{expected_time}\n", flush=True)
+        if not settings.dry_run:
+            return micro_batch
     micro_batch, gib = rehearse(
         model, cut=cut, batch_size=settings.batch_size, micro_batch=micro_batch, amp=amp
     )
