@@ -24,7 +24,7 @@ from minivit.model import freeze_except, working_copy
 from minivit.settings import MIN_STEPS, TrainSettings
 from minivit.tools.study import grid, summary
 from minivit.tools.study.features import StudyFeatures
-from minivit.training import run_photos
+from minivit.training import metrics, run_photos
 from minivit.training import step as step_module
 from minivit.training.features import FeatureExtractor
 
@@ -220,6 +220,41 @@ def test_the_model_stays_as_it_was_and_five_epochs_are_evaluated(
     validated = [epoch for epoch, split in evaluated if split is data.val]
     assert validated == [0, 2, 4, 6, 8, 10, 10]  # at last, the kept weights
     assert [split for _, split in evaluated[6:]] == [data.val, data.train, data.test]
+
+
+@pytest.mark.parametrize("by_row, kept", [([0.1, 0.9, 0.2], 1), ([0.9, 0.1, 0.2], 0)], ids=str)
+def test_a_cell_tests_the_weights_that_train_py_would_keep(
+    tiny_saved, shapes_data, monkeypatch, by_row, kept
+):
+    model = load_pretrained(tiny_saved, labels=["a", "b", "c"])
+    data = load_data(shapes_data, seed=0)
+    low_model = working_copy(model, torch.device("cpu"), None, train=False)
+    photos = Pixels(data.paths(), model.preprocess, 1)
+    features = StudyFeatures(low_model, photos, data.train.paths, 1, batch=64)
+    features.advance(11)
+    settings = TrainSettings(blocks="11", epochs=2, batch_size=16, lr=0.01, cache_views=1)
+    cell = grid.Cell("all", freeze_except(model, [11]), data.train, settings)
+    heads_at_start = []
+    evaluated = []
+    train_epoch = grid.train_epoch
+
+    def noting_epoch(state, *args):
+        heads_at_start.append(state.model.head.weight.detach().clone())
+        train_epoch(state, *args)
+
+    def scripted_accuracy(model, split, features):
+        evaluated.append(model.head.weight.detach().clone())
+        return by_row[min(len(evaluated), len(by_row)) - 1]
+
+    monkeypatch.setattr(grid, "train_epoch", noting_epoch)
+    monkeypatch.setattr(grid, "accuracy", scripted_accuracy)
+    monkeypatch.setattr(metrics, "CLEARLY", 0.1)  # With 3 photos, nothing is clear otherwise.
+    before = model.head.weight.detach().clone()
+    grid.run_cell(cell, model, data, features, None)
+    assert torch.equal(heads_at_start[0], before)  # and not the fitted one
+    head_alone, first, second, *of_kept = evaluated
+    assert not torch.equal(first, second) and not torch.equal(head_alone, first)
+    assert all(torch.equal(head, evaluated[kept]) for head in of_kept)
 
 
 def table_of(cells, num_val=180):
