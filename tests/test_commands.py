@@ -901,16 +901,3 @@ def test_real_photos_are_read_whatever_they_are(pets3, tmp_path, tiny_folder):
         )
         == 0
     )
-
-
-def test_the_readmes_ten_lines_run(vit_b16, photos):
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    code = code.replace("google/vit-base-patch16-224", str(vit_b16)).replace(
-        "cat.jpg", str(photos[0])
-    )
-    names: dict = {}
-    exec(code, names)
-    assert names["images"].shape == (1, 3, 224, 224)
-    assert names["attn"][11].shape == (1, 12, 197, 197)
-    assert names["map11"].shape == (14, 14)
-    assert names["overlay"].shape == names["photo"].size[::-1]

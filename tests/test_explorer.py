@@ -749,8 +749,8 @@ def test_infers_page_shows_the_rows_that_its_arrays_hold(look, tiny_folder, tmp_
         "cpu",
     ]
     assert infer.main([str(tmp_path / "<b>photo.png"), *flags, "--html", "--layers", "9,11"]) == 0
-    browser = look((tmp_path / "out" / "<b>photo.html").read_text(encoding="utf-8"))
-    with np.load(tmp_path / "out" / "<b>photo.npz") as arrays:
+    browser = look((tmp_path / "out" / "_b_photo.html").read_text(encoding="utf-8"))
+    with np.load(tmp_path / "out" / "_b_photo.npz") as arrays:
         every = arrays["rows"]
     assert every.shape == (2, 3, 17, 17)
     assert_shows(browser, every[1, :, 0, 1:])
@@ -763,7 +763,7 @@ def test_infers_page_shows_the_rows_that_its_arrays_hold(look, tiny_folder, tmp_
         )
         == 0
     )
-    with np.load(tmp_path / "out" / "<b>photo.npz") as arrays:
+    with np.load(tmp_path / "out" / "_b_photo.npz") as arrays:
         np.testing.assert_allclose(arrays["rows"][:, :, 0], every[:, :, 15], rtol=1e-4, atol=1e-6)
     assert texts(browser, "#method option") == ["attention", "rollout", "relevance"]
     assert texts(browser, "h1") == ["<b>photo.png"]

@@ -75,10 +75,11 @@ _OWN_FOLDERS = (
     {"score.csv", "score.json"},
     {"drop.csv", "drop.json"},
     {"study.csv", "study.json"},
+    {"review.csv", "review.json"},
 )
 # The figures in such folders. Those of earlier versions do not say who drew them.
 _OWN_FIGURES: tuple[str, ...] = ("predictions.png", "confusion.png", "curves.png")
-_OWN_FIGURES += ("score.png", "gallery.png", "study.png")
+_OWN_FIGURES += ("calibration.png", "score.png", "gallery.png", "study.png")
 
 
 @dataclass(frozen=True)

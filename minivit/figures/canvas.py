@@ -196,6 +196,8 @@ class _Line:
 
 @functools.lru_cache(DRAWN_LINES)
 def _draw_line(text: str, size: float, bold: bool) -> _Line:
+    # A file's name need not be UTF-8. Its other bytes are shown as escapes.
+    text = text.encode("utf-8", "backslashreplace").decode()
     characters = set(text)
     families: tuple[str, ...] = ()
     missing = fonts.not_shaped(characters)
