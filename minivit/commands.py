@@ -76,7 +76,8 @@ def train_parser() -> cli.Parser:
     add(
         "--blocks",
         metavar="RANGE",
-        help="blocks to train besides the final norm and the head: 8-11, 10,11, all, none",
+        help="blocks to train besides the final norm and the head: 8-11, 10,11, all; none fits the "
+        "head alone",
     )
     add(
         "--epochs",
@@ -88,7 +89,7 @@ def train_parser() -> cli.Parser:
         "--batch-size",
         type=cli.at_least(1),
         metavar="N",
-        help=f"photos per optimizer step; default: {MAX_BATCH}, and for few photos {MIN_BATCH}",
+        help=f"photos per optimizer step; default: {MAX_BATCH}, and for few photos down to {MIN_BATCH}",
     )
     add(
         "--micro-batch",
@@ -130,8 +131,9 @@ def train_parser() -> cli.Parser:
     add(
         "--keep",
         choices=("auto", "best", "last", "average"),
-        help="the weights to keep: the last epoch's unless an earlier one is clearly better on the "
-        "validation photos, those of the best epoch or of the last, or the mean of the last half",
+        help="the weights to keep: the last epoch's unless an earlier one, or the head alone, is "
+        "clearly better on the validation photos; those of the best epoch or of the last; or the "
+        "mean of the last half of the epochs",
     )
     add(
         "--calibrate",
