@@ -89,7 +89,7 @@ def train_parser() -> cli.Parser:
         "--batch-size",
         type=cli.at_least(1),
         metavar="N",
-        help=f"photos per optimizer step; default: {MAX_BATCH}, and for few photos down to {MIN_BATCH}",
+        help=f"photos per optimizer step; default: {MAX_BATCH}, for few photos down to {MIN_BATCH}",
     )
     add(
         "--micro-batch",
