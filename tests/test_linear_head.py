@@ -261,10 +261,11 @@ def test_curves_show_the_head_alone_as_a_level(monkeypatch):
     head_alone = row | {"epoch": 0, "val_loss": 2.5, "val_accuracy": 0.3}
     plots.draw_curves(None, [head_alone, row | {"epoch": 1}, row | {"epoch": 2}], 2)
     plots.draw_curves(None, [head_alone], 0)
-    for figure, epochs in zip(figures, ([1, 2], [])):
+    for figure, epochs in zip(figures, ([1, 2], [0])):
         for ax, level in zip(figure.axes, (2.5, 0.3)):
             lines = {line.get_label(): line for line in ax.get_lines()}
             assert list(lines["validation, the head alone"].get_ydata()) == [level, level]
             assert list(lines["validation"].get_xdata()) == epochs
+            assert all(float(tick).is_integer() for tick in ax.get_xticks())
             low, high = ax.get_ylim()
             assert low <= level < high

@@ -33,7 +33,8 @@ def draw_curves(
     from `overfits_from` on are shaded, and the verdict is written above. Returns what save returns.
     """
     head_rows = [row for row in rows if row["epoch"] == 0]
-    rows = [row for row in rows if row["epoch"] > 0]
+    if len(rows) > len(head_rows):  # A run that trains no block has no other row.
+        rows = [row for row in rows if row["epoch"] > 0]
     epochs = [row["epoch"] for row in rows]
     with new_figure((9, 4.1), layout="constrained") as figure:
         for ax, metric in zip(figure.subplots(1, 2), ("loss", "accuracy")):
@@ -58,6 +59,8 @@ def draw_curves(
                 )
             ax.set(xlabel="epoch", ylabel=metric, title=metric)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if len(epochs) == 1:
+                ax.set_xlim(epochs[0] - 1, epochs[0] + 1)  # or the ticks would be fractions
             # Leave room for the markers at the top.
             if metric == "loss":
                 highest = max(training + validation + [row["val_loss"] for row in head_rows])
