@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from minivit import load_pretrained, open_photo, save_pretrained
+from minivit import ViT, ViTConfig, load_pretrained, open_photo, save_pretrained
 from minivit.errors import UserError
 
 
@@ -26,6 +26,13 @@ def test_a_round_trip_is_lossless(tiny, tiny_folder, tmp_path):
 def test_a_model_is_saved_into_a_folder_that_is_made_for_it(tiny, tmp_path):
     save_pretrained(tiny, tmp_path / "new" / "folder")
     assert load_pretrained(tmp_path / "new" / "folder").labels == tiny.labels
+
+
+def test_a_model_without_preprocessing_is_not_saved_and_says_why(tmp_path):
+    model = ViT(ViTConfig(img_size=(32, 32), depth=1, embed_dim=24, num_heads=2))
+    with pytest.raises(UserError, match="set model.preprocess to a minivit.Preprocess"):
+        save_pretrained(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("family", ["vit_b16", "dinov2_s14"])

@@ -347,8 +347,14 @@ def save_pretrained(model: ViT, folder: str | os.PathLike[str]) -> None:
     """Write model.safetensors, config.json and preprocessor_config.json as transformers does.
 
     The folder is made if need be, and each file is written whole or not at all. A note on stderr
-    says what transformers does not have.
+    says what transformers does not have. Raises UserError for a model without preprocessing, as one
+    that was made in Python may be.
     """
+    if model.preprocess is None:
+        raise UserError(
+            "the model does not say how photos become its images; set model.preprocess to a "
+            "minivit.Preprocess, then save it"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
