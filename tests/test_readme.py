@@ -229,6 +229,8 @@ NOT_RUN = {
     r"pip |\.venv/bin/pip |python3 -m venv|make setup": "installs gigabytes from a package index",
     r".* --download": "fetches 774 MiB from Oxford's server",
     r"make demo|python -m minivit demo": "test_demo.py runs it",
+    r".* --published": "loads Google's and Meta's weights; test_selfcheck.py runs it on small ones",
+    r"python -m minivit serve": "serves until Ctrl-C; test_serve.py starts it",
     r".* --compile": "takes minutes, and needs a compiler of C++",
     r"make (test|coverage|mutants|fuzz|lint|figures|bench)|python -m pytest": (
         "a suite does not run itself"
