@@ -74,7 +74,7 @@ STAGES: dict[str, dict[str, Recipe]] = {
     "now": {"before": NOW},
     "rates": {
         f"{start} head, lr {lr:g}, head {head_lr:g}": replace(
-            BASE, start=start, lr=lr, head_lr=head_lr
+            BASE, batch=32, start=start, lr=lr, head_lr=head_lr
         )
         for start, lr, head_lr in itertools.product(
             ("zero", "fitted"), (3e-5, 1e-4, 3e-4), (1e-4, 1e-3)

@@ -34,7 +34,8 @@ STAGES = {
 }
 HEAD = "the head alone"
 SOURCE = (
-    "<sub>Measured on NVIDIA H100 80GB HBM3, 16 cores, torch 2.11, 2026-11-28, commit 223556b, "
+    "<sub>Measured on NVIDIA H100 80GB HBM3, 16 cores, torch 2.11, 2026-11-28, the first two "
+    "parts just before commit 223556b and the others at it, "
     "`python benchmarks/recipe.py --repeats 1 --data pets3=DIR pets37=DIR drawings=DIR,demo`, with "
     "DINOv2 ViT-S/14 but for the drawings.</sub>"
 )

@@ -81,8 +81,8 @@ def train_step(
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 logits = network(images_or_features)  # (b, C)
             # The losses are summed and divided by the size of the whole batch, so that each photo
-            # of a short last micro-batch weighs as much as any other. Class weights have a mean
-            # of 1 over the training photos, so they do not change what is divided by.
+            # of a short last micro-batch weighs as much as any other. That holds for class weights
+            # too, whose mean over the training photos is 1.
             part_loss = F.cross_entropy(
                 logits.float(),
                 labels,
