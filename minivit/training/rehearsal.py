@@ -74,6 +74,18 @@ def describe_time(
     flops = num_frozen * (model.flops() - flops_of_others) + num_others * flops_of_others
     if flops < LONG_RUN_FLOPS:
         return None
+    frozen_seconds, others_seconds = seconds_per_image(model, cut, amp)
+    seconds = num_frozen * frozen_seconds + num_others * others_seconds
+    photos = len(data.train) + len(data.val) + len(data.test)
+    head_seconds = photos * (frozen_seconds + others_seconds)
+    text = f"about {minutes(seconds)} on {model.cls_token.device}"
+    if cut == model.config.depth:
+        return text
+    return f"{text}; --blocks none, the head alone, takes about {minutes(head_seconds)}"
+
+
+def seconds_per_image(model: ViT, cut: int, amp: torch.dtype | None) -> tuple[float, float]:
+    """Time a forward pass of a batch: the blocks before the cut, and what follows, for an image."""
     device = model.cls_token.device
     images = torch.zeros(8, 3, *model.config.img_size, device=device)
     with torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
@@ -83,13 +95,7 @@ def describe_time(
             frozen_seconds = time.perf_counter() - started
             model.logits(features, start=cut).sum().item()
             others_seconds = time.perf_counter() - started - frozen_seconds
-    seconds = (num_frozen * frozen_seconds + num_others * others_seconds) / len(images)
-    photos = len(data.train) + len(data.val) + len(data.test)
-    head_seconds = photos * (frozen_seconds + others_seconds) / len(images)
-    text = f"about {minutes(seconds)} on {device}"
-    if cut == model.config.depth:
-        return text
-    return f"{text}; --blocks none, the head alone, takes about {minutes(head_seconds)}"
+    return frozen_seconds / len(images), others_seconds / len(images)
 
 
 def minutes(seconds: float) -> str:

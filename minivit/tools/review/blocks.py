@@ -16,13 +16,25 @@ from ...errors import UserError
 from ...model import ViT, freeze_except, working_copy
 from ...settings import TrainSettings
 from ...system.device import eval_batch, pick_micro_batch
+from ...system.progress import progress_bar
 from ...training.features import TrainableLayers, features_gib
+from ...training.rehearsal import seconds_per_image
 from ...training.state import new_state, set_trainable
 from ...training.step import EpochPhotos, draw_epoch, mean_loss, predict, train_epoch
 from ...training.views import given_features
 from ..study.features import StudyFeatures
 
 VIEWS = 2  # augmented views of each photo, which the epochs take in turn
+
+
+def estimate_seconds(
+    base: ViT, cut: int, num_photos: int, folds: int, epochs: int, amp: torch.dtype | None
+) -> float:
+    """Estimate how long all of this takes, by the time of one batch. Decoding is not counted."""
+    frozen_seconds, others_seconds = seconds_per_image(base, cut, amp)
+    # A training step takes as long as three forward passes. Each photo is left out once.
+    passes_of_others = 3 * epochs * (folds - 1) * num_photos + num_photos
+    return (1 + VIEWS) * num_photos * frozen_seconds + passes_of_others * others_seconds
 
 
 def keep_features(
@@ -69,7 +81,7 @@ def held_out_logits(
     """
     paths = list(features.row_of)
     logits = torch.empty(len(paths), base.config.num_classes)
-    for fold in fold_of.unique():
+    for fold in progress_bar(fold_of.unique(), "folds", unit="fold"):
         held_out = (fold_of == fold).nonzero()[:, 0].tolist()
         others = (fold_of != fold).nonzero()[:, 0].tolist()
         other_paths = [paths[i] for i in others]

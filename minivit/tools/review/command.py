@@ -92,6 +92,11 @@ def review(args: argparse.Namespace) -> int:
     check_folder(out)
     run = find_reviewed_run(args.run)
     root = args.data or run.data
+    if not args.data and not Path(root).expanduser().exists():
+        raise UserError(
+            f"{root}: expected the photos that {args.run} was trained on, found no such folder; "
+            "say with --data where they are now"
+        )
     data = load_reviewed(root, run)
     model = load_pretrained(run.folder)
     check_classes(model, data, run)
@@ -103,12 +108,13 @@ def review(args: argparse.Namespace) -> int:
     all_paths, all_splits, all_labels = list_photos(data)
     low_model = working_copy(model, device, amp, train=False)
     low_base = working_copy(base, device, amp, train=False)
+    if blocks:
+        say_how_long(args, run, low_base, blocks, len(all_paths), amp)
     cut = count_equal_blocks(model, base)
     measured = measure(low_model, low_base, cut, all_paths, args.workers, amp)
     for reason in measured.unreadable.values():
         print(f"left out: {printable(reason)}", file=sys.stderr)
     photos = report.Photos(
-        data.root,
         data.classes,
         [all_paths[i] for i in measured.readable],
         [all_splits[i] for i in measured.readable],
@@ -270,6 +276,29 @@ def judge_by_linear_head(base: ViT, features: Tensor, photos: Photos, folds: int
     return HeldOut(head.fold_of, head.held_out_logits.softmax(1), source)
 
 
+def say_how_long(
+    args: argparse.Namespace,
+    run: Run,
+    base: ViT,
+    blocks: Sequence[int],
+    num_photos: int,
+    amp: torch.dtype | None,
+) -> None:
+    """Say on stderr how long it takes to retrain blocks for each fold."""
+    from ...training.rehearsal import minutes
+    from .blocks import estimate_seconds
+
+    epochs = settings_of(run).epochs
+    seconds = estimate_seconds(base, min(blocks), num_photos, args.folds, epochs, amp)
+    device = base.cls_token.device
+    print(
+        f"blocks {args.blocks} are retrained for {args.folds} folds in {epochs} epochs each, "
+        f"which takes about {minutes(seconds)} on {device}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def judge_by_blocks(
     args: argparse.Namespace,
     run: Run,
@@ -297,7 +326,7 @@ def judge_by_blocks(
     )
     settings = settings_of(run)
     logits = held_out_logits(base, blocks, features, photos.labels, fold_of, settings, amp)
-    source = f"blocks {args.blocks} of {printable(base.origin.source)}, retrained,"
+    source = f"{printable(base.origin.source)} with retrained blocks {args.blocks}"
     return HeldOut(fold_of, logits.softmax(1), source)
 
 

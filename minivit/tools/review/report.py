@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,6 @@ TOO_MANY = 0.2
 class Photos:
     """The n photos that are reviewed."""
 
-    root: Path
     classes: Sequence[str]
     paths: Sequence[Path]
     splits: Sequence[str]  # train, val or test
@@ -48,7 +48,7 @@ class Findings:
     run: str
     classes: Sequence[str]
     paths: Sequence[Path]
-    names: Sequence[str]  # the paths within the data folder
+    names: Sequence[str]  # the paths within the folder that holds all of them
     splits: Sequence[str]
     labels: Tensor  # (n,)
     held_out: list[int]  # the validation and test photos
@@ -92,7 +92,7 @@ def find(
         run=run,
         classes=photos.classes,
         paths=photos.paths,
-        names=[name_within(photos.root, path) for path in photos.paths],
+        names=names_within_common_folder(photos.paths),
         splits=photos.splits,
         labels=labels,
         held_out=is_held_out.nonzero()[:, 0].tolist(),
@@ -133,8 +133,9 @@ def sort_copies(
     return copies, leaked
 
 
-def name_within(root: Path, path: Path) -> str:
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+def names_within_common_folder(paths: Sequence[Path]) -> list[str]:
+    common = os.path.commonpath([path.parent for path in paths])
+    return [str(path.relative_to(common)) for path in paths]
 
 
 def describe(findings: Findings) -> dict[str, str]:
@@ -175,8 +176,8 @@ def describe_labels(findings: Findings) -> str:
     sentence = f"{found} of {len(findings.paths)} {surprise} {judge}. "
     if found > TOO_MANY * len(findings.paths):
         return sentence + (
-            "These are too many to be wrong: it can hardly tell the classes, so look at the first "
-            "ones only."
+            "So many can hardly all be wrong: it does not tell the classes apart well, so look at "
+            "the first ones only."
         )
     return sentence + "Look at them: some are wrong, others are photos that are hard to tell."
 
@@ -185,13 +186,13 @@ def describe_accuracy(findings: Findings) -> str:
     is_right = findings.predictions == findings.labels
     folds = accuracy_of_folds(is_right, findings.folds.fold_of)
     sentence = (
-        f"{findings.folds.source} is right on "
-        f"{measure_accuracy(is_right)} of the photos in {len(folds)} folds, from {min(folds):.3f} "
-        f"to {max(folds):.3f} in each. The interval is Wilson's over all photos."
+        f"{findings.folds.source} has an accuracy of {measure_accuracy(is_right)} over "
+        f"{len(folds)} folds, from {min(folds):.3f} in the worst to {max(folds):.3f} in the best. "
+        "The interval is Wilson's over all photos."
     )
     test = accuracy_of_test(findings)
     if test is not None:
-        sentence += f" The run itself is right on {test} of the test photos."
+        sentence += f" The run itself has {test} on the test photos."
     return sentence
 
 
