@@ -93,6 +93,8 @@ class Explanation:
         key = method, block
         if key not in self._sink_shares:
             rows = self.mean_and_heads(method, block)[None, :, None]
+            if method == "relevance":  # Its rows have no fixed sum.
+                rows = rows / rows.sum(-1, keepdim=True)
             class_token, top_patch = class_token_and_top_patch_shares(rows)
             self._sink_shares[key] = list(zip(class_token[0].tolist(), top_patch[0].tolist()))
         return self._sink_shares[key]
@@ -355,15 +357,16 @@ def figure_caption(
         quantity = f"the attention of {query}, followed through all blocks up to this one"
     else:
         quantity = "its positive contribution to the class, up to this block"
+        target = explanations[-1].target
         against = explanations[-1].against
         if against:
-            quantity = f"what speaks for the class rather than for {against}, up to this block"
+            quantity = f"what speaks for {target} rather than for {against}, up to this block"
     scale = "all maps in a row share one scale" if shared_scale else "each map has its own scale"
     sentences = [f"The colours show, for each patch, {quantity}, in %; {scale}."]
     if method == "attention" and of_class_token:
         sentences.append("Keeps: the attention of the class token to itself.")
     sentences.append("Top patch: the largest patch's share of the map.")
-    sentences.append("Red: a share over 30%, or a class token that keeps over half.")
+    sentences.append("Red notes: a share over 30%, or a class token that keeps over half.")
     if len(explanations) == 2:
         sentences.append(
             "Difference: the second model's share of the map minus the first's, in percentage "

@@ -673,6 +673,8 @@ def test_a_contrast_is_drawn_named_and_in_the_json(tiny_folder, photo, tmp_path,
     assert code == 0
     answer = json.loads(printed.out)
     assert (answer["target"], answer["against"]) == ("thing 1", "thing 3")
+    for found in answer["maps"].values():
+        assert 0 <= found["class_token"] <= 1
     model, images, _, _ = attention_of(tiny_folder, photo)
     seen = prepare(photo, [model])
     (one,) = look.explain_photos(
@@ -684,7 +686,7 @@ def test_a_contrast_is_drawn_named_and_in_the_json(tiny_folder, photo, tmp_path,
     )
     assert one.headline("relevance").endswith(", relevance for thing 1 against thing 3")
     caption = look.figure_caption(seen, [one], "relevance", heads=False, shared_scale=False)
-    assert "what speaks for the class rather than for thing 3" in caption
+    assert "what speaks for thing 1 rather than for thing 3" in caption
 
 
 @pytest.mark.usefixtures("no_figures")
