@@ -539,7 +539,8 @@ def report(answer: dict, settings: InferSettings) -> None:
         for prediction in summary["predictions"]:
             say(f"{prediction['probability']:.3f}  {prediction['label']}", sys.stdout)
         if summary.get("unlike_training"):
-            say(f"{look.UNLIKE} (distance {summary['distance']:.3g})", sys.stdout)
+            distance = f"distance {summary['distance']:.3g} over {summary['threshold']:.3g}"
+            say(f"{look.UNLIKE} ({distance})", sys.stdout)
     for kind in ("figure", "html", "npz"):
         if answer.get(kind) is not None:
             say(answer[kind], sys.stdout)

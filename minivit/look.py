@@ -407,6 +407,7 @@ def summary(explanation: Explanation, top_k: int, method: str | None) -> dict:
     comparison: dict[str, object] = {}
     if explanation.comparison is not None:
         comparison["distance"] = explanation.comparison.distance
+        comparison["threshold"] = explanation.comparison.threshold
         comparison["unlike_training"] = explanation.comparison.is_unlike
     contrast = {}
     if method == "relevance" and explanation.against:
@@ -455,7 +456,8 @@ def describe_comparison(comparison: Comparison | None) -> str:
         return ""
     return (
         f"{'Unlike' if comparison.is_unlike else 'Like'} the training photos: distance "
-        f"{comparison.distance:.3g}, threshold {comparison.threshold:.3g}"
+        f"{comparison.distance:.3g}; at least 95% of the validation photos are within "
+        f"{comparison.threshold:.3g}"
     )
 
 

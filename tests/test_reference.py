@@ -118,14 +118,14 @@ def test_infer_says_which_photo_is_unlike_the_training_photos(
     more = [*more, "--out", tmp_path / "out"]
     text = ask(capsys, odd_photo, usual, "--model", out, *more).out
     (line,) = [line for line in text.splitlines() if line.startswith("unlike")]
-    assert re.fullmatch(r"unlike the training photos \(distance [\d.]+\)", line)
+    assert re.fullmatch(r"unlike the training photos \(distance [\d.]+ over [\d.]+\)", line)
     assert text.index(line) < text.index(str(usual))
     # A tail is read with its base, and its run is the same.
     for model in (out, out / "tail.safetensors"):
         printed = ask(capsys, odd_photo, usual, "--model", model, "--json", *more).out
         odd, like = map(json.loads, printed.splitlines())
         assert (odd["unlike_training"], like["unlike_training"]) == (True, False)
-        assert f"(distance {odd['distance']:.3g})" in line
+        assert f"(distance {odd['distance']:.3g} over {odd['threshold']:.3g})" in line
 
 
 def test_the_figure_and_the_page_say_it_too(run, odd_photo, tmp_path, capsys, monkeypatch):
