@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -288,6 +289,12 @@ def test_a_base_that_was_trained_on_these_photos_is_passed_over(run, planted, tm
 
 
 # What is refused
+
+
+def test_a_base_that_is_gone_is_named_with_its_run(run, planted, tmp_path):
+    found = dataclasses.replace(command.find_reviewed_run(str(run)), base=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=f"the model that {run} was trained from: .*gone.*train.py"):
+        command.load_base(found, str(planted), load_pretrained(run), with_head=False)
 
 
 def test_what_is_no_finished_run_is_refused(run, planted, tmp_path, capsys):

@@ -228,12 +228,18 @@ def load_base(run: Run, root: str, model: ViT, *, with_head: bool) -> ViT:
         first = parent
         parent = find_run(first.base)
     summary = files.read_json(first.folder / "summary.json")
-    base = load_pretrained(
-        first.base,
-        revision=summary.get("base_commit"),
-        labels=model.labels if with_head else None,
-        img_size=model.config.img_size,
-    )
+    try:
+        base = load_pretrained(
+            first.base,
+            revision=summary.get("base_commit"),
+            labels=model.labels if with_head else None,
+            img_size=model.config.img_size,
+        )
+    except UserError as error:
+        raise UserError(
+            f"the model that {first.folder} was trained from: {error}; if that is a path, call "
+            "review from where train.py was called"
+        ) from error
     check_sizes(base, model, first)
     return base
 
