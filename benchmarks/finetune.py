@@ -66,11 +66,14 @@ def list_variants(bf16: bool) -> dict[str, tuple[str, ...]]:
     return {
         "transformers": (),
         "transformers-bf16": ("--bf16", "--batch", "64"),
+        "transformers-fp16": ("--fp16",),
         "transformers-tuned": (*tuned, "--batch", "64"),
         "transformers-tuned-256": (*tuned, "--batch", "256"),
         "transformers-even": (*tuned, "--batch", "64", "--eval-once"),
         "minivit-cold": (),  # It decodes the photos; the others find them decoded.
         "minivit": (),
+        "minivit-fp16-cold": ("--amp", "fp16"),
+        "minivit-fp16": ("--amp", "fp16"),
         "minivit-views1": ("--cache-views", "1"),
         "minivit-views2": ("--cache-views", "2"),
         "minivit-256": ("--batch-size", "256"),
@@ -132,7 +135,7 @@ def measure(name: str, flags: list[str], data: Path, out: Path) -> dict[str, flo
     The value is None where there is nothing to measure.
     """
     is_minivit = name.startswith("minivit")
-    if name == "minivit-cold":
+    if name.endswith("-cold"):
         shutil.rmtree(data / ".minivit")
     program = ROOT / "train.py" if is_minivit else OTHER_PROGRAM
     result = run([sys.executable, str(program), *flags, "--data", str(data), "--out", str(out)])

@@ -77,7 +77,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--bf16", action="store_true")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--bf16", action="store_true")
+    precision.add_argument("--fp16", action="store_true")
     parser.add_argument(
         "--persistent", action="store_true", help="keep the workers from one epoch to the next"
     )
@@ -102,6 +104,7 @@ def main() -> None:
         per_device_eval_batch_size=args.batch,
         learning_rate=1e-4,
         bf16=args.bf16,
+        fp16=args.fp16,
         eval_strategy="no" if args.eval_once else "epoch",
         save_strategy="epoch",
         dataloader_num_workers=args.workers,

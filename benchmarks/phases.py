@@ -40,6 +40,10 @@ minivit.train: Recorder.begin Recorder.save_and_report Evaluation.__init__ Evalu
 minivit.train: Evaluation.evaluate_head_alone fit_linear_head score_predictions
 minivit.train: TrainingPhotos.of_epoch report.draw_figures report.wait_for_figures report.write_card
 minivit.train: FeatureExtractor.compute tensors.save_tensors RunState.snapshot
+minivit.train: choose_weights calibration.choose_temperature calibration.fold_temperature
+minivit.train: set_trainable metrics.confusion_matrix reference.save_reference reference.summarize
+minivit.train: run_folder.check_folder Evaluation.read_by_head worker_pool
+minivit.train: RunState.trainable_weights RunState.update_kept summarize_run report.write_classes
 """
 
 

@@ -7,12 +7,15 @@ VARIANTS = {
     "transformers": "transformers' Trainer as its users write it: float32, batch 16, 4 workers, "
     "tested after each epoch",
     "transformers-bf16": "Trainer with bf16 and batch 64",
+    "transformers-fp16": "Trainer with fp16, batch 16, 4 workers",
     "transformers-tuned": "Trainer tuned: batch 64, a worker for each core that stays, photos "
     "made small first, bf16 where the device is good at it",
     "transformers-tuned-256": "the same with batch 256",
     "transformers-even": "Trainer tuned, batch 64, tested once at the end, as `train.py` does",
     "minivit-cold": "`train.py`, photos still to be decoded",
     "minivit": "`train.py`, photos decoded by an earlier run",
+    "minivit-fp16-cold": "`train.py --amp fp16`, photos still to be decoded",
+    "minivit-fp16": "`train.py --amp fp16`, photos decoded by an earlier run",
     "minivit-views1": "`train.py --cache-views 1`",
     "minivit-views2": "`train.py --cache-views 2`",
     "minivit-256": "`train.py --batch-size 256`",
