@@ -133,18 +133,25 @@ def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = 
                             state.read_by_head = evaluation.read_by_head(state, kept_weights)
                     except StopRequested:
                         state.stopped = True
-            recorder.end(state)
-        if state.stopped:
-            if is_rank_0:
-                print(
-                    f"\ninterrupted; all is saved in {out}: the same command with --resume goes on",
-                    file=sys.stderr,
-                )
-            return 130
+                recorder.end(state)
+                if state.stopped:
+                    if is_rank_0:
+                        print(
+                            f"\ninterrupted; all is saved in {out}: the same command with --resume "
+                            "goes on",
+                            file=sys.stderr,
+                        )
+                    return 130
+                # Meanwhile, the state of the last epoch may still be on its way to the disk.
+                if is_rank_0:
+                    num_workers = 3 if len(data.test) >= DRAW_IN_WORKERS_FROM else 0  # one a figure
+                    with worker_pool(num_workers, "minivit.figures.plots") as pool:
+                        has_all_figures = finish(
+                            settings, state, model, data, val_split, test_split, checksum, pool
+                        )
         if is_rank_0:
-            num_workers = 3 if len(data.test) >= DRAW_IN_WORKERS_FROM else 0  # one a figure
-            with worker_pool(num_workers, "minivit.figures.plots") as pool:
-                finish(settings, state, model, data, val_split, test_split, checksum, pool)
+            if has_all_figures:  # Otherwise, --resume draws them again.
+                files.remove_file(out / run_folder.STATE)
             run_folder.report_result(out)
             if settings.push_to_hub:
                 publishing.publish(out, settings.push_to_hub)
@@ -405,7 +412,9 @@ class Recorder:
         state.spent = time.perf_counter() - self.started
         if state.stopped and distributed.rank() == 0:
             with held_back():  # torchrun repeats its signal.
-                save_state(self.out / run_folder.STATE, state, self.fingerprint())
+                # The state of the last epoch, if it is still being written, comes first.
+                path = self.out / run_folder.STATE
+                self.write_later(save_state, path, state, self.fingerprint()).result()
 
 
 def prepare(settings: TrainSettings, device: torch.device) -> None:
@@ -562,10 +571,10 @@ def finish(
     test_split: PixelsAndLabels,
     checksum: str,
     pool: Executor,
-) -> None:
+) -> bool:
     """Test the weights to keep once, and write everything that the run leaves behind.
 
-    `checksum` is photos_checksum of all data.
+    `checksum` is photos_checksum of all data. Returns whether all figures could be drawn.
     """
     started = time.perf_counter()
     out = Path(settings.out)
@@ -574,23 +583,27 @@ def finish(
 
     # Files are written from here on that may have appeared here while the run trained.
     run_folder.check_folder(out)
-    kept, kept_weights = choose_weights(state, settings, len(val_split[1]))
-    # The kept weights become those of the model that is tested and of the one that is written.
-    set_trainable(state.model, kept_weights)
-    set_trainable(model, kept_weights)
-    eval_model = working_copy(state.model, device, state.amp, train=False)
-    state.free_device_memory()
-    batch = devices.eval_batch(device, settings.batch_size, state.micro_batch, state.amp)
-    val_logits, val_inputs = predict_photos(eval_model, val_split[0], batch=batch)
-    if kept.weights != "average":  # No epoch has evaluated a mean.
-        check_validation_loss(state.rows[kept.epoch], state.amp, val_logits, val_split[1])
-    temperature = calibration.choose_temperature(settings.calibrate, val_logits, val_split[1])
-    if temperature is not None:
-        calibration.fold_temperature(temperature, model, eval_model)
-    # Weights are written while the photos are tested and figures are drawn.
+    # What can be done beside the predictions and the figures is done in this thread.
     with ThreadPoolExecutor(1) as thread:
+        hash_of_others = thread.submit(weights.hash_outside_tail, model)
+        kept, kept_weights = choose_weights(state, settings, len(val_split[1]))
+        # The kept weights become those of the model that is tested and of the one that is written.
+        set_trainable(state.model, kept_weights)
+        for name, parameter in trainable(model).items():
+            parameter.data = kept_weights[name]
+        eval_model = working_copy(state.model, device, state.amp, train=False)
+        state.free_device_memory()
+        batch = devices.eval_batch(device, settings.batch_size, state.micro_batch, state.amp)
+        val_logits, val_inputs = predict_photos(eval_model, val_split[0], batch=batch)
+        if kept.weights != "average":  # No epoch has evaluated a mean.
+            check_validation_loss(state.rows[kept.epoch], state.amp, val_logits, val_split[1])
+        temperature = calibration.choose_temperature(settings.calibrate, val_logits, val_split[1])
+        if temperature is not None:
+            calibration.fold_temperature(temperature, model, eval_model)
         # The tail comes first, because by it the other files are known to be this run's.
-        tail = thread.submit(weights.save_tail, model, out / run_folder.TAIL)
+        tail = thread.submit(
+            weights.save_tail, model, out / run_folder.TAIL, hash_of_others.result()
+        )
         whole_model = thread.submit(write_model, model, out, tail)
         test_logits, test_inputs = predict_photos(eval_model, test_split[0], batch=batch)
         num_classes = len(data.classes)
@@ -621,9 +634,9 @@ def finish(
     files.write_json(out / run_folder.SUMMARY, summary)
 
     # All results are on the disk now, so a figure that cannot be drawn costs nothing else.
-    if report.wait_for_figures(figures, out):
-        files.remove_file(out / run_folder.STATE)
+    has_all_figures = report.wait_for_figures(figures, out)
     print(summary["verdict"])
+    return has_all_figures
 
 
 def choose_weights(

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ import infer
 import train
 from minivit import __main__, cli, commands, load_pretrained, save_pretrained, settings
 from minivit import train as train_job
+from minivit.checkpoints import tensors
 from minivit.training import metrics
 from minivit.training import run_folder as runs
 
@@ -177,7 +179,7 @@ def test_weights_that_changed_on_their_way_to_the_disk_are_named(
 def test_where_the_tail_cannot_be_written_nothing_is_and_the_run_goes_on(
     tiny_saved, shapes_data, tmp_path, monkeypatch, capsys
 ):
-    def fill_the_disk(model, path):
+    def fill_the_disk(model, path, hash_of_others):
         raise OSError(28, "No space left on device", str(path))
 
     out = tmp_path / "run"
@@ -188,6 +190,21 @@ def test_where_the_tail_cannot_be_written_nothing_is_and_the_run_goes_on(
     left = sorted(path.name for path in out.iterdir())
     assert left == [".lock", "metrics.jsonl", "state.safetensors"]
     assert run_train(tiny_saved, shapes_data, out, "--epochs", "1", "--resume") == 0
+
+
+def test_a_finished_run_leaves_no_state_however_slow_the_disk_is(
+    tiny_saved, shapes_data, tmp_path, monkeypatch, no_figures
+):
+    save_tensors = tensors.save_tensors
+
+    def save_slowly(path, *args):
+        time.sleep(0.5)
+        save_tensors(path, *args)
+
+    # The weights are not saved by this name, only the state of an epoch.
+    monkeypatch.setattr(tensors, "save_tensors", save_slowly)
+    assert run_train(tiny_saved, shapes_data, tmp_path / "run", "--epochs", "1") == 0
+    assert not (tmp_path / "run" / "state.safetensors").exists()
 
 
 @pytest.mark.parametrize("amp, by", [("off", 0.002), ("bf16", 0.1)])

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
@@ -483,22 +483,23 @@ def tensors_as(
     return tensors
 
 
-def save_tail(model: ViT, path: Path) -> None:
+def save_tail(model: ViT, path: Path, hash_of_others: str | None = None) -> None:
     """Write the trainable weights alone, under our names.
 
     The metadata holds what load_pretrained needs to complete the model: its base, the hash of the
     other weights, the labels and the preprocessing. The tail of a model that was loaded from a tail
-    holds the weights of both, and has the same base.
+    holds the weights of both, and has the same base. `hash_of_others` is hash_outside_tail(model),
+    if the caller has computed it already.
     """
     source = model.origin.base or model.origin.source
     base = Path(os.path.expanduser(source))
     if source != "demo" and base.exists():
         source = str(base.resolve())
-    names = model.origin.tail | trainable(model).keys()
+    names = _tail_names(model)
     about = {
         "base": source,
         "commit": model.origin.commit or "",
-        "sha256": _hash_except(model, names),
+        "sha256": hash_of_others or hash_outside_tail(model),
         "labels": model.labels,
         "preprocess": model.preprocess.to_config(),
     }
@@ -508,6 +509,16 @@ def save_tail(model: ViT, path: Path) -> None:
         if name in names
     }
     save_tensors(path, tail, {TAIL_KEY: json.dumps(about, sort_keys=True)})
+
+
+def hash_outside_tail(model: ViT) -> str:
+    """Return the hash of the weights that save_tail leaves out."""
+    return _hash_except(model, _tail_names(model))
+
+
+def _tail_names(model: ViT) -> Set[str]:
+    """Return the names of what is in a model's tail: of a tail it began with, and what trains."""
+    return model.origin.tail | trainable(model).keys()
 
 
 def hash_frozen(model: ViT) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 CALIBRATE = ("auto", "on", "off")
 LEAST_PHOTOS = 100  # of validation, for "auto"
 HIGHEST = 20.0  # The temperature lies between this and its inverse.
-STEPS = 60  # of bisection; each halves the interval
+STEPS = 30  # of bisection, each of which halves the interval: up to 1e-8 of the temperature
 NUM_BINS = 15
 
 

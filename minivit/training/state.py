@@ -62,7 +62,7 @@ class RunState:
     def trainable_weights(self) -> dict[str, Tensor]:
         """Copy the trainable weights to the CPU."""
         parameters = trainable(self.model)
-        return {name: weight.detach().cpu().clone() for name, weight in parameters.items()}
+        return {name: weight.detach().to("cpu", copy=True) for name, weight in parameters.items()}
 
     def update_kept(self, current: dict[str, Tensor], settings: TrainSettings) -> None:
         """Update `kept` after an epoch, whose row is the last, that left the weights `current`."""
