@@ -1,7 +1,7 @@
 """Photos of none of the classes: how far a photo is from the training photos of a run.
 
-A finished run writes what the head reads of its training photos, and a threshold that few of its
-validation photos exceed. The distance of a photo is the mean Euclidean distance to its nearest
+A finished run writes what the head reads of its training photos, and a threshold that few new
+photos of its classes exceed. The distance of a photo is the mean Euclidean distance to its nearest
 training photos. benchmarks/own_photos.py compares distances and numbers of neighbours.
 
 Shapes: n training photos, B photos, D numbers that the head reads of each.
@@ -30,7 +30,7 @@ KEY = "minivit reference"
 MAX_PHOTOS = 20_000  # in the file; of more, it holds a sample
 NUM_NEIGHBOURS = 2  # whose mean distance is the distance of a photo
 NUM_SHOWN = 5  # nearest photos on the explorer's page
-UNLIKE_RATE = 0.05  # share of validation photos that are further away than the threshold
+UNLIKE_RATE = 0.05  # how probable it is at most that a new photo of the classes is unlike them
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,16 @@ def distances_to(features: Tensor, inputs: Tensor) -> Tensor:
 
 
 def choose_threshold(distances: Tensor) -> float:
-    """Return the lowest of the distances (B,) that at most UNLIKE_RATE of them exceed."""
+    """Return the distance that a new photo exceeds with a probability of at most UNLIKE_RATE.
+
+    `distances` (B,) are those of validation photos, and the threshold is one of them. A new photo
+    of the classes is as likely to have each of the B + 1 places in their order, so one validation
+    photo less than UNLIKE_RATE may lie above the threshold. Below 19 photos, the threshold is the
+    largest distance, and the probability 1 / (B + 1). Source: split conformal prediction, Vovk et
+    al. 2005, Algorithmic Learning in a Random World.
+    """
     in_order = distances.sort().values
-    num_unlike = int(UNLIKE_RATE * len(distances))
+    num_unlike = max(0, int(UNLIKE_RATE * (len(distances) + 1)) - 1)
     return in_order[len(distances) - 1 - num_unlike].item()
 
 
