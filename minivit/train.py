@@ -123,16 +123,7 @@ def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = 
             with write_behind() as write_later:
                 recorder = Recorder(settings, model, data, write_later)
                 recorder.begin(state, started, lock)
-                with stop_requests() as stop_requested:
-                    try:
-                        evaluation = run_epochs(
-                            state, train_split, val_split, settings, stop_requested, recorder
-                        )
-                        if not state.stopped:
-                            kept_weights = choose_weights(state, settings, len(val_split[1]))[1]
-                            state.read_by_head = evaluation.read_by_head(state, kept_weights)
-                    except StopRequested:
-                        state.stopped = True
+                run_until_stopped(state, train_split, val_split, settings, recorder)
                 recorder.end(state)
                 if state.stopped:
                     if is_rank_0:
@@ -156,6 +147,26 @@ def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = 
             if settings.push_to_hub:
                 publishing.publish(out, settings.push_to_hub)
     return 0
+
+
+def run_until_stopped(
+    state: RunState,
+    train_split: PixelsAndLabels,
+    val_split: PixelsAndLabels,
+    settings: TrainSettings,
+    recorder: Recorder,
+) -> None:
+    """Run the epochs that are left, until the last one or a signal, which sets state.stopped."""
+    with stop_requests() as stop_requested:
+        try:
+            evaluation = run_epochs(
+                state, train_split, val_split, settings, stop_requested, recorder
+            )
+            if not state.stopped:
+                _, kept_weights = choose_weights(state, settings, len(val_split[1]))
+                state.read_by_head = evaluation.read_by_head(state, kept_weights)
+        except StopRequested:
+            state.stopped = True
 
 
 def run_epochs(
