@@ -4,8 +4,9 @@
 
 Both are measured as whole processes, in turn. Without --model, a ViT-B/16 with random weights is
 written into .cache once. For a folder, infer.py alone is measured: photos a second, seconds to the
-first figure, and peak memory. The first run of each program fills the disk's cache and does not
-count.
+first figure, and peak memory; then names alone (--no-figures), and how fast the photos are decoded
+without a model, in as many threads. The first run of each program fills the disk's cache and does
+not count.
 """
 
 from __future__ import annotations
@@ -17,11 +18,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from results import MODEL, ROOT, Figure, figure_of, model_name, parse_with_model, record
 from workloads import many_photos, one_photo
+
+from minivit import Preprocess
+from minivit.cli import cores
+from minivit.data.photos import open_photo
 
 # This small program stands between us and the one that is measured. On Linux, the peak memory of a
 # process includes what its parent held when it started it, and we hold torch.
@@ -69,20 +76,41 @@ def run(command: list[str]) -> ProcessResult:
     return ProcessResult(seconds, first_figure, peak_kib / 1024, "".join(lines))
 
 
-def measure_folder(command: list[str], out: Path) -> dict[str, Figure]:
+def measure_folder(command: list[str], folder: Path, out: Path) -> dict[str, Figure]:
     """Run infer.py on a folder, and print and return how fast it was."""
+    photos = sorted(folder.iterdir())
+    first = [word if word != str(folder) else str(photos[0]) for word in command]
+    names = ["--no-figures", "--json"]
+    run([*first, *names])
+    start = run([*first, *names]).seconds
     result = run(command)
     number = len(list(out.iterdir()))
-    print(
-        f"{number} photos in {result.seconds:.1f} s: {number / result.seconds:.2f} a second, "
-        f"first figure after {result.first_figure:.1f} s, {result.peak_mib:,.0f} MiB"
-    )
-    return {
+    names_seconds = run([*command, *names]).seconds
+    figures = {
         "infer.py, photos": figure_of([number], "photos"),
         "infer.py, speed": figure_of([number / result.seconds], "photos/s"),
         "infer.py, time to the first figure": figure_of([result.first_figure], "s"),
         "infer.py, host memory": figure_of([result.peak_mib], "MiB"),
+        "infer.py --no-figures, speed": figure_of([number / names_seconds], "photos/s"),
+        "infer.py --no-figures, time of one photo": figure_of([start], "s"),
+        "infer.py --no-figures, speed after the first photo": figure_of(
+            [(number - 1) / (names_seconds - start)], "photos/s"
+        ),
+        "decoding in threads, speed": figure_of([decoding_speed(photos)], "photos/s"),
     }
+    for name, figure in figures.items():
+        print(f"{name:52} {figure.median:8,.2f} {figure.unit}")
+    return figures
+
+
+def decoding_speed(photos: Sequence[Path]) -> float:
+    """Return how many photos a second are decoded in a thread for each core, without a model."""
+    preprocess = Preprocess()
+    started = time.perf_counter()
+    with ThreadPoolExecutor(cores()) as pool:
+        for _ in pool.map(lambda path: preprocess.array(open_photo(path)), photos):
+            pass
+    return len(photos) / (time.perf_counter() - started)
 
 
 def compare(ours: list[str], theirs: list[str], runs: int) -> dict[str, Figure]:
@@ -123,7 +151,7 @@ def main() -> None:
         theirs = [sys.executable, str(ROOT / "benchmarks" / "one_photo_transformers.py")]
         theirs += [photo, model, out, "--device", device]
         if args.photo.is_dir():
-            figures = measure_folder(ours, Path(out))
+            figures = measure_folder(ours, args.photo, Path(out))
             workload = many_photos(model_name(args.model), device)
         else:
             figures = compare(ours, theirs, args.runs)
