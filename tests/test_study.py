@@ -62,7 +62,9 @@ def test_every_cell_of_the_grid_is_run_and_told(whole):
     }
     assert {r["photos"] for r in rows if r["shots"] == "3"} == {"9"}
     assert {r["photos"] for r in rows if r["shots"] == "all"} == {"33"}
-    assert {(r["val_photos"], r["test_photos"]) for r in rows} == {("3", "12")}
+    # The 24 photos that 3 of each class leave over validate, too.
+    assert {(r["shots"], r["val_photos"]) for r in rows} == {("3", "27"), ("all", "3")}
+    assert {r["test_photos"] for r in rows} == {"12"}
     assert (whole / "study.png").stat().st_size > 10_000
 
 
@@ -160,7 +162,8 @@ def test_a_dry_run_says_how_long_and_writes_nothing(tiny_saved, shapes_data, tmp
     first, second = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"12 runs, about \d+ minutes on cpu", first)
     assert second == (
-        "each validates on 3 photos besides those that it trains on; 12 photos are the test"
+        "each validates on 3 photos and on the training photos that it leaves; "
+        "12 photos are the test"
     )
     assert not (tmp_path / "out").exists()
 
@@ -176,7 +179,11 @@ def test_more_tokens_than_allowed_are_refused(tiny_saved, shapes_data, tmp_path,
 def test_an_estimate_counts_steps_evaluations_and_the_test(tiny_saved, shapes_data, monkeypatch):
     model = load_pretrained(tiny_saved)
     data = load_data(shapes_data, seed=0)
-    cell = grid.Cell("all", 11, data.train, TrainSettings(blocks="11", epochs=10))
+    few = data.train.take(range(12))
+    cells = [
+        grid.Cell(shots, 11, train, TrainSettings(blocks="11", epochs=10))
+        for shots, train in (("all", data.train), ("4", few))
+    ]
     # Each call comes a second later, so that a forward pass of 32 photos takes a second.
     monkeypatch.setattr(grid.time, "perf_counter", itertools.count().__next__)
     n, val, test = (len(split) for split in (data.train, data.val, data.test))
@@ -184,7 +191,9 @@ def test_an_estimate_counts_steps_evaluations_and_the_test(tiny_saved, shapes_da
     # A backward pass takes as long as two forward passes.
     # The head alone comes first, and the kept weights are evaluated last.
     work = model.flops(11) * (n + val + 10 * 3 * n + 5 * val + n + val + test)
-    seconds = grid.estimate_seconds(model, [cell], [data], num_views=4)
+    # These are judged by the training photos that fewer shots leave over, too.
+    work += model.flops(11) * (12 + val + 10 * 3 * 12 + 5 * val + 12 + val + (n - 12) + test)
+    seconds = grid.estimate_seconds(model, cells, [data], num_views=4)
     assert seconds == pytest.approx((features + work) / (32 * model.flops()))
 
 
@@ -198,28 +207,46 @@ def test_the_model_stays_as_it_was_and_five_epochs_are_evaluated(
     photos = Pixels(data.paths(), model.preprocess, 1)
     features = StudyFeatures(low_model, photos, data.train.paths, 1, batch=64)
     settings = TrainSettings(blocks="11", epochs=10, batch_size=16, lr=0.01, cache_views=1)
-    cell = grid.Cell("all", freeze_except(model, [11]), data.train, settings)
+    few = data.train.take(range(0, 33, 3))
+    cell = grid.Cell("few", freeze_except(model, [11]), few, settings)
     train_epoch, accuracy = grid.train_epoch, grid.accuracy
+    fit_linear_head = grid.fit_linear_head
     epochs = [0]  # the head alone
     evaluated = []
+    num_trained = []
 
-    def counted_epoch(state, *args):
+    def counted_epoch(state, layers, photos, *args):
         epochs.append(state.epoch)
-        train_epoch(state, *args)
+        num_trained.append(len(photos.labels))
+        view = features.view(0, few.paths)
+        assert torch.equal(photos.source, view)
+        train_epoch(state, layers, photos, *args)
+
+    def noted_fit(inputs, labels, num_classes):
+        num_trained.append(len(labels))
+        return fit_linear_head(inputs, labels, num_classes)
 
     def noted_accuracy(model, split, features):
         evaluated.append((epochs[-1], split))
         return accuracy(model, split, features)
 
     monkeypatch.setattr(grid, "train_epoch", counted_epoch)
+    monkeypatch.setattr(grid, "fit_linear_head", noted_fit)
     monkeypatch.setattr(grid, "accuracy", noted_accuracy)
     features.advance(11)
-    assert grid.run_cell(cell, model, data, features, None)["photos"] == 33
+    row = grid.run_cell(cell, model, data, features, None)
+    assert (row["photos"], row["val_photos"], row["test_photos"]) == (11, 25, 12)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert epochs == list(range(11))
-    validated = [epoch for epoch, split in evaluated if split is data.val]
-    assert validated == [0, 2, 4, 6, 8, 10, 10]  # at last, the kept weights
-    assert [split for _, split in evaluated[6:]] == [data.val, data.train, data.test]
+    # The validation photos alone choose which weights are kept, as in train.py.
+    assert [epoch for epoch, split in evaluated if split is data.val] == [0, 2, 4, 6, 8, 10]
+    assert num_trained == 11 * [11]
+    (judged_by, trained, tested) = (split for _, split in evaluated[6:])
+    assert (trained, tested) == (few, data.test)
+    left_over = {*data.train.paths} - {*few.paths}
+    assert len(judged_by) == 25 and {*judged_by.paths} == {*data.val.paths} | left_over
+    label_of = dict(zip(data.train.paths + data.val.paths, data.train.labels + data.val.labels))
+    assert judged_by.labels == [label_of[path] for path in judged_by.paths]
 
 
 @pytest.mark.parametrize("by_row, kept", [([0.1, 0.9, 0.2], 1), ([0.9, 0.1, 0.2], 0)], ids=str)
@@ -257,12 +284,23 @@ def test_a_cell_tests_the_weights_that_train_py_would_keep(
     assert all(torch.equal(head, evaluated[kept]) for head in of_kept)
 
 
-def table_of(cells, num_val=180):
-    """Summarize runs: blocks, shots, seed, training, validation and test accuracy of each."""
+def table_of(cells, num_val=180, val_photos=()):
+    """Summarize runs: blocks, shots, seed, training, validation and test accuracy of each.
+
+    Each run validates on 90 photos, or on as many as `val_photos` has for its shots.
+    """
     names = ("blocks", "shots", "seed", "train_accuracy", "val_accuracy", "test_accuracy")
-    fixed = {"photos": "60", "val_photos": "90", "test_photos": "400"}
-    rows = [fixed | dict(zip(names, map(str, cell))) for cell in cells]
-    return summary.summarize(rows, num_val)
+    fixed = {"photos": "60", "test_photos": "400"}
+    rows = []
+    for cell in cells:
+        row = fixed | dict(zip(names, map(str, cell)))
+        row["val_photos"] = str(dict(val_photos).get(row["shots"], 90))
+        rows.append(row)
+    return summary.summarize(rows, dict.fromkeys((row["shots"] for row in rows), num_val))
+
+
+def advice_of(table):
+    return " ".join(summary.advice(table))
 
 
 def test_the_advice_is_chosen_by_validation_and_reports_the_test():
@@ -281,10 +319,12 @@ def test_the_advice_is_chosen_by_validation_and_reports_the_test():
     assert table["blocks 10-11"]["all"].val_error == pytest.approx(val_error, rel=1e-2)
     assert table["blocks 10-11"]["all"].test_error == pytest.approx(test_error, rel=1e-2)
     assert summary.advice(table) == (
-        "With all photos per class, train blocks 10-11: test accuracy 0.910 ± 0.018 "
-        "(one standard error; 400 photos, 2 seeds). Chosen by validation accuracy, 0.910 ± 0.024 "
-        "on 90 more photos for each seed. More photos would still help: +21.0 points since 5 per "
-        "class. Training is 9.0 points above validation."
+        "With all photos per class, train blocks 10-11: "
+        "test accuracy 0.910 ± 0.018 (one standard error)",
+        "on 400 photos, with 2 seeds. Chosen with all photos per class, where 90 others validate "
+        "each run: validation accuracy 0.910 ± 0.024. These are few; smaller numbers for --shots "
+        "would leave more to validate on. More photos helped: +21.0 ± 4.2 points from 5 to all "
+        "per class. Training is 9.0 points above validation.",
     )
     last_line = list(summary.format_table(table, "test"))[-1]
     assert re.fullmatch(
@@ -305,7 +345,7 @@ def test_within_the_error_the_fewest_trained_blocks_are_advised():
     assert chosen == "block 11"
     assert as_good == ["blocks 10-11", "blocks 8-11", "all blocks"]
     equals = "blocks 10-11 (0.900), blocks 8-11 (0.900), all blocks (0.920)"
-    assert f"; not better by more than this error: {equals}" in summary.advice(table_of(runs))
+    assert f"; also within one error of the best: {equals}" in advice_of(table_of(runs))
     # Three more seeds make the error smaller.
     runs = [(*run[:2], seed, *run[3:]) for run in runs for seed in range(20)]
     table = table_of(runs, num_val=1800)
@@ -315,9 +355,9 @@ def test_within_the_error_the_fewest_trained_blocks_are_advised():
 
 def test_an_accuracy_of_1_has_an_error_and_equals_train_least():
     runs = [("10-11", "5", 0, 1.0, 1.0, 1.0), ("none", "5", 0, 1.0, 1.0, 0.9)]
-    sentence = summary.advice(table_of(runs, num_val=9))
+    sentence = advice_of(table_of(runs, num_val=9))
     assert "train the head alone: test accuracy 0.900" in sentence
-    assert "Chosen by validation accuracy, 1.000 ± 0.096" in sentence
+    assert "validation accuracy 1.000 ± 0.096" in sentence
 
 
 def test_the_error_counts_photos_that_several_seeds_share_once():
@@ -328,8 +368,74 @@ def test_the_error_counts_photos_that_several_seeds_share_once():
 
 def test_photos_that_do_not_help_are_told():
     runs = [("11", "5", 0, 1.0, 0.90, 0.5), ("11", "all", 0, 1.0, 0.92, 0.9)]
-    sentence = summary.advice(table_of(runs))
-    assert "More photos would help little: +2.0 points since 5 per class." in sentence
+    sentence = advice_of(table_of(runs))
+    assert "More photos helped little: +2.0 ± 4.4 points from 5 to all per class." in sentence
+    runs += [("11", "20", 0, 1.0, 0.80, 0.7), ("11", "10", 0, 1.0, 0.70, 0.7)]
+    # The few photos that validate with all shots say nothing.
+    of_20 = advice_of(table_of(runs, val_photos={"10": 300, "20": 200, "all": 9}))
+    assert "More photos helped: +10.0 ± 4.6 points from 10 to 20 per class. Training is 20" in of_20
+    only = advice_of(table_of(runs[:1]))
+    assert "More photos" not in only
+
+
+def test_blocks_are_chosen_where_enough_photos_validate_and_never_by_the_test():
+    runs = []
+    accuracies = {"none": (0.80, 0.85, 0.99), "10-11": (0.70, 0.95, 0.92), "all": (0.70, 0.94, 0.5)}
+    for blocks, (with_5, with_50, test) in accuracies.items():
+        runs.append((blocks, "5", 0, 1.0, with_5, test))
+        runs.append((blocks, "50", 0, 1.0, with_50, test))
+    # With 30 photos, one standard error of 0.90 is 0.06.
+    runs += [("none", "all", 0, 1.0, 0.90, 0.70), ("10-11", "all", 0, 1.0, 0.85, 0.60)]
+    runs += [("all", "all", 0, 1.0, 0.86, 0.99)]
+    photos = {"5": 285, "50": 150, "all": 30}
+    headline, reasons = summary.advice(table_of(runs, val_photos=photos))
+    assert headline.startswith("With all photos per class, train blocks 10-11: test accuracy 0.600")
+    assert "Chosen with 50 photos per class, where 150 others validate each run" in reasons
+    assert "; also within one error of the best: all blocks (0.940)" in reasons
+    assert "Training is 5.0 points above validation" in reasons and "few" not in reasons
+    # Where a hundred photos validate runs with all photos, too, these decide.
+    headline, reasons = summary.advice(table_of(runs, val_photos=photos | {"all": 100}))
+    assert "train the head alone: test accuracy 0.700" in headline
+    assert "Chosen with all photos per class, where 100 others" in reasons
+    # So do they where nothing else was run.
+    only_all = [run for run in runs if run[1] == "all"]
+    headline, reasons = summary.advice(table_of(only_all, val_photos=photos))
+    assert "train the head alone" in headline
+    assert "where 30 others validate each run" in reasons
+    assert "These are few; smaller numbers for --shots" in reasons
+
+
+@pytest.mark.parametrize(
+    "val_photos, chosen",
+    [
+        ({"5": 45, "10": 30, "all": 6}, "10"),
+        ({"5": 110, "10": 55, "all": 54}, "10"),
+        ({"5": 300, "10": 99, "all": 30}, "5"),
+        ({"5": 300, "10": 100, "all": 30}, "10"),
+        ({"5": 3000, "10": 2000, "all": 368}, "all"),
+    ],
+    ids=str,
+)
+def test_blocks_are_compared_with_the_most_shots_that_leave_enough(val_photos, chosen):
+    runs = [("11", shots, 0, 1.0, 0.9, 0.9) for shots in val_photos]
+    runs.append(("none", "20", 0, 1.0, 0.9, 0.9))  # without a run with all photos
+    table = table_of(runs, val_photos=val_photos)
+    assert summary.choose_shots(table, "all") == chosen
+    # A number of shots that not all choices of blocks have compares nothing.
+    runs += [("10-11", shots, 0, 1.0, 0.9, 0.9) for shots in ("5", "all")]
+    table = table_of(runs, val_photos=val_photos)
+    assert summary.choose_shots(table, "all") == (chosen if chosen == "all" else "5")
+
+
+def test_photos_that_validate_several_seeds_count_once(shapes_data):
+    splits = [load_data(shapes_data, seed=seed) for seed in range(2)]
+    val = {path for data in splits for path in data.val.paths}
+    assert grid.count_unseen(splits, "all") == len(val) > len(splits[0].val)
+    cells = grid.plan(splits, {"none": 12}, ["10"], None, TrainSettings())
+    assert len(cells) == 2
+    trained_by_both = set(cells[0].train.paths) & set(cells[1].train.paths)
+    photos = {*splits[0].train.paths, *splits[0].val.paths}
+    assert grid.count_unseen(splits, "10") == len(photos - trained_by_both)
 
 
 @pytest.mark.parametrize(
@@ -413,6 +519,13 @@ def test_a_study_of_other_weights_or_photos_is_refused(
     (data / "train" / "red" / "0.png").rename(data / "test" / "red" / "from train.png")
     assert f"the checksum of the photos was {photos}, now" in refusal()
     (data / "test" / "red" / "from train.png").rename(data / "train" / "red" / "0.png")
+    # An earlier version measured validation accuracy on other photos.
+    earlier = settings | {"model": str(model)}
+    del earlier["the version of the study"]
+    study_json = (out / "study.json").read_text()
+    (out / "study.json").write_text(json.dumps(earlier))
+    assert "holds another study: the version of the study was None, now 2" in refusal()
+    (out / "study.json").write_text(study_json)
     tiny.preprocess = Preprocess((32, 32), mean=(0.1, 0.1, 0.1))
     save_pretrained(tiny, model)
     assert "holds another study: its preprocessing was" in refusal()

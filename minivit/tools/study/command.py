@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 DESCRIPTION = "How many photos, how many blocks? Test accuracy over a grid of both."
 # A study is continued only with the same values of these flags.
 FIXED_FLAGS = ("model", "revision", "epochs", "batch_size", "lr", "views")
+# The version of what the columns of study.csv mean. Raise it with every change of that.
+VERSION = 2
 OUTPUTS = ("study.json", "study.csv", "study.png")
 ROW_FORMAT = (
     "{shots:>4} photos per class, blocks {blocks}, seed {seed}: training {train_accuracy:.3f}, "
@@ -151,7 +153,7 @@ def study(args: argparse.Namespace) -> int:
     seconds = grid.estimate_seconds(low_model, cells, splits, args.views)
     print(f"{len(cells)} runs, about {seconds / 60:.0f} minutes on {device}")
     print(
-        f"each validates on {len(first.val)} photos besides those that it trains on; "
+        f"each validates on {len(first.val)} photos and on the training photos that it leaves; "
         f"{len(first.test)} photos are the test",
         flush=True,
     )
@@ -175,7 +177,8 @@ def study(args: argparse.Namespace) -> int:
                 message = f"interrupted; what is done is in {out}: the same command goes on"
                 print(f"\n{message}", file=sys.stderr)
                 return 130
-        num_val = len({path for each in splits for path in each.val.paths})
+        counts = {row["shots"] for row in rows}
+        num_val = {count: grid.count_unseen(splits, count) for count in counts}
         report(out, summarize(rows, num_val))
     print(f"{len(rows)} runs in {time.perf_counter() - started:.0f} s", file=sys.stderr)
     print(printable(out / "study.csv"))
@@ -235,6 +238,7 @@ def fingerprint(model: ViT, data: Data, amp: torch.dtype | None) -> dict[str, ob
         "its preprocessing": str(model.preprocess),
         "precision": str(amp),
         "the version of training": MATHEMATICS,
+        "the version of the study": VERSION,
         "the checksum of the photos": store.checksum(*((s.paths, s.labels) for s in splits)),
     }
 
@@ -285,8 +289,8 @@ def report(out: Path, table: Table) -> None:
     """Draw the figure, and print the tables and the advice."""
     from .figure import draw_study
 
-    sentence = advice(table)
-    draw_study(out / "study.png", table, sentence)
+    headline, reasons = advice(table)
+    draw_study(out / "study.png", table, headline)
     for split in ("validation", "test"):
         print("", *format_table(table, split), sep="\n")
-    print(f"\n{sentence}")
+    print(f"\n{headline} {reasons}")

@@ -12,6 +12,7 @@ from .summary import Spread, Table
 # Lines differ in more than their colours, for greyscale printers.
 MARKERS = "os^Dv*"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)))
+SHIFT = 1.015  # from line to line, as a factor of the number of photos
 
 
 def draw_study(path: Path, table: Table, title: str) -> str:
@@ -21,10 +22,12 @@ def draw_study(path: Path, table: Table, title: str) -> str:
     save returns.
     """
     with new_figure((11, 5.4), layout="constrained", dpi=100) as figure:
-        figure.suptitle(textwrap.fill(title[:1].upper() + title[1:], 130), fontsize=10)
+        figure.suptitle(textwrap.fill(title, 120), fontsize=11)
         tests, gaps = figure.subplots(1, 2)
         for i, (name, summaries) in enumerate(table.items()):
-            photos = [summary.photos for summary in summaries.values()]
+            # Each line lies a little beside the one before it, so that no range hides another.
+            shift = SHIFT ** (i - (len(table) - 1) / 2)
+            photos = [shift * summary.photos for summary in summaries.values()]
             position = i / max(1, len(table) - 1)
             style = {
                 "label": name,

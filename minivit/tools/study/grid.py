@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -124,6 +125,26 @@ def choose_photos(train: Split, shots: str, seed: int) -> Split:
     return train.take(sorted(chosen))
 
 
+def unseen_photos(data: Data, train: Split) -> Split:
+    """Return the photos that a run on `train` may be judged by: neither trained on nor the test.
+
+    These are the validation photos, and the training photos that fewer shots leave over.
+    """
+    trained = set(train.paths)
+    left_over = data.train.take(
+        [i for i, path in enumerate(data.train.paths) if path not in trained]
+    )
+    return Split(data.val.paths + left_over.paths, data.val.labels + left_over.labels)
+
+
+def count_unseen(splits: Sequence[Data], shots: str) -> int:
+    """Count the different photos by which the runs of all seeds are judged."""
+    unseen: set[Path] = set()
+    for seed, data in enumerate(splits):
+        unseen.update(unseen_photos(data, choose_photos(data.train, shots, seed)).paths)
+    return len(unseen)
+
+
 def estimate_seconds(
     model: ViT, cells: Sequence[Cell], splits: Sequence[Data], num_views: int
 ) -> float:
@@ -144,7 +165,8 @@ def estimate_seconds(
         evaluations = math.ceil(epochs / evaluation_interval(epochs))
         images_trained = 3 * epochs * len(cell.train)  # A backward pass takes as long as two.
         # The head alone is fitted to the training photos, and evaluated; so are the kept weights.
-        images_evaluated = (evaluations + 2) * len(data.val) + 2 * len(cell.train) + len(data.test)
+        images_evaluated = (evaluations + 1) * len(data.val) + 2 * len(cell.train) + len(data.test)
+        images_evaluated += len(unseen_photos(data, cell.train))
         flops += model.flops(cell.cut) * (images_trained + images_evaluated)
     return flops / flops_per_second
 
@@ -161,6 +183,10 @@ def run_cell(
     cell: Cell, model: ViT, data: Data, features: StudyFeatures, amp: torch.dtype | None
 ) -> dict[str, object] | None:
     """Fine-tune as train.py does, but from the kept features, and test the weights that it keeps.
+
+    As in train.py, the validation photos choose which weights are kept. These are then judged by
+    all photos that are new to the run, besides the test: the few validation photos of a small data
+    set cannot tell one choice of blocks from another.
 
     Returns a row of study.csv, or None if a stop was requested. The model is left as it was.
     """
@@ -191,7 +217,8 @@ def run_cell(
     if choose_kept(state.rows, settings.keep, len(data.val)).weights == "earlier":
         set_trainable(state.model, state.kept)
     copy_trainable(eval_model, state.model)
-    val_accuracy = accuracy(eval_model, data.val, features)
+    unseen = unseen_photos(data, cell.train)
+    val_accuracy = accuracy(eval_model, unseen, features)
     train_accuracy = accuracy(eval_model, cell.train, features)
     test_accuracy = accuracy(eval_model, data.test, features)
     # Weights in float32 on the CPU are shared with `model`.
@@ -201,7 +228,7 @@ def run_cell(
         "blocks": settings.blocks,
         "seed": settings.seed,
         "photos": len(cell.train),
-        "val_photos": len(data.val),
+        "val_photos": len(unseen),
         "test_photos": len(data.test),
         "epochs": settings.epochs,
         "train_accuracy": train_accuracy,

@@ -32,12 +32,16 @@ class Summary(NamedTuple):
     seeds: int
     val: Spread  # validation accuracy
     val_error: float  # the standard error of its mean
-    val_photos: int  # validation photos of a run
+    val_photos: int  # photos that validate one run: all that are new to it, besides the test
     test: Spread  # test accuracy
     test_error: float
     test_photos: int
     gap: Spread  # training accuracy minus validation accuracy
 
+
+# Choices of blocks are compared where at least so many photos validate each run: with 100, one
+# standard error of an accuracy of 0.9 is 0.03 for one seed, and less for several.
+ENOUGH_PHOTOS = 100
 
 # The summaries by the name of the blocks, then by shots in increasing order.
 Table = Mapping[str, Mapping[str, Summary]]
@@ -82,11 +86,11 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
         writer.writerows(rows)
 
 
-def summarize(rows: Sequence[Mapping[str, str]], num_val: int) -> Table:
+def summarize(rows: Sequence[Mapping[str, str]], num_val: Mapping[str, int]) -> Table:
     """Summarize the rows of study.csv over the seeds; fewer blocks come first.
 
-    `num_val` is how many different photos the seeds validate on: those of one seed if the data has
-    a validation split of its own, and nearly those of all seeds added up if it has not.
+    `num_val` is how many different photos the seeds validate on, for each number of shots: they
+    share many of the photos that few shots leave over.
     """
     groups: dict[str, dict[str, list[Mapping[str, str]]]] = {}
     for row in rows:
@@ -96,7 +100,8 @@ def summarize(rows: Sequence[Mapping[str, str]], num_val: int) -> Table:
     for blocks, rows_of_blocks in sorted(groups.items(), key=lambda group: _count_blocks(group[0])):
         shots_in_order = sorted(rows_of_blocks, key=_shots_as_number)
         table[_name_blocks(blocks)] = {
-            shots: _summarize_seeds(rows_of_blocks[shots], num_val) for shots in shots_in_order
+            shots: _summarize_seeds(rows_of_blocks[shots], num_val[shots])
+            for shots in shots_in_order
         }
     return table
 
@@ -189,31 +194,67 @@ def choose_blocks(summaries: Mapping[str, Summary]) -> tuple[str, list[str]]:
     return good[0], good[1:]
 
 
-def advice(table: Table) -> str:
-    """Say which blocks to train with the most photos, and whether more photos would help.
+def choose_shots(table: Table, most: str) -> str:
+    """Return the number of shots with which to compare choices of blocks.
 
-    Validation decides both; the test accuracy is only reported.
+    Fewer shots leave more training photos to validate on, and then compare more precisely, but less
+    like a run with all photos. So this is the largest number that leaves enough: ENOUGH_PHOTOS, or
+    in a small data set half of what the smallest number leaves. Where none was run but `most`, it
+    is that.
+    """
+    rows = [row for row in table.values() if most in row]
+    usable = [shots for shots in rows[0] if all(shots in row for row in rows)]
+    photos = {shots: rows[0][shots].val_photos for shots in usable}
+    enough = min(ENOUGH_PHOTOS, max(photos.values()) / 2)
+    return max((shots for shots in usable if photos[shots] >= enough), key=_shots_as_number)
+
+
+def advice(table: Table) -> tuple[str, str]:
+    """Say which blocks to train with the most photos, and in a second text why.
+
+    Validation decides everything; the test accuracy is only reported.
     """
     most = max((shots for row in table.values() for shots in row), key=_shots_as_number)
-    with_most = {name: row[most] for name, row in table.items() if most in row}
-    chosen, as_good = choose_blocks(with_most)
-    summary = with_most[chosen]
-    seeds = "1 seed" if summary.seeds == 1 else f"{summary.seeds} seeds"
-    text = (
-        f"With {most} photos per class, train {chosen}: test accuracy {summary.test.mean:.3f} "
-        f"± {summary.test_error:.3f} (one standard error; {summary.test_photos} photos, {seeds}). "
-        f"Chosen by validation accuracy, {summary.val.mean:.3f} ± {summary.val_error:.3f} "
-        f"on {summary.val_photos} more photos for each seed"
+    shots = choose_shots(table, most)
+    candidates = {name: row[shots] for name, row in table.items() if most in row}
+    chosen, as_good = choose_blocks(candidates)
+    result = table[chosen][most]
+    seeds = "1 seed" if result.seeds == 1 else f"{result.seeds} seeds"
+    headline = (
+        f"With {most} photos per class, train {chosen}: "
+        f"test accuracy {result.test.mean:.3f} ± {result.test_error:.3f} (one standard error)"
+    )
+    summary = candidates[chosen]
+    reasons = (
+        f"on {result.test_photos} photos, with {seeds}. Chosen with {shots} photos per class, "
+        f"where {summary.val_photos} others validate each run: "
+        f"validation accuracy {summary.val.mean:.3f} ± {summary.val_error:.3f}"
     )
     if as_good:
-        accuracies = [f"{name} ({with_most[name].val.mean:.3f})" for name in as_good]
-        text += f"; not better by more than this error: {', '.join(accuracies)}"
-    fewer = list(table[chosen])[:-1]
-    if fewer:
-        gain = summary.val.mean - table[chosen][fewer[-1]].val.mean
-        helps = "would help little"
-        if gain > max(summary.val_error, 0.01):
-            helps = "would still help"
-        text += f". More photos {helps}: {100 * gain:+.1f} points since {fewer[-1]} per class"
+        accuracies = [f"{name} ({candidates[name].val.mean:.3f})" for name in as_good]
+        reasons += f"; also within one error of the best: {', '.join(accuracies)}"
+    reasons += "."
+    if shots == most and summary.val_photos < ENOUGH_PHOTOS:
+        reasons += " These are few; smaller numbers for --shots would leave more to validate on."
+    reasons += _say_gain(table[chosen], shots)
     gap = 100 * summary.gap.mean
-    return f"{text}. Training is {gap:.1f} points above validation."
+    return headline, f"{reasons} Training is {gap:.1f} points above validation."
+
+
+def _say_gain(summaries: Mapping[str, Summary], shots: str) -> str:
+    """Say how much validation accuracy rose up to a number of shots from the number before it.
+
+    For the lowest number, it is the rise to the next. With a single number, the text is empty.
+    """
+    in_order = list(summaries)
+    last = max(1, in_order.index(shots))
+    if len(in_order) == 1:
+        return ""
+    before, after = in_order[last - 1 : last + 1]
+    gain = summaries[after].val.mean - summaries[before].val.mean
+    error = math.hypot(summaries[after].val_error, summaries[before].val_error)
+    helped = "helped" if gain > max(error, 0.01) else "helped little"
+    return (
+        f" More photos {helped}: {100 * gain:+.1f} ± {100 * error:.1f} points "
+        f"from {before} to {after} per class."
+    )
