@@ -27,7 +27,7 @@ from .data.layout import is_default_folder
 from .data.photos import from_pillow, open_photo, open_sent_photo
 from .data.prepared import LARGE, SMALL, Photo, prepare_photo
 from .errors import UserError
-from .figures.explorer import Page, explorer_page
+from .figures.explorer import Page
 from .figures.panels import compose_attention
 from .look import Explanation
 from .model import ViT, working_copy
@@ -172,10 +172,7 @@ class ExplainedPhoto:
                 models, self.plan.targets, self.plan.blocks, infer.possible_methods(models)
             )
             [explanations] = infer.explain_batch([self.photo], plan, all_rows=True)
-            panes = [
-                look.explorer_pane(self.photo, each, self.settings.top_k) for each in explanations
-            ]
-            return explorer_page(panes, self.photo.page_image, self.title)
+            return look.explorer_page(self.photo, explanations, self.settings.top_k, self.title)
 
     def __repr__(self) -> str:
         if not self.names:

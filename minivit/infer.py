@@ -30,8 +30,9 @@ from .data.photos import PhotoError
 from .data.prepared import LARGE, SMALL, Needs, read_photo
 from .data.survey import describe_unread
 from .errors import UserError, first_few, printable
-from .figures import explorer, fonts, panels
+from .figures import fonts, panels
 from .figures.marks import is_ours
+from .figures.pages import write_page
 from .look import Explanation, Photo, Target
 from .model import ViT, working_copy
 from .settings import InferSettings, flag
@@ -163,7 +164,9 @@ def plan_for(models: Sequence[ViT], settings: InferSettings) -> Plan:
     targets = [find_target(settings, model, models) for model in models]
     blocks = parse_blocks(settings.layers, min(model.config.depth for model in models))
     check_settings(settings, models, blocks)
-    return Plan(models, targets, blocks, choose_methods(settings, models))
+    # The page offers all methods that are possible.
+    methods = possible_methods(models) if settings.html else [settings.method]
+    return Plan(models, targets, blocks, methods)
 
 
 def explain_all(
@@ -378,13 +381,6 @@ def check_names_only(settings: InferSettings, models: Sequence[ViT]) -> None:
             )
 
 
-def choose_methods(settings: InferSettings, models: Sequence[ViT]) -> list[str]:
-    """Return the methods to compute: the figure's and, for the page, all that are possible."""
-    if not settings.html:
-        return [settings.method]
-    return possible_methods(models)
-
-
 def possible_methods(models: Sequence[ViT]) -> list[str]:
     """Return all methods, without relevance if a model has no classifier."""
     all_have_classifiers = all(model.labels for model in models)
@@ -494,8 +490,7 @@ def answer_photo(
     drawing = pool.submit(panels.draw_attention, job.figure, figure)
     if settings.html:
         page = job.figure.with_suffix(".html")
-        panes = [look.explorer_pane(photo, each, settings.top_k) for each in explanations]
-        explorer.write_page(page, panes, photo.page_image, job.photo.name)
+        write_page(page, look.explorer_page(photo, explanations, settings.top_k, job.photo.name))
         answer["html"] = str(page)
     if settings.npz:
         arrays = job.figure.with_suffix(".npz")

@@ -32,7 +32,9 @@ from .data import prepared
 from .data.photos import open_photo
 from .data.prepared import Needs, PanelSize, Photo
 from .errors import UserError
-from .figures.explorer import Pane, data_url
+from .figures import explorer
+from .figures.explorer import Pane
+from .figures.pages import thumbnail_url
 from .figures.panels import AttentionFigure, Panel, Row
 from .model import ViT
 from .system.files import whole_file
@@ -424,6 +426,14 @@ def summary(explanation: Explanation, top_k: int, method: str | None) -> dict:
     }
 
 
+def explorer_page(
+    photo: Photo, explanations: Sequence[Explanation], top_k: int, title: str
+) -> explorer.Page:
+    """Return the explorer of a photo that was prepared for a page, with all rows explained."""
+    panes = [explorer_pane(photo, each, top_k) for each in explanations]
+    return explorer.explorer_page(panes, photo.page_image, title)
+
+
 def explorer_pane(photo: Photo, explanation: Explanation, top_k: int) -> Pane:
     """Return one model's side of the explorer."""
     methods = {}
@@ -472,7 +482,7 @@ def _nearest_photos(comparison: Comparison | None) -> list[tuple[str, str, str]]
     for neighbour in comparison.nearest:
         thumbnail = ""
         with contextlib.suppress(UserError, OSError):
-            thumbnail = data_url(open_photo(neighbour.path), THUMBNAIL_SIDE)
+            thumbnail = thumbnail_url(open_photo(neighbour.path), THUMBNAIL_SIDE)
         nearest.append((neighbour.label, neighbour.path.name, thumbnail))
     return nearest
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -23,7 +24,8 @@ from PIL import Image
 from minivit import Preprocess
 from minivit.errors import UserError
 from minivit.figures import explorer
-from minivit.figures.explorer import Page, Pane, explorer_page, write_page
+from minivit.figures.explorer import Page, Pane, explorer_page
+from minivit.figures.pages import write_page
 
 GRID, BLOCKS, HEADS = (3, 5), (2, 3, 7), 3
 HOSTILE = {
@@ -182,7 +184,7 @@ def test_a_large_photo_is_sent_small_and_a_strip_keeps_its_shape():
         ((40, 30), (40, 30)),
     ):
         data = explorer._jpeg(Image.new("RGB", size, "teal"))
-        with Image.open(explorer.io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data)) as image:
             assert image.size == sent
 
 
@@ -274,13 +276,11 @@ def test_maps_that_do_not_fit_are_refused():
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path):
-    photo = draw_photo(300, 200)
-    write_page(tmp_path / "cat.html", [pane()], photo, "cat.jpg")
-    assert (tmp_path / "cat.html").read_text(encoding="utf-8") == explorer_page(
-        [pane()], photo, "cat.jpg"
-    )
-    with pytest.raises(UserError):
-        write_page(tmp_path / "dog.html", [], photo, "dog.jpg")
+    page = explorer_page([pane()], draw_photo(300, 200), "cat.jpg")
+    write_page(tmp_path / "cat.html", page)
+    assert (tmp_path / "cat.html").read_text(encoding="utf-8") == page
+    with pytest.raises(UnicodeEncodeError):
+        write_page(tmp_path / "dog.html", "\ud800")
     assert [path.name for path in tmp_path.iterdir()] == ["cat.html"]
 
 

@@ -38,7 +38,8 @@ from test_fuzz import mutate, valid_photos
 
 from minivit import Preprocess, ViT, __main__, look, save_pretrained
 from minivit.data.photos import PhotoError, open_photo, open_sent_photo
-from minivit.figures.explorer import TEMPLATE, content_hash
+from minivit.figures.explorer import TEMPLATE
+from minivit.figures.pages import content_hash, read_template
 from minivit.system.files import whole_file
 from minivit.tools.serve import answers, command, server
 from minivit.tools.serve.answers import Answers
@@ -237,7 +238,7 @@ def test_the_page_forbids_all_but_its_own_script_and_style(page):
     assert status == 200
     policy = dict(part.split(maxsplit=1) for part in headers["content-security-policy"].split(";"))
     for tag in ("script", "style"):
-        hashes = [content_hash(file.read_text(), tag) for file in (PAGE, TEMPLATE)]
+        hashes = [content_hash(read_template(file), tag) for file in (PAGE, TEMPLATE)]
         assert policy[f"{tag}-src"].split() == [f"'{each}'" for each in hashes]
     others = ("default-src", "base-uri", "form-action", "frame-ancestors")
     assert {policy[name] for name in others} == {"'none'"}

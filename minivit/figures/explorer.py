@@ -8,10 +8,7 @@ rows (N or 1).
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
-import io
-import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +20,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from ..errors import UserError
-from ..system.files import whole_file
+from .pages import data_url, encode_jpeg, fill_template
 from .plots import shorten
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
@@ -84,7 +81,7 @@ def explorer_page(panes: Sequence[Pane], photo: Image.Image, title: str) -> Page
     data = {
         "title": shorten(title, MAX_NAME),
         "size": photo.size,
-        "photo": "data:image/jpeg;base64," + base64.b64encode(_jpeg(photo)).decode(),
+        "photo": data_url(_jpeg(photo)),
         "blocks": sorted(panes[0].attn),
     }
     for levels, description, kept in _plans(all_maps):
@@ -95,16 +92,10 @@ def explorer_page(panes: Sequence[Pane], photo: Image.Image, title: str) -> Page
             f"{description}; rows are rounded to {levels} steps of their largest value."
         )
         data["panes"] = [_pane(pane, maps, levels, photo.size) for pane, maps in zip(panes, kept)]
-        page = _fill(data)
+        page = fill_template(TEMPLATE, data)
         if len(page) <= MAX_BYTES:
             break
     return Page(page)
-
-
-def write_page(path: Path, panes: Sequence[Pane], photo: Image.Image, title: str) -> None:
-    """Write the page of explorer_page, whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_bytes(explorer_page(panes, photo, title).encode())
 
 
 def _read_maps(pane: Pane) -> dict[str, np.ndarray]:
@@ -194,46 +185,13 @@ def _pane(pane: Pane, maps: dict[str, np.ndarray], levels: int, size: tuple[int,
     }
 
 
-def data_url(photo: Image.Image, side: int) -> str:
-    """Return a small copy of a photo, with sides of up to `side` pixels, as a data URL."""
-    small = photo.copy()
-    small.thumbnail((side, side))
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 def _jpeg(photo: Image.Image) -> bytes:
     """Return a photo as a JPEG of at most MAX_PHOTO_BYTES."""
     for side, quality in ((1000, 88), (1000, 70), (640, 50)):  # Only noise needs the last.
         shrink = min(1, side / max(photo.size))
         size = [max(1, round(length * shrink)) for length in photo.size]
-        file = io.BytesIO()
         small = photo.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-        small.save(file, "JPEG", quality=quality)
-        if file.tell() <= MAX_PHOTO_BYTES:
+        jpeg = encode_jpeg(small, quality)
+        if len(jpeg) <= MAX_PHOTO_BYTES:
             break
-    return file.getvalue()
-
-
-def _fill(data: dict) -> str:
-    """Return explorer.html with the data and the hashes of its script and style filled in.
-
-    The page's policy lets only the script and the style with these hashes run.
-    """
-    page = TEMPLATE.read_text(encoding="utf-8")
-    for tag in ("script", "style"):
-        page = page.replace(f"{tag.upper()}_HASH", content_hash(page, tag))
-    return page.replace("PAGE_DATA", to_json(data))
-
-
-def content_hash(page: str, tag: str) -> str:
-    """Return the hash by which a Content-Security-Policy allows a page's <script> or <style>."""
-    content = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-    digest = hashlib.sha256(content.encode()).digest()
-    return "sha256-" + base64.b64encode(digest).decode()
-
-
-def to_json(data: dict) -> str:
-    """Return data as JSON that may stand in a page's <script>."""
-    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return jpeg

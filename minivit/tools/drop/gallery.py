@@ -11,8 +11,7 @@ from PIL import Image
 from ...data.photos import open_photo
 from ...data.preprocess import Preprocess
 from ...errors import printable
-from ...system.files import whole_file
-from ..score.gallery import GAP, LONGER_SIDE, CaptionedStrip, draw_gallery, gallery_page
+from ..score.gallery import GAP, LONGER_SIDE, CaptionedStrip, write_sections
 from ..score.masks import read_pet
 from .conditions import EVERYTHING, OUTSIDE_BOX, PET_ONLY, patch_sets
 from .measure import NO_ANSWER, Key
@@ -72,9 +71,7 @@ def write_gallery(
             )
             strip = draw_strip(paths[row], preprocess, grid)
             sections[kind].append(CaptionedStrip(strip, caption))
-    draw_gallery(out / "gallery.png", sections, EXPLANATION)
-    with whole_file(out / "gallery.html") as partial:
-        partial.write_text(gallery_page(sections, EXPLANATION), encoding="utf-8")
+    write_sections(out, sections, EXPLANATION)
 
 
 def draw_strip(path: Path, preprocess: Preprocess, grid: tuple[int, int]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The page of a review: one HTML file that loads nothing. Its frame is review.html.
+"""The page of a review: one HTML file that loads nothing. Its template is review.html.
 
 File names and class names are untrusted data. They stand in JSON, and the page shows them as text.
 """
@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ...figures.explorer import content_hash, to_json
+from ...figures import pages
 from ...figures.plots import shorten
 from ...model import ViT
-from ...system.files import whole_file
 from .pictures import LARGE, SMALL, draw_maps, small_photos
 from .report import Findings
 
-FRAME = Path(__file__).with_name("review.html")
+TEMPLATE = Path(__file__).with_name("review.html")
 MOST_LISTED = 60  # mistakes, suspicious labels and groups of copies
 MOST_IN_CELLS = 300  # photos of the confusion matrix that are shown and not only named
 MOST_OF_A_GROUP = 4  # copies
@@ -27,12 +26,7 @@ MAX_NAME = 200  # characters of any name
 
 def write_page(path: Path, findings: Findings, model: ViT, workers: int) -> None:
     """Write the page, whole or not at all."""
-    frame = FRAME.read_text(encoding="utf-8")
-    for tag in ("script", "style"):
-        frame = frame.replace(f"{tag.upper()}_HASH", content_hash(frame, tag))
-    page = frame.replace("PAGE_DATA", to_json(page_data(findings, model, workers)))
-    with whole_file(path) as partial:
-        partial.write_bytes(page.encode())
+    pages.write_page(path, pages.fill_template(TEMPLATE, page_data(findings, model, workers)))
 
 
 def page_data(findings: Findings, model: ViT, workers: int) -> dict[str, object]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from ...attention import class_relevance, query_maps
 from ...data.photos import PhotoError, open_photo
+from ...figures.pages import data_url, encode_jpeg
 from ...figures.panels import HEAT, overlay, value_range
 from ...model import ViT
 from ...system.progress import progress_bar
@@ -36,11 +35,10 @@ SMALL = Size(128, 9_000)
 def to_uri(picture: Image.Image, limit: int) -> str:
     """Return a picture as the data URI of a JPEG of at most `limit` bytes, if any quality does."""
     for quality in (80, 60, 40, 20):
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=quality)
-        if file.tell() <= limit:
+        jpeg = encode_jpeg(picture, quality)
+        if len(jpeg) <= limit:
             break
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_url(jpeg)
 
 
 def shrink(photo: Image.Image, side: int) -> Image.Image:

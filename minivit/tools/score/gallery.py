@@ -6,9 +6,7 @@ loads nothing, and shows names as text.
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import itertools
 import string
 from collections.abc import Mapping, Sequence
@@ -22,8 +20,8 @@ from ...data.photos import open_photo
 from ...data.preprocess import Preprocess
 from ...errors import printable
 from ...figures.canvas import Canvas, fit, text_height, wrap
+from ...figures.pages import data_url, encode_jpeg, write_page
 from ...figures.panels import HEAT, overlay, value_range
-from ...system.files import whole_file
 from .masks import PET, read_mask
 from .measure import Measured
 
@@ -120,9 +118,15 @@ def write_gallery(
     explanation += ".\nThe brighter, the more attention (mean of the heads)."
     if preprocess.crop:
         explanation += " Pale areas are outside of what the model sees."
+    write_sections(out, sections, explanation)
+
+
+def write_sections(
+    out: Path, sections: Mapping[str, Sequence[CaptionedStrip]], explanation: str
+) -> None:
+    """Write gallery.png and gallery.html into `out`, with a section for each kind of photo."""
     draw_gallery(out / "gallery.png", sections, explanation)
-    with whole_file(out / "gallery.html") as partial:
-        partial.write_text(gallery_page(sections, explanation), encoding="utf-8")
+    write_page(out / "gallery.html", gallery_page(sections, explanation))
 
 
 def draw_strip(path: Path, maps: Sequence[np.ndarray], preprocess: Preprocess) -> Image.Image:
@@ -157,9 +161,7 @@ def gallery_page(sections: Mapping[str, Sequence[CaptionedStrip]], explanation: 
         none = "" if strips else ": none"
         lines += [f"<h2>{html.escape(kind)}{none}</h2>", "<section>"]
         for strip in strips:
-            jpeg = io.BytesIO()
-            strip.image.save(jpeg, "JPEG", quality=85)
-            source = f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
+            source = data_url(encode_jpeg(strip.image, quality=85))
             caption = html.escape(strip.caption)
             lines.append(
                 f'<figure><img src="{source}" alt="{caption}">'

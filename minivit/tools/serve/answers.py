@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import sys
 import threading
@@ -16,7 +14,8 @@ from PIL import Image
 from ... import infer, look
 from ...data.photos import open_sent_photo
 from ...errors import printable
-from ...figures.explorer import explorer_page
+from ...figures.pages import thumbnail_url
+from ...model import working_copy
 from ...settings import InferSettings
 from ...system import device as devices
 from ...system.files import portable_stem, whole_file
@@ -39,9 +38,7 @@ class Answers:
         if keep is not None:
             self.folder = Path(keep)
             self.folder.mkdir(parents=True, exist_ok=True)
-        settings = InferSettings(
-            photos=(), model=model, compare=compare, html=True, device=device, amp=amp
-        )
+        settings = InferSettings(photos=(), model=model, compare=compare, device=device, amp=amp)
         self.places = threading.BoundedSemaphore(MAX_PHOTOS)
         # One thread computes for all requests. It also keeps torch's own threads, which would
         # otherwise be started for each request.
@@ -76,25 +73,22 @@ def make_plan(settings: InferSettings) -> infer.Plan:
         device = devices.pick_device(settings.device)
         amp = devices.pick_amp(settings.amp, device)
         loaded = infer.load_models(settings)
-        models = [infer.working_copy(model, device, amp, train=False) for model in loaded]
+        models = [working_copy(model, device, amp, train=False) for model in loaded]
         depth = min(model.config.depth for model in models)
         blocks = range(max(0, depth - NUM_BLOCKS), depth)
-        methods = infer.choose_methods(settings, models)
-        return infer.Plan(models, [None] * len(models), blocks, methods)
+        return infer.Plan(models, [None] * len(models), blocks, infer.possible_methods(models))
 
 
 def explain_image(image: Image.Image, name: str, plan: infer.Plan) -> dict:
     """Return names, notes, a small copy of the photo, and the explorer's page."""
     photo = look.prepare_photo(image, plan.models)
     [explanations] = infer.explain_batch([photo], plan, all_rows=True)
-    panes = [look.explorer_pane(photo, each, TOP_K) for each in explanations]
-    page = explorer_page(panes, photo.page_image, name)
     return {
         "photo": name,
         "size": photo.size,
-        "thumbnail": thumbnail(photo.page_image),
+        "thumbnail": thumbnail_url(photo.page_image, THUMBNAIL_SIDE),
         "models": [describe(each) for each in explanations],
-        "page": page,
+        "page": look.explorer_page(photo, explanations, TOP_K, name),
     }
 
 
@@ -107,15 +101,6 @@ def describe(explanation: look.Explanation) -> dict:
     if summary.get("unlike_training"):
         notes.append(f"{look.describe_comparison(explanation.comparison)}.")
     return {"model": summary["model"], "predictions": summary["predictions"], "notes": notes}
-
-
-def thumbnail(image: Image.Image) -> str:
-    """Return a small copy of a photo as a data URL."""
-    small = image.copy()
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def keep_photo(folder: Path, data: bytes, answer: dict) -> None:

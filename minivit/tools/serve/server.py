@@ -29,7 +29,7 @@ from urllib.parse import parse_qs, urlsplit
 from ...data.photos import MAX_BYTES
 from ...errors import UserError, printable
 from ...figures.explorer import TEMPLATE as EXPLORER
-from ...figures.explorer import content_hash, to_json
+from ...figures.pages import content_hash, fill_template, read_template
 
 if TYPE_CHECKING:
     from .answers import Answers
@@ -143,12 +143,12 @@ class Server(ThreadingMixIn, TCPServer):
             "keeps": self.answers.folder is not None,
             "max_bytes": MAX_BYTES,
         }
-        return PAGE.read_text(encoding="utf-8").replace("PAGE_DATA", to_json(data)).encode()
+        return fill_template(PAGE, data).encode()
 
     @cached_property
     def policy(self) -> str:
         """The Content-Security-Policy of the page, which the explorer's frame inherits."""
-        pages = [path.read_text(encoding="utf-8") for path in (PAGE, EXPLORER)]
+        pages = [read_template(path) for path in (PAGE, EXPLORER)]
         scripts = " ".join(f"'{content_hash(page, 'script')}'" for page in pages)
         styles = " ".join(f"'{content_hash(page, 'style')}'" for page in pages)
         return (
