@@ -22,7 +22,7 @@ from minivit.data.store import Pixels
 from minivit.errors import UserError
 from minivit.model import freeze_except, working_copy
 from minivit.settings import MIN_STEPS, TrainSettings
-from minivit.tools.study import grid, summary
+from minivit.tools.study import command, grid, summary
 from minivit.tools.study.features import StudyFeatures
 from minivit.training import metrics, run_photos
 from minivit.training import step as step_module
@@ -397,6 +397,7 @@ def test_blocks_are_chosen_where_enough_photos_validate_and_never_by_the_test():
     headline, reasons = summary.advice(table_of(runs, val_photos=photos | {"all": 100}))
     assert "train the head alone: test accuracy 0.700" in headline
     assert "Chosen with all photos per class, where 100 others" in reasons
+    assert "few" not in reasons
     # So do they where nothing else was run.
     only_all = [run for run in runs if run[1] == "all"]
     headline, reasons = summary.advice(table_of(only_all, val_photos=photos))
@@ -436,6 +437,20 @@ def test_photos_that_validate_several_seeds_count_once(shapes_data):
     trained_by_both = set(cells[0].train.paths) & set(cells[1].train.paths)
     photos = {*splits[0].train.paths, *splits[0].val.paths}
     assert grid.count_unseen(splits, "10") == len(photos - trained_by_both)
+
+
+def test_the_error_of_a_study_counts_these_photos(whole, tiny_saved, shapes_data, monkeypatch):
+    counts = []
+    summarize = summary.summarize
+
+    def noted(rows, num_val):
+        counts.append(num_val)
+        return summarize(rows, num_val)
+
+    monkeypatch.setattr(command, "summarize", noted)
+    assert run(tiny_saved, shapes_data, whole, *GRID) == 0
+    splits = [load_data(shapes_data, seed=seed) for seed in range(2)]
+    assert counts == [{shots: grid.count_unseen(splits, shots) for shots in ("3", "all")}]
 
 
 @pytest.mark.parametrize(
