@@ -382,7 +382,7 @@ def fake_findings(tmp_path: Path, num_classes: int) -> report.Findings:
 
 
 def test_the_sentences_say_how_many_and_what_to_do(tmp_path):
-    sentences = fake_findings(tmp_path, 3).sentences
+    sentences = report.describe(fake_findings(tmp_path, 3))
     assert sentences["mistakes"].startswith("2 of 3 validation and test photos are wrong, no two")
     assert (
         "1 of 3 validation and test photos is also in training"

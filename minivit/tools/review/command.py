@@ -74,8 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def review(args: argparse.Namespace) -> int:
     """Review the run, print a sentence for each part, and write the page and the tables."""
-    import torch
-
     from ...checkpoints.weights import load_pretrained
     from ...model import working_copy
     from ...system.device import peak_gib, pick_amp, pick_device
@@ -91,12 +89,7 @@ def review(args: argparse.Namespace) -> int:
     out = Path(args.out)
     check_folder(out)
     run = find_reviewed_run(args.run)
-    root = args.data or run.data
-    if not args.data and not Path(root).expanduser().exists():
-        raise UserError(
-            f"{root}: expected the photos that {args.run} was trained on, found no such folder; "
-            "say with --data where they are now"
-        )
+    root = find_data(args, run)
     data = load_reviewed(root, run)
     model = load_pretrained(run.folder)
     check_classes(model, data, run)
@@ -105,41 +98,34 @@ def review(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     amp = pick_amp(args.amp, device)
 
-    all_paths, all_splits, all_labels = list_photos(data)
+    all_photos = list_photos(data)
     low_model = working_copy(model, device, amp, train=False)
     low_base = working_copy(base, device, amp, train=False)
     if blocks:
-        say_how_long(args, run, low_base, blocks, len(all_paths), amp)
+        say_how_long(args, run, low_base, blocks, len(all_photos.paths), amp)
     cut = count_equal_blocks(model, base)
-    measured = measure(low_model, low_base, cut, all_paths, args.workers, amp)
+    measured = measure(low_model, low_base, cut, all_photos.paths, args.workers, amp)
     for reason in measured.unreadable.values():
         print(f"left out: {printable(reason)}", file=sys.stderr)
-    photos = report.Photos(
-        data.classes,
-        [all_paths[i] for i in measured.readable],
-        [all_splits[i] for i in measured.readable],
-        torch.tensor([all_labels[i] for i in measured.readable]),
-    )
+    photos = all_photos.take(measured.readable)
     if blocks:
-        folds = judge_by_blocks(args, run, base, photos, blocks, device)
+        folds = judge_by_blocks(args, run, base, photos, blocks, device, amp)
     else:
         folds = judge_by_linear_head(base, measured.features, photos, args.folds)
     groups = group_copies(measured.md5s, measured.thumbnails)
     findings = report.find(str(run.folder), photos, measured, folds, groups)
-    for part, sentence in findings.sentences.items():
+    for part, sentence in report.describe(findings).items():
         print(f"{part}: {sentence}")
 
     table = report.rows(findings)
-    for i in measured.unreadable:
-        label = data.classes[all_labels[i]]
-        table.append(report.unreadable_row(all_paths[i], all_splits[i], label))
+    table += [report.unreadable_row(all_photos, i) for i in measured.unreadable]
     out.mkdir(parents=True, exist_ok=True)
     with files.locked(out, wait=True):
         about = {
             **report.summary(findings),
             "base": base.origin.source,
             "data": root,
-            "left_out": {str(all_paths[i]): why for i, why in measured.unreadable.items()},
+            "left_out": {str(all_photos.paths[i]): why for i, why in measured.unreadable.items()},
             "settings": vars(args) | {"device": str(device), "amp": str(amp)},
         }
         # The JSON file comes first, because by it a later review knows the others for its own.
@@ -178,6 +164,18 @@ def find_reviewed_run(name: str) -> Run:
     if (run.folder / STATE).exists():
         raise UserError(f"{name}: this run is not finished; let train.py --resume finish it")
     return run
+
+
+def find_data(args: argparse.Namespace, run: Run) -> str:
+    """Return the folder of the run's photos. Raises UserError if it is no longer there."""
+    if args.data:
+        return args.data
+    if not Path(run.data).expanduser().exists():
+        raise UserError(
+            f"{run.data}: expected the photos that {args.run} was trained on, found no such "
+            "folder; say with --data where they are now"
+        )
+    return run.data
 
 
 def load_reviewed(root: str, run: Run) -> Data:
@@ -256,20 +254,22 @@ def check_sizes(base: ViT, model: ViT, run: Run) -> None:
             )
 
 
-def list_photos(data: Data) -> tuple[list[Path], list[str], list[int]]:
-    """Return all photos in the order of their paths, with the split and the label of each.
+def list_photos(data: Data) -> Photos:
+    """Return all photos in the order of their paths.
 
     Photos of one series, whose names follow each other, then fall into one fold.
     """
-    photos: list[tuple[str, Path, str, int]] = []
+    import torch
+
+    from .report import Photos
+
+    listed: list[tuple[Path, str, int]] = []
     for name in ("train", "val", "test"):
         split = getattr(data, name)
-        photos += [(str(path), path, name, label) for path, label in zip(split.paths, split.labels)]
-    photos.sort()
-    paths = [path for _, path, _, _ in photos]
-    splits = [split for _, _, split, _ in photos]
-    labels = [label for _, _, _, label in photos]
-    return paths, splits, labels
+        listed += [(path, name, label) for path, label in zip(split.paths, split.labels)]
+    listed.sort(key=lambda photo: str(photo[0]))
+    paths, splits, labels = zip(*listed)
+    return Photos(data.classes, paths, splits, torch.tensor(labels))
 
 
 def judge_by_linear_head(base: ViT, features: Tensor, photos: Photos, folds: int) -> HeldOut:
@@ -312,14 +312,13 @@ def judge_by_blocks(
     photos: Photos,
     blocks: Sequence[int],
     device: torch.device,
+    amp: torch.dtype | None,
 ) -> HeldOut:
     """Judge each photo by blocks of the base that were trained, as the run's, without its fold."""
-    from ...system.device import pick_amp
     from ...training.linear_head import assign_folds
     from .blocks import held_out_logits, keep_features
     from .labels import HeldOut
 
-    amp = pick_amp(args.amp, device)
     fold_of = assign_folds(photos.labels, base.config.num_classes, args.folds)
     features = keep_features(
         base,

@@ -5,17 +5,16 @@ File names and class names are untrusted data. They stand in JSON, and the page 
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from ...figures import pages
 from ...figures.plots import shorten
 from ...model import ViT
-from .pictures import LARGE, SMALL, draw_maps, small_photos
-from .report import Findings
+from .pictures import LARGE, SMALL, draw_maps, draw_photos
+from .report import Findings, describe
 
 TEMPLATE = Path(__file__).with_name("review.html")
 MOST_LISTED = 60  # mistakes, suspicious labels and groups of copies
@@ -31,37 +30,44 @@ def write_page(path: Path, findings: Findings, model: ViT, workers: int) -> None
 
 def page_data(findings: Findings, model: ViT, workers: int) -> dict[str, object]:
     """Return all that the page shows; photos are referred to by their index."""
+    photos = findings.photos
     mistakes = findings.mistakes[:MOST_LISTED]
     suspicious = findings.suspicious[:MOST_LISTED]
     groups = [group[:MOST_OF_A_GROUP] for group in findings.copies[:MOST_LISTED]]
     cells = cells_of(findings)
-    shown_in_cells = choose_for_cells(findings.mistakes, cells)
     neighbours = {i: findings.neighbours[i].tolist() for i in suspicious}
 
-    small: dict[int, None] = dict.fromkeys(shown_in_cells)
-    for indices in (*neighbours.values(), *groups):
-        small |= dict.fromkeys(indices)
-    paths = findings.paths
-    uris = dict(zip(small, small_photos([paths[i] for i in small], SMALL, workers)))
-    large = [*dict.fromkeys((*mistakes, *suspicious))]
-    large_uris = dict(zip(large, small_photos([paths[i] for i in large], LARGE, workers)))
+    small = set(choose_for_cells(findings.mistakes, cells))
+    small.update(*neighbours.values(), *groups)
+    large = {*mistakes, *suspicious}
+    small_urls = draw_photos(photos.paths, small, SMALL, workers)
+    large_urls = draw_photos(photos.paths, large, LARGE, workers)
     maps = draw_maps(
         model,
-        [paths[i] for i in mistakes],
+        [photos.paths[i] for i in mistakes],
         [int(findings.answers[i]) for i in mistakes],
-        [int(findings.labels[i]) for i in mistakes],
+        [int(photos.labels[i]) for i in mistakes],
     )
-    named = {*small, *large, *(i for indices in cells.values() for i in indices)}
+    common_folder = os.path.commonpath([path.parent for path in photos.paths])
+    described = {}
+    for i in sorted(small.union(large, *cells.values())):
+        name = str(photos.paths[i].relative_to(common_folder))
+        described[i] = {
+            "name": shorten(name, MAX_NAME),
+            "label": int(photos.labels[i]),
+            "split": photos.splits[i],
+            "picture": small_urls.get(i, ""),
+        }
     return {
         "run": shorten(findings.run, MAX_NAME),
-        "classes": [shorten(name, MAX_NAME) for name in findings.classes],
-        "sentences": findings.sentences,
+        "classes": [shorten(name, MAX_NAME) for name in photos.classes],
+        "sentences": describe(findings),
         "cropped": model.preprocess.crop is not None,
-        "photos": {i: describe_photo(findings, i, uris.get(i, "")) for i in sorted(named)},
+        "photos": described,
         "mistakes": [
             {
                 "photo": i,
-                "picture": large_uris[i],
+                "picture": large_urls[i],
                 "answer": int(findings.answers[i]),
                 "answerProbability": round(float(findings.answer_probabilities[i]), 4),
                 "labelProbability": round(float(findings.run_label_probabilities[i]), 4),
@@ -74,8 +80,8 @@ def page_data(findings: Findings, model: ViT, workers: int) -> dict[str, object]
         "suspicious": [
             {
                 "photo": i,
-                "path": str(paths[i]),
-                "picture": large_uris[i],
+                "path": str(photos.paths[i]),
+                "picture": large_urls[i],
                 "labelProbability": round(float(findings.label_probabilities[i]), 4),
                 "likeness": int(findings.likeness[i]),
                 "likenessProbability": round(float(findings.likeness_probabilities[i]), 4),
@@ -89,31 +95,22 @@ def page_data(findings: Findings, model: ViT, workers: int) -> dict[str, object]
     }
 
 
-def describe_photo(findings: Findings, i: int, uri: str) -> dict[str, object]:
-    return {
-        "name": shorten(findings.names[i], MAX_NAME),
-        "label": int(findings.labels[i]),
-        "split": findings.splits[i],
-        "picture": uri,
-    }
-
-
 def cells_of(findings: Findings) -> dict[tuple[int, int], list[int]]:
     """Return the validation and test photos of each cell (label, answer) of the confusion."""
     cells: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     for i in findings.held_out:
-        cells[int(findings.labels[i]), int(findings.answers[i])].append(i)
-    return dict(cells)
+        cells[int(findings.photos.labels[i]), int(findings.answers[i])].append(i)
+    return cells
 
 
 def choose_for_cells(
     mistakes: Sequence[int], cells: Mapping[tuple[int, int], Sequence[int]]
-) -> Iterable[int]:
+) -> list[int]:
     """Return the photos that cells show: all mistakes first, then some of each right cell."""
     chosen = list(mistakes[:MOST_IN_CELLS])
     right = [indices for (label, answer), indices in cells.items() if label == answer]
     room = MOST_IN_CELLS - len(chosen)
     each = room // max(1, len(right))
     for indices in right:
-        chosen += np.array(indices, int)[:each].tolist()
+        chosen += indices[:each]
     return chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,8 +48,10 @@ def shrink(photo: Image.Image, side: int) -> Image.Image:
     return small
 
 
-def small_photos(paths: Iterable[Path], size: Size, workers: int) -> list[str]:
-    """Return the data URI of each photo, or "" for one that can be read no more."""
+def draw_photos(
+    paths: Sequence[Path], indices: Collection[int], size: Size, workers: int
+) -> dict[int, str]:
+    """Return the data URI of some of the photos, or "" for one that can be read no more."""
 
     def draw(path: Path) -> str:
         try:
@@ -58,7 +60,7 @@ def small_photos(paths: Iterable[Path], size: Size, workers: int) -> list[str]:
             return ""
         return to_uri(shrink(photo, size.side), size.limit)
 
-    return list(read_ahead(draw, paths, workers))
+    return dict(zip(indices, read_ahead(draw, [paths[i] for i in indices], workers)))
 
 
 def draw_maps(

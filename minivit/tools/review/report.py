@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,17 +39,19 @@ class Photos:
     splits: Sequence[str]  # train, val or test
     labels: Tensor  # (n,)
 
+    def take(self, indices: Sequence[int]) -> Photos:
+        """Return some of the photos, in the order of their indices."""
+        paths = [self.paths[i] for i in indices]
+        splits = [self.splits[i] for i in indices]
+        return Photos(self.classes, paths, splits, self.labels[indices])
+
 
 @dataclass(frozen=True)
 class Findings:
     """All that a review finds out about n photos, which are referred to by their index."""
 
     run: str
-    classes: Sequence[str]
-    paths: Sequence[Path]
-    names: Sequence[str]  # the paths within the folder that holds all of them
-    splits: Sequence[str]
-    labels: Tensor  # (n,)
+    photos: Photos
     held_out: list[int]  # the validation and test photos
     # The run's answers: these mean something for held-out photos only.
     answers: Tensor  # (n,)
@@ -67,7 +68,6 @@ class Findings:
     neighbours: Tensor  # (n, k)
     copies: list[list[int]]  # groups that span two splits or two labels
     leaked: list[int]  # the held-out photos of which a copy was trained on
-    sentences: dict[str, str]  # by the part of the review
 
 
 def find(
@@ -88,13 +88,9 @@ def find(
     others[rows, labels] = -1.0
     likeness_probabilities, likeness = others.max(1)
     copies, leaked = sort_copies(groups, photos)
-    findings = Findings(
+    return Findings(
         run=run,
-        classes=photos.classes,
-        paths=photos.paths,
-        names=names_within_common_folder(photos.paths),
-        splits=photos.splits,
-        labels=labels,
+        photos=photos,
         held_out=is_held_out.nonzero()[:, 0].tolist(),
         answers=answers,
         answer_probabilities=answer_probabilities,
@@ -109,10 +105,7 @@ def find(
         neighbours=nearest_neighbours(measured.features),
         copies=copies,
         leaked=leaked,
-        sentences={},
     )
-    findings.sentences.update(describe(findings))
-    return findings
 
 
 def sort_copies(
@@ -133,11 +126,6 @@ def sort_copies(
     return copies, leaked
 
 
-def names_within_common_folder(paths: Sequence[Path]) -> list[str]:
-    common = os.path.commonpath([path.parent for path in paths])
-    return [str(path.relative_to(common)) for path in paths]
-
-
 def describe(findings: Findings) -> dict[str, str]:
     """Return a sentence for each part of the review."""
     return {
@@ -153,11 +141,11 @@ def describe_mistakes(findings: Findings) -> str:
     wrong = len(findings.mistakes)
     if wrong == 0:
         return f"none of the {held_out} validation and test photos is wrong."
-    pairs = Counter((int(findings.labels[i]), int(findings.answers[i])) for i in findings.mistakes)
-    [((label, answer), count)] = pairs.most_common(1)
-    commonest = (
-        f"{printable(findings.classes[label])} taken for {printable(findings.classes[answer])}"
-    )
+    labels = findings.photos.labels[findings.mistakes].tolist()
+    answers = findings.answers[findings.mistakes].tolist()
+    [((label, answer), count)] = Counter(zip(labels, answers)).most_common(1)
+    classes = findings.photos.classes
+    commonest = f"{printable(classes[label])} taken for {printable(classes[answer])}"
     if count > 1:
         commonest = f"most often {commonest} ({count})"
     elif wrong > 1:
@@ -169,12 +157,13 @@ def describe_mistakes(findings: Findings) -> str:
 
 def describe_labels(findings: Findings) -> str:
     judge = f"{findings.folds.source} that had not seen the photos"
-    found = len(findings.suspicious)
-    if found == 0:
-        return f"none of {len(findings.paths)} labels surprises {judge}."
-    surprise = "labels surprise" if found > 1 else "labels surprises"
-    sentence = f"{found} of {len(findings.paths)} {surprise} {judge}. "
-    if found > TOO_MANY * len(findings.paths):
+    num_photos = len(findings.photos.paths)
+    num_suspicious = len(findings.suspicious)
+    if num_suspicious == 0:
+        return f"none of {num_photos} labels surprises {judge}."
+    surprise = "labels surprise" if num_suspicious > 1 else "labels surprises"
+    sentence = f"{num_suspicious} of {num_photos} {surprise} {judge}. "
+    if num_suspicious > TOO_MANY * num_photos:
         return sentence + (
             "So many can hardly all be wrong: it does not tell the classes apart well, so look at "
             "the first ones only."
@@ -183,7 +172,7 @@ def describe_labels(findings: Findings) -> str:
 
 
 def describe_accuracy(findings: Findings) -> str:
-    is_right = findings.predictions == findings.labels
+    is_right = findings.predictions == findings.photos.labels
     folds = accuracy_of_folds(is_right, findings.folds.fold_of)
     sentence = (
         f"{findings.folds.source} has an accuracy of {measure_accuracy(is_right)} over "
@@ -198,10 +187,10 @@ def describe_accuracy(findings: Findings) -> str:
 
 def accuracy_of_test(findings: Findings) -> Accuracy | None:
     """Return the run's accuracy on the test photos, or None if none of them can be read."""
-    test = [i for i in findings.held_out if findings.splits[i] == "test"]
+    test = [i for i in findings.held_out if findings.photos.splits[i] == "test"]
     if not test:
         return None
-    return measure_accuracy(findings.answers[test] == findings.labels[test])
+    return measure_accuracy(findings.answers[test] == findings.photos.labels[test])
 
 
 def describe_copies(findings: Findings) -> str:
@@ -225,53 +214,57 @@ def rows(findings: Findings) -> list[dict[str, object]]:
         SUSPICIOUS: set(findings.suspicious),
         COPY: {i for group in findings.copies for i in group},
     }
-    classes = [printable(name) for name in findings.classes]
+    photos = findings.photos
+    classes = [printable(name) for name in photos.classes]
     table = []
-    for i, path in enumerate(findings.paths):
-        row = empty_row(path, findings.splits[i], classes[findings.labels[i]])
+    for i in range(len(photos.paths)):
+        row = empty_row(photos, i)
         row["flags"] = "; ".join(flag for flag, indices in flags.items() if i in indices)
         row["label_probability"] = round(float(findings.label_probabilities[i]), 6)
         row["predicted"] = classes[findings.predictions[i]]
         row["fold"] = int(findings.folds.fold_of[i])
-        if findings.splits[i] != "train":
+        if photos.splits[i] != "train":
             row["run_predicted"] = classes[findings.answers[i]]
             row["run_probability"] = round(float(findings.answer_probabilities[i]), 6)
         for place, neighbour in enumerate(findings.neighbours[i].tolist(), 1):
-            row[f"neighbour_{place}"] = printable(findings.paths[neighbour])
+            row[f"neighbour_{place}"] = printable(photos.paths[neighbour])
         table.append(row)
     return table
 
 
-def empty_row(path: Path, split: str, label: str) -> dict[str, object]:
+def empty_row(photos: Photos, i: int) -> dict[str, object]:
     """Return a row with all columns, of which only those that are always known are filled in."""
-    columns = ["label_probability", "predicted", "fold"]
+    row: dict[str, object] = {
+        "path": printable(photos.paths[i]),
+        "split": photos.splits[i],
+        "label": printable(photos.classes[int(photos.labels[i])]),
+    }
+    columns = ["flags", "label_probability", "predicted", "fold"]
     columns += ["run_predicted", "run_probability"]
     columns += [f"neighbour_{place}" for place in range(1, NEIGHBOURS + 1)]
-    known = {"path": printable(path), "split": split, "label": printable(label), "flags": ""}
-    return {**known, **dict.fromkeys(columns, "")}
+    return row | dict.fromkeys(columns, "")
 
 
-def unreadable_row(path: Path, split: str, label: str) -> dict[str, object]:
-    return {**empty_row(path, split, label), "flags": UNREADABLE}
+def unreadable_row(photos: Photos, i: int) -> dict[str, object]:
+    return empty_row(photos, i) | {"flags": UNREADABLE}
 
 
 def summary(findings: Findings) -> dict[str, object]:
     """Return what review.json says of the findings."""
-    is_right = findings.predictions == findings.labels
-    accuracy = measure_accuracy(is_right)
+    is_right = findings.predictions == findings.photos.labels
     test = accuracy_of_test(findings)
-    names = [str(path) for path in findings.paths]
+    names = [str(path) for path in findings.photos.paths]
     return {
-        "sentences": findings.sentences,
+        "sentences": describe(findings),
         "run": findings.run,
-        "photos": len(findings.paths),
+        "photos": len(names),
         "held_out_photos": len(findings.held_out),
         "mistakes": [names[i] for i in findings.mistakes],
         "suspicious_labels": [names[i] for i in findings.suspicious],
         "cross_validation": {
             "model": findings.folds.source,
             "folds": accuracy_of_folds(is_right, findings.folds.fold_of),
-            **interval(accuracy),
+            **interval(measure_accuracy(is_right)),
         },
         "test": None if test is None else interval(test),
         "copies": [[names[i] for i in group] for group in findings.copies],
