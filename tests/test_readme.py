@@ -247,7 +247,7 @@ SUBSTITUTIONS = {
     r"\bAMP\b": "off",
     r"\bSEED\b": "0",
     r"\bBLOCKS\b": "10-11",
-    r'"Egyptian Mau"': "Husky",
+    r'"Egyptian Mau"|\bSphynx\b': "Husky",
     r"\bBengal\b": "Siamese",  # The demo draws no Bengal cats, but it draws Siamese ones.
     r" --revision main": "",  # The model is a folder here, which has no revisions.
     r"minivit study": "minivit study --seeds 1 --epochs 1 --shots 2",  # 5 runs for 75
@@ -300,6 +300,7 @@ def lay_out_project(folder: Path) -> None:
         "MODEL",
         "runs/demo/run",
         "runs/head",
+        "runs/head34",
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(DEMO)
