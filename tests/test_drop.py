@@ -368,6 +368,7 @@ def run(data, out, *flags) -> int:
 @pytest.fixture
 def no_figures(monkeypatch):
     from minivit.tools.drop import figure
+    from minivit.tools.score import gallery
 
     monkeypatch.setattr(figure, "draw_drop", lambda path, *_: path.touch())
     monkeypatch.setattr(gallery, "draw_gallery", lambda path, *_: path.touch())
