@@ -61,18 +61,18 @@ class Parser(argparse.ArgumentParser):
     def add_workers(self, what: str) -> None:
         self.add_argument("--workers", type=at_least(1), default=cores(), help=what)
 
-    def add_measuring_flags(self, command: str) -> None:
-        """Add the flags that score and drop share; `command` is the one of the two."""
+    def add_model_flags(self, compare: str) -> None:
+        """Add --model and --compare, whose help is `compare`."""
         self.add_argument(
             "--model",
             metavar="ID|DIR|demo",
             help=f"as in train.py; without it, {RUN_DIR} if it exists, else {BASE_MODEL}",
         )
-        self.add_argument(
-            "--compare",
-            metavar="BASE",
-            help="the model before fine-tuning, which is measured too",
-        )
+        self.add_argument("--compare", metavar="BASE", help=compare)
+
+    def add_measuring_flags(self, command: str) -> None:
+        """Add the flags that score and drop share; `command` is the one of the two."""
+        self.add_model_flags("the model before fine-tuning, which is measured too")
         self.add_argument(
             "--data",
             default="data",

@@ -14,6 +14,7 @@ import webbrowser
 from collections.abc import Sequence
 
 from ... import cli
+from ...errors import printable
 
 LOOPBACK = "127.0.0.1"
 
@@ -23,14 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "serve",
         description="Serve a page to drop a photo on, which shows its names and the explorer.",
     )
-    parser.add_argument(
-        "--model",
-        metavar="ID|DIR|demo",
-        help=f"as in infer.py; without it, {cli.RUN_DIR} if it exists, else {cli.BASE_MODEL}",
-    )
-    parser.add_argument(
-        "--compare", metavar="BASE", help="another model, whose answer is shown first"
-    )
+    parser.add_model_flags("another model, whose answer is shown first")
     parser.add_argument(
         "--host",
         default=LOOPBACK,
@@ -77,7 +71,7 @@ def serve(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         if args.keep:
-            print(f"photos are kept in {cli.printable(args.keep)}", file=sys.stderr)
+            print(f"photos are kept in {printable(args.keep)}", file=sys.stderr)
         print(f"ready after {seconds:.1f} s; Ctrl-C ends it", file=sys.stderr)
         print(*server.urls(), sep="\n", flush=True)
         if can_show_a_browser():

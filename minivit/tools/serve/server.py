@@ -220,8 +220,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(self._send_page)
 
-    def do_HEAD(self) -> None:
-        self._answer(self._send_page)
+    do_HEAD = do_GET  # _send leaves the body out.
 
     def do_POST(self) -> None:
         self._answer(self._answer_photo)
@@ -272,8 +271,8 @@ class Handler(BaseHTTPRequestHandler):
                 HTTPStatus.METHOD_NOT_ALLOWED, "photos are sent to .../photo", Allow="GET, HEAD"
             )
         size = self._photo_size()
-        [name] = parse_qs(urlsplit(self.path).query).get("name", ["photo"])[:1]
-        name = printable(name)[:MAX_NAME]
+        names = parse_qs(urlsplit(self.path).query).get("name", ["photo"])
+        name = printable(names[0])[:MAX_NAME]
         places = self.server.answers.places
         if not places.acquire(blocking=False):
             raise Refusal(
