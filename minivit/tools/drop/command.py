@@ -15,6 +15,8 @@ from ... import cli
 from ...errors import UserError, printable
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ...model import ViT
 
 DESCRIPTION = "Take the pet away and see: does the answer come from the pet or from the background?"
@@ -77,8 +79,8 @@ def drop(args: argparse.Namespace) -> int:
     print(*report.overview(names, answers, len(set(split.labels))), sep="\n")
     print(*report.tables(summaries), "", sentence, sep="\n")
 
-    has_gallery = true["model"] is not None
-    files = outputs.output_names("drop", gallery=has_gallery)
+    true_classes = true["model"]
+    files = outputs.output_names("drop", gallery=true_classes is not None)
     settings = vars(args) | {"model": names["model"], "device": str(device), "amp": str(amp)}
     about = {
         "sentence": sentence,
@@ -92,9 +94,9 @@ def drop(args: argparse.Namespace) -> int:
     with outputs.replace_earlier(out, "drop"):
         report.write_files(out, summaries, about)
         figure.draw_drop(out / "drop.png", summaries, sentence)
-        if has_gallery:
+        if true_classes is not None:
             predicted = answers.predicted["model"]
-            kinds = gallery.choose_photos(predicted, true["model"])
+            kinds = gallery.choose_photos(predicted, true_classes)
             true_names = [data.classes[label] for label in split.labels]
             names_by_condition = gallery.name_answers(predicted, model.labels)
             gallery.write_gallery(
@@ -137,7 +139,7 @@ def blocks_of_maps(args: argparse.Namespace, models: Mapping[str, ViT]) -> list[
     return blocks
 
 
-def class_indices(model: ViT, classes: Sequence[str], labels: Sequence[int]):
+def class_indices(model: ViT, classes: Sequence[str], labels: Sequence[int]) -> np.ndarray | None:
     """Return the model's index (n,) of each photo's class, or None if it lacks one of them."""
     import numpy as np
 

@@ -125,16 +125,16 @@ def write_files(out: Path, summaries: Mapping[str, Summary], about: Mapping[str,
     """Write drop.json with the numbers, and then drop.csv with all conditions."""
     models = {}
     for model, summary in summaries.items():
-        conditions = {
-            key: {
-                "photos": result.photos,
-                "accuracy": result.accuracy and result.accuracy._asdict(),
-                "agreement": result.agreement._asdict(),
-                "commonest": result.commonest,
-            }
-            for key, result in summary.results.items()
-            if isinstance(key, str)
-        }
+        conditions = {}
+        for key, result in summary.results.items():
+            if not isinstance(key, MapKey):
+                accuracy = None if result.accuracy is None else result.accuracy._asdict()
+                conditions[key] = {
+                    "photos": result.photos,
+                    "accuracy": accuracy,
+                    "agreement": result.agreement._asdict(),
+                    "commonest": result.commonest,
+                }
         models[model] = {
             "chance": summary.chance,
             "numbers": as_dicts(summary.numbers),
