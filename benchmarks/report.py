@@ -214,8 +214,6 @@ QUANTITIES = {"device GiB": "device memory", "host MiB": "host memory"}
 def job_in_short(rows: Sequence[Row]) -> str:
     labels = {
         "transformers": "transformers' Trainer as its users write it",
-        "transformers-tuned": "Trainer tuned: more workers, photos made small first",
-        "transformers-even": "Trainer tuned, and tested once at the end as `train.py` is",
         "minivit-cold": "`train.py`, photos still to be decoded",
         "minivit": "`train.py`, photos decoded by an earlier run",
     }
@@ -446,20 +444,32 @@ def demo(rows: Sequence[Row]) -> str:
     return table(head, [line])
 
 
-def job_alone_on_a_gpu(rows: Sequence[Row]) -> str:
-    runs = Measurement(rows, "finetune", f"{H100_JOB}, train.py alone", GPU)
-    labels = {
-        "minivit-cold": "photos still to be decoded",
-        "minivit": "photos decoded by an earlier run",
+def many_photos_on_a_gpu(rows: Sequence[Row]) -> str:
+    """Return the table of infer.py on a folder: figures, names alone, and decoding alone."""
+    columns = {
+        "figures a second": "infer.py, speed",
+        "seconds to the first": "infer.py, time to the first figure",
+        "names a second": "infer.py --no-figures, speed",
+        "seconds for one photo's names": "infer.py --no-figures, time of one photo",
+        "names a second from then on": "infer.py --no-figures, speed after the first photo",
+        "decoded a second in threads": "decoding in threads, speed",
     }
-    lines = [[Cell(label), runs.cell(f"{name}, time")] for name, label in labels.items()]
-    return table(["`train.py`, later version", "seconds"], lines)
+    lines = []
+    for cores in (16, 2):
+        runs = Measurement(
+            rows,
+            "one_photo",
+            workloads.many_photos("ViT-B/16", "cuda"),
+            f"NVIDIA H100 80GB HBM3, {cores} cores",
+        )
+        cells = [runs.cell(name, ".1f" if "time" in name else ",.0f") for name in columns.values()]
+        lines.append([Cell(str(cores)), runs.cell("infer.py, photos", ",.0f"), *cells])
+    return table(["cores", "photos", *columns], lines)
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "the whole job in short": job_in_short,
     "the whole job on a GPU": job_on_a_gpu,
-    "train.py alone on a GPU": job_alone_on_a_gpu,
     "images a second": images_a_second,
     "what an epoch costs, as a picture": epochs_picture,
     "what an epoch costs by photos": epochs_by_photos,
@@ -468,6 +478,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "the whole job on two cores without AMX": job_on_cores_without_amx,
     "one photo": one_photo,
     "a folder of photos": many_photos,
+    "a folder of photos on a GPU": many_photos_on_a_gpu,
     "attention beside the logits": attention_cost,
     "accuracy on real photos": accuracy,
     "which epoch to keep": lambda _: recipe_tables.rules(),

@@ -281,7 +281,7 @@ def command_line(argv: Sequence[str]) -> str:
         elif not word.startswith("-") and "/" in word:
             words.append("FOLDER" if Path(word).is_dir() else Path(word).name)
         else:
-            words.append(word)
+            words.append(f'"{word}"' if " " in word else word)
     return " ".join(words)
 
 
