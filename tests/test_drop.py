@@ -451,7 +451,7 @@ def test_the_number_of_photos_is_that_asked_for(drawings, breeds_model, tmp_path
     assert about["photos"] + sum(map(len, about["left_out"].values())) == 12
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("name", ["drop.json", "gallery.html"])
 def test_files_that_drop_did_not_write_are_kept(drawings, breeds_model, tmp_path, capsys, name):
     (tmp_path / name).write_text('{"models": "of cars"}')
     assert run(drawings, tmp_path, "--model", breeds_model) == 2
