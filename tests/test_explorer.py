@@ -223,6 +223,7 @@ def test_the_page_may_load_nothing_and_run_only_its_own_script():
         "base-uri": "'none'",
         "form-action": "'none'",
     }
+    assert "SHARED_STYLE" not in page
     assert page.index("Content-Security-Policy") < page.index("<title>")
     assert not re.search(
         r"https?:|//[a-z]|@import|url\(|<link", page.replace(held(page)["panes"][0]["maps"], "")

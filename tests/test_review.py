@@ -121,6 +121,8 @@ def test_a_copy_in_training_and_test_is_found(reviewed, planted):
 def test_the_table_has_a_row_for_every_photo(reviewed, planted):
     rows = rows_of(reviewed)
     assert len(rows) == len(list(planted.rglob("*.png"))) == 3 * 16 + 3
+    paths = [row["path"] for row in rows]
+    assert paths == sorted(paths)
     by_split = {name: [row for row in rows if row["split"] == name] for name in ("train", "val")}
     assert all(row["run_predicted"] == "" for row in by_split["train"])
     assert all(row["run_predicted"] for row in by_split["val"])
@@ -144,6 +146,8 @@ def test_mistakes_are_those_of_the_run_most_confident_first(reviewed, run):
         assert all(uri.startswith("data:image/jpeg;base64,") for uri in mistake["maps"])
         assert mistake["maps"][0] != mistake["maps"][1]
     in_cells = [i for _, _, photos in page_data["cells"] for i in photos]
+    for i in in_cells:
+        assert page_data["photos"][str(i)]["picture"].startswith("data:image/jpeg;base64,")
     assert len(in_cells) == len(set(in_cells)) == about(reviewed)["held_out_photos"]
 
 
@@ -272,6 +276,7 @@ def test_unreadable_photos_hostile_names_and_small_classes(tiny_saved, tmp_path,
     rows = rows_of(tmp_path / "out")
     assert [row["flags"] for row in rows if row["path"].endswith("broken.png")] == ["unreadable"]
     assert len(rows) == 20
+    assert all(row["label"] == Path(row["path"]).parent.name for row in rows)
     assert len(about(tmp_path / "out")["left_out"]) == 1
     assert "<b>red" in held(tmp_path / "out")["classes"]
     assert "<b>" not in (tmp_path / "out" / "review.html").read_text(encoding="utf-8")
@@ -480,4 +485,5 @@ def test_the_page_may_load_nothing(page_text):
     text = page_text()
     policy = re.search(r'Content-Security-Policy" content="(.*?)"', text, re.DOTALL)[1]
     assert policy.startswith("default-src 'none'; img-src data:;") and "_HASH" not in text
+    assert "SHARED_STYLE" not in text
     assert not re.search(r"@import|url\(|<link|<iframe", text)

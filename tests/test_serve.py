@@ -248,7 +248,7 @@ def test_the_page_forbids_all_but_its_own_script_and_style(page):
     assert headers["cache-control"] == "no-store"
     assert "Python" not in headers["server"]
     assert not re.search(r"https?:|@import|url\(|\son[a-z]+=|\sstyle=|innerHTML", text)
-    assert page.token not in text
+    assert page.token not in text and "SHARED_STYLE" not in text
 
 
 def test_a_head_is_the_page_without_its_body(page):
