@@ -185,6 +185,9 @@ def choose_blocks(summaries: Mapping[str, Summary]) -> tuple[str, list[str]]:
     Only validation decides. The test accuracy of the chosen blocks would be too high by chance if
     they were chosen by it. Of all choices within one standard error of the best one, the one that
     trains fewest blocks is taken.
+    The error is that of the best mean. The paired error of a difference on the same photos is about
+    as large: 0.014 to 0.017 between the head, one and two blocks of three breeds with 50 photos
+    each, and 0.016 to 0.020 for one mean.
     Source: the 1-SE rule of Breiman et al. 1984, Classification and Regression Trees, section 3.4.3
     """
     best = max(summaries.values(), key=lambda summary: summary.val.mean)
