@@ -490,6 +490,8 @@ def test_a_model_without_a_classifier_has_no_probabilities(tmp_path, photo, caps
     assert answer["predictions"] == []
     with np.load(answer["npz"]) as arrays:
         assert arrays["probabilities"].shape == (0,)
+    page = Path(answer["html"]).read_text(encoding="utf-8")
+    assert '"name":"rollout"' in page and '"name":"relevance"' not in page
 
 
 @pytest.mark.parametrize("all_rows", [True, False], ids=["all rows", "one row"])
