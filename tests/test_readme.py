@@ -251,7 +251,7 @@ SUBSTITUTIONS = {
     r"\bBengal\b": "Siamese",  # The demo draws no Bengal cats, but it draws Siamese ones.
     r" --revision main": "",  # The model is a folder here, which has no revisions.
     r"minivit study": "minivit study --seeds 1 --epochs 1 --shots 2",  # 5 runs for 75
-    r"(minivit study .*pets3)$": r"\1 --out study-pets3",  # study/ holds that of other photos
+    r"(minivit study .*--data (pets\d+).*)": r"\1 --out study-\2",  # study/ is of other photos
 }
 
 
@@ -304,7 +304,7 @@ def lay_out_project(folder: Path) -> None:
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(DEMO)
-    for name in ("pets3", "pets37", "DIR", "FOLDER", "runs/demo/drawings"):
+    for name in ("pets3", "pets34", "pets37", "DIR", "FOLDER", "runs/demo/drawings"):
         (folder / name).symlink_to(folder / "data")
     (folder / "RUN").symlink_to(folder / "runs" / "pets")
 
