@@ -142,13 +142,12 @@ def test_the_verdict_is_one_plain_sentence():
     head_alone = rows[0] | {"epoch": 0, "val_accuracy": 0.8}
     rows = [head_alone, *rows_of((1.0, 1.0), (0.5, 0.6))]
     assert verdict(rows, choose_kept(rows, "auto", 30)) == (
-        "no overfitting: training 99.8%, validation 93.1%, a gap of 6.7 points, the head alone "
-        "80.0%; epoch 2 was kept, the last: none before it is better by more than 2 standard "
-        "errors of 30 photos"
+        "the validation loss has not risen: training 99.8%, validation 93.1%, a gap of 6.7 points, "
+        "the head alone 80.0%; epoch 2 was kept, the last: none before it is better by more than 2 "
+        "standard errors of 30 photos"
     )
     assert verdict([head_alone], choose_kept([head_alone], "auto", 30)) == (
-        "no overfitting: training 99.8%, validation 80.0%, a gap of 19.8 points; the head alone "
-        "was trained"
+        "training 99.8%, validation 80.0%, a gap of 19.8 points; the head alone was trained"
     )
 
 

@@ -188,7 +188,9 @@ def verdict(rows: Sequence[Mapping[str, float]], kept: Kept) -> str:
     if first:
         text = f"overfitting from epoch {first}: {text}"
     else:
-        text = f"no overfitting: {text}, a gap of {100 * (train - val):.1f} points"
+        text = f"{text}, a gap of {100 * (train - val):.1f} points"
+    if not first and len(rows) > 1:
+        text = f"the validation loss has not risen: {text}"
     if rows[0]["epoch"] == 0 and len(rows) > 1:
         text += f", the head alone {rows[0]['val_accuracy']:.1%}"
     text += f"; {kept.reason}"
