@@ -146,6 +146,8 @@ def test_the_verdict_is_one_plain_sentence():
         "the head alone 80.0%; epoch 2 was kept, the last: none before it is better by more than 2 "
         "standard errors of 30 photos"
     )
+    diverged = rows_of((1.0, 1.0), (0.5, 0.6), (2.0, 2.0))
+    assert verdict(diverged, choose_kept(diverged, "auto", 30)).startswith("training 99.8%, ")
     assert verdict([head_alone], choose_kept([head_alone], "auto", 30)) == (
         "training 99.8%, validation 80.0%, a gap of 19.8 points; the head alone was trained"
     )

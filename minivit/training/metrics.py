@@ -185,12 +185,13 @@ def verdict(rows: Sequence[Mapping[str, float]], kept: Kept) -> str:
     first = overfits_from(rows)
     train, val = rows[-1]["train_accuracy"], rows[-1]["val_accuracy"]
     text = f"training {train:.1%}, validation {val:.1%}"
+    val_losses = [row["val_loss"] for row in rows if row["epoch"] > 0]
     if first:
         text = f"overfitting from epoch {first}: {text}"
     else:
         text = f"{text}, a gap of {100 * (train - val):.1f} points"
-    if not first and len(rows) > 1:
-        text = f"the validation loss has not risen: {text}"
+        if val_losses and val_losses[-1] <= NOISE * min(val_losses):
+            text = f"the validation loss has not risen: {text}"
     if rows[0]["epoch"] == 0 and len(rows) > 1:
         text += f", the head alone {rows[0]['val_accuracy']:.1%}"
     text += f"; {kept.reason}"
