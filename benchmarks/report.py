@@ -34,6 +34,7 @@ TABLE = re.compile(rf"(?s){BEGIN.format('([^>]*)')}(.*?){END}")
 SHOWN_VERSIONS = ("torch", "transformers", "timm")  # of those that a row holds
 GPU = "NVIDIA H100"
 AMX_CORES = "Intel(R) Xeon(R) Processor, AMX, 2 cores"
+BF16_CORES = "AMD EPYC, AVX512-BF16, 2 cores"
 PLAIN_CORES = "AMD EPYC (Zen 2), 2 cores"
 H100_JOB = workloads.whole_job("ViT-B/16", 5, 3680, 3669, "photos", "cuda")
 
@@ -236,6 +237,14 @@ def job_on_cores_with_amx(rows: Sequence[Row]) -> str:
     labels = {name: workloads.VARIANTS[name] for name in names}
     workload = workloads.whole_job("ViT-B/16", 5, 40, 40, "photos", "cpu")
     runs = Measurement(rows, "finetune", workload, AMX_CORES)
+    return table_of_variants(runs, labels, {}, ratio=True)
+
+
+def job_on_cores_with_bf16(rows: Sequence[Row]) -> str:
+    names = ["transformers", "transformers-tuned", "transformers-even", "minivit-cold"]
+    labels = {name: workloads.VARIANTS[name] for name in names}
+    workload = workloads.whole_job("ViT-B/16", 5, 40, 40, "photos", "cpu")
+    runs = Measurement(rows, "finetune", workload, BF16_CORES)
     return table_of_variants(runs, labels, {}, ratio=True)
 
 
@@ -475,6 +484,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "what an epoch costs by photos": epochs_by_photos,
     "what an epoch costs by trained blocks": epochs_by_blocks,
     "the whole job on two cores with AMX": job_on_cores_with_amx,
+    "the whole job on two cores with AVX512-BF16": job_on_cores_with_bf16,
     "the whole job on two cores without AMX": job_on_cores_without_amx,
     "one photo": one_photo,
     "a folder of photos": many_photos,
