@@ -104,6 +104,22 @@ def test_planted_label_errors_are_ranked_first(reviewed):
     assert likeness["really red.png"] == "red" and likeness["really blue.png"] == "blue"
 
 
+def test_an_interrupted_review_leaves_no_page_of_an_earlier_one(
+    run, reviewed, tmp_path, monkeypatch
+):
+    shutil.copytree(reviewed, tmp_path / "review")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(page, "write_page", interrupt)
+    assert review(run, tmp_path / "review") == 130
+    assert not (tmp_path / "review" / "review.html").exists()
+    monkeypatch.undo()
+    assert review(run, tmp_path / "review") == 0
+    assert held(tmp_path / "review") == held(reviewed)
+
+
 def test_a_copy_in_training_and_test_is_found(reviewed, planted):
     summary = about(reviewed)
     assert [Path(path).name for path in summary["copies_in_training"]] == ["a copy.png"]

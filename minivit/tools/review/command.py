@@ -130,6 +130,9 @@ def review(args: argparse.Namespace) -> int:
         }
         # The JSON file comes first, because by it a later review knows the others for its own.
         files.write_json(out / "review.json", about)
+        # If this is interrupted, no page of an earlier review may stand beside the new tables.
+        if (out / "review.html").exists():
+            files.remove_file(out / "review.html")
         write_csv(out / "review.csv", table)
         page.write_page(out / "review.html", findings, low_model, args.workers)
         seconds = time.perf_counter() - started
