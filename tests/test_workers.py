@@ -182,8 +182,8 @@ def test_workers_do_not_run_the_users_script_again(tmp_path):
             env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
         assert (done.returncode, done.stdout) == (0, "3\n")
-    # Python 3.11 itself may fail to wake the pool's thread if that is just ending, and says so.
-    assert done.stderr == "" or "thread_wakeup.wakeup()" in done.stderr
+        # Python 3.11 itself may fail to wake the pool's thread if that is just ending, and says so.
+        assert done.stderr == "" or "thread_wakeup.wakeup()" in done.stderr
 
 
 def test_a_module_that_cannot_be_imported_is_the_jobs_error():
