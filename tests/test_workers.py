@@ -165,9 +165,13 @@ def test_processes_start_for_many_or_large_photos_only(tmp_path):
 
 
 FROM_STDIN = """
+import threading, time
 from minivit.system.workers import worker_pool
 with worker_pool(1, "minivit.data.photos") as pool:  # without a main guard
     print(pool.submit(abs, -3).result())
+# At its exit, Python 3.11 may print an error of its own if the pool's thread is just ending.
+while threading.active_count() > 1:
+    time.sleep(0.01)
 """
 
 
@@ -181,9 +185,7 @@ def test_workers_do_not_run_the_users_script_again(tmp_path):
             text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
-        assert (done.returncode, done.stdout) == (0, "3\n")
-        # Python 3.11 itself may fail to wake the pool's thread if that is just ending, and says so.
-        assert done.stderr == "" or "thread_wakeup.wakeup()" in done.stderr
+        assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")
 
 
 def test_a_module_that_cannot_be_imported_is_the_jobs_error():
