@@ -594,7 +594,7 @@ def finish(
 
     # Files are written from here on that may have appeared here while the run trained.
     run_folder.check_folder(out)
-    # What can be done beside the predictions and the figures is done in this thread.
+    # This thread hashes and writes weights while the main one predicts and has figures drawn.
     with ThreadPoolExecutor(1) as thread:
         hash_of_others = thread.submit(weights.hash_outside_tail, model)
         kept, kept_weights = choose_weights(state, settings, len(val_split[1]))
