@@ -24,6 +24,7 @@ from ..model import ViT
 from ..system.progress import progress_bar
 from ..system.signals import stop_here
 from ..system.workers import map_ahead
+from .cuda_graph import CudaGraph
 
 # For batches up to this size, a GPU waits for the host to launch its kernels one by one.
 MAX_GRAPH_BATCH = 64
@@ -53,7 +54,8 @@ class FeatureExtractor:
         self.compiled = compile
         self.tokens = torch.compile(model.tokens) if compile else model.tokens
         self.previous_size = 0
-        self.graph: CudaGraph | None = None
+        self.graph: CudaGraph[Tensor] | None = None
+        self.graph_size = 0
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, draws: Tensor | None = None) -> Tensor:
@@ -66,12 +68,13 @@ class FeatureExtractor:
         self.previous_size = size
         if draws is None or not self._can_record(pixels):
             return self.extract(pixels, draws)
-        if self.graph is None or self.graph.size != size:
+        if self.graph is None or self.graph_size != size:
             if not same_size_again:
                 # This may be the short last batch of an epoch: it is not worth a recording.
                 return self.extract(pixels, draws)
             self.graph = None  # Free the memory of the old recording before making a new one.
             self.graph = CudaGraph(self.extract, pixels, draws)
+            self.graph_size = size
         return self.graph(pixels, draws)
 
     def _can_record(self, pixels: Tensor) -> bool:
@@ -152,39 +155,6 @@ class FeatureExtractor:
                 yield self(batch)
 
         return computed_anew
-
-
-class CudaGraph:
-    """A function of CUDA tensors of one size, whose kernels are recorded once and then replayed.
-
-    Each call overwrites the result of the call before.
-    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
-    """
-
-    def __init__(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
-        self.size = len(inputs[0])
-        self.inputs = [tensor.clone() for tensor in inputs]
-        self.graph = torch.cuda.CUDAGraph()
-        device = inputs[0].device  # which need not be the current one
-        current_stream = torch.cuda.current_stream(device)
-        side_stream = torch.cuda.Stream(device)
-        side_stream.wait_stream(current_stream)
-        with torch.cuda.stream(side_stream):
-            function(*self.inputs)  # The first call sets up what cannot be recorded.
-            torch.cuda.empty_cache()  # A recording has memory of its own.
-            # Other threads may copy to the device meanwhile.
-            self.graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self.result = function(*self.inputs)
-            finally:
-                self.graph.capture_end()
-        current_stream.wait_stream(side_stream)
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        for recorded, given in zip(self.inputs, inputs):
-            recorded.copy_(given)
-        self.graph.replay()
-        return self.result
 
 
 def gather_rows(source: Source, indices: Tensor, device: torch.device) -> Tensor:

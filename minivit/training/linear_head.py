@@ -9,22 +9,24 @@ principal axes of the photos.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..system.signals import stop_here
+from .cuda_graph import CudaGraph
 
 # Weights of the penalty to choose from, strongest first, for features of unit variance.
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
 FOLDS = 5
-MAX_ITERATIONS = 500
-# Iterations end once a step changes no problem's loss by more than about this.
+MAX_STEPS = 500
+# A descent ends once a step changes no problem's loss by more than about this.
 TOLERANCE = 1e-8
-ITERATIONS_PER_CHECK = 10
+STEPS_PER_CHECK = 10
 
 
 @dataclass(frozen=True)
@@ -119,60 +121,84 @@ def solve(
     mean = largest_share @ inputs / largest_share.sum()
     centred = inputs - mean
     scatter = centred.T @ (largest_share[:, None] * centred)
-    squares, axes = torch.linalg.eigh(scatter.double())  # in increasing order
+    # CUDA's library would take longer to start than the CPU takes to finish.
+    squares, axes = torch.linalg.eigh(scatter.double().cpu())  # in increasing order
     num_axes = min(inputs.shape)
-    axes = axes[:, -num_axes:].to(inputs.dtype)  # (D, A)
-    curvature = 0.5 * torch.cat([squares[-num_axes:].clamp(min=0).float(), share.new_ones(1)])
+    squares = squares.to(inputs)
+    axes = axes[:, -num_axes:].to(inputs)  # (D, A)
+    curvature = 0.5 * torch.cat([squares[-num_axes:].clamp(min=0), share.new_ones(1)])
     positions = with_ones(centred @ axes)  # (n, A + 1)
 
+    share = share.T[:, :, None]  # (n, P, 1)
+
+    def from_state(bound: Tensor, penalty: Tensor, *state: Tensor) -> Descent:
+        return take_steps(positions, targets, share, bound, penalty, Descent(*state))
+
+    steps: Callable[..., Descent] = from_state
+
     weights = inputs.new_zeros(num_axes + 1, len(used), num_classes)
+    ones = torch.ones_like(share[0])  # (P, 1)
+    state = Descent(weights, ahead=weights, t=ones, change=ones)
+    if inputs.is_cuda:
+        # The kernels are so small that launching them takes most of the time.
+        steps = CudaGraph(from_state, curvature, curvature, *state)
     for strength in strengths:
-        weights = descend(positions, targets, share.T[:, :, None], curvature, strength, weights)
-        of_inputs = torch.einsum("da,apc->pdc", axes, weights[:-1])
-        bias = weights[-1] - mean @ of_inputs
+        penalty = torch.full_like(curvature, strength)
+        penalty[-1] = 0.0
+        # A small number more, because the curvature along the last axes may be 0.
+        bound = curvature + penalty + 1e-6
+        state = Descent(state.weights, ahead=state.weights, t=ones, change=ones)
+        for _ in range(0, MAX_STEPS, STEPS_PER_CHECK):
+            state = steps(bound, penalty, *state)
+            stop_here()
+            if state.change.max() < TOLERANCE:  # Here the host waits for a GPU.
+                break
+        of_inputs = torch.einsum("da,apc->pdc", axes, state.weights[:-1])
+        bias = state.weights[-1] - mean @ of_inputs
         yield torch.cat([of_inputs, bias[:, None]], dim=1)
 
 
-def descend(
-    X: Tensor, targets: Tensor, share: Tensor, curvature: Tensor, strength: float, start: Tensor
-) -> Tensor:
-    """Return the weights (A + 1, P, C) that minimise the losses of all problems, from a start.
+class Descent(NamedTuple):
+    """How far a descent has come in each problem."""
 
-    `X` (n, A + 1) has orthogonal columns, `targets` are (n, 1, C), `share` is (n, P, 1), and
-    `curvature` (A + 1,) bounds the second derivative of the losses without their penalties.
+    weights: Tensor  # (A + 1, P, C)
+    ahead: Tensor  # (A + 1, P, C), the weights, moved on by their momentum
+    t: Tensor  # (P, 1), of Nesterov's sequence
+    change: Tensor  # (P, 1), about how much the last step changed the loss
+
+
+def take_steps(
+    X: Tensor, targets: Tensor, share: Tensor, bound: Tensor, penalty: Tensor, state: Descent
+) -> Descent:
+    """Take STEPS_PER_CHECK steps towards the weights that minimise the losses of all problems.
+
+    `X` (n, A + 1) has orthogonal columns, `targets` are (n, 1, C) and `share` is (n, P, 1). Along
+    each column, `penalty` (A + 1,) is the weight of the penalty, and `bound` (A + 1,) is the most
+    that the second derivative of a loss with its penalty can be.
 
     This is Nesterov's gradient descent, restarted where the momentum points uphill
     (https://arxiv.org/abs/1204.3982). Each step is divided by the bound of Boehning 1992, half of
     X'X (https://doi.org/10.1007/BF00048682), and the penalty, so that it cannot overshoot.
     torch.optim.LBFGS would do, but like all its optimizers imports torch's compiler, for seconds.
     """
-    penalty = torch.full_like(curvature, strength)
-    penalty[-1] = 0.0
-    # A small number more, because the curvature along the last axes may be 0.
-    bound = (curvature + penalty + 1e-6)[:, None, None]
+    bound = bound[:, None, None]
     penalty = penalty[:, None, None]
     num_problems = share.shape[1]
-
-    weights = start
-    ahead = start  # the weights, moved on by their momentum
-    t = torch.ones_like(share[:1])  # of Nesterov's sequence, for each problem
-    for iteration in range(MAX_ITERATIONS):
+    weights, ahead, t, change = state
+    for _ in range(STEPS_PER_CHECK):
         logits = (X @ ahead.flatten(1)).unflatten(1, (num_problems, -1))  # (n, P, C)
         errors = share * (logits.softmax(2) - targets)
         gradient = (X.T @ errors.flatten(1)).view_as(ahead) + penalty * ahead
         step = gradient / bound
         previous = weights
         weights = ahead - step
-        if iteration % ITERATIONS_PER_CHECK == 0:  # Each check makes the host wait for a GPU.
-            stop_here()
-            if (gradient * step).sum((0, 2)).max() < TOLERANCE:
-                break
-        is_uphill = (gradient * (weights - previous)).sum((0, 2), keepdim=True) > 0
-        t = torch.where(is_uphill, 1.0, t)
+        change = (gradient * step).sum((0, 2))[:, None]
+        uphill = (gradient * (weights - previous)).sum((0, 2))[:, None]
+        t = torch.where(uphill > 0, 1.0, t)
         next_t = (1 + (1 + 4 * t * t).sqrt()) / 2
         ahead = weights + (t - 1) / next_t * (weights - previous)
         t = next_t
-    return weights
+    return Descent(weights, ahead, t, change)
 
 
 def with_ones(inputs: Tensor) -> Tensor:
