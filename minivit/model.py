@@ -101,7 +101,15 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.embed_dim, kernel_size=size, stride=size)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).mT  # (B, patches, D)
+        """Return the tokens (B, patches, D) of images (B, 3, h, w).
+
+        Each pixel belongs to one patch, so the convolution is a product of the patches and its
+        weight. On a GPU the product is several times faster, and nothing waits for cuDNN to start.
+        """
+        size = self.proj.stride[0]
+        patches = images.unfold(2, size, size).unfold(3, size, size)  # (B, 3, gh, gw, size, size)
+        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
