@@ -9,6 +9,7 @@ the model's input.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from ..data.store import Pixels
 from ..model import ViT
 from ..system.progress import progress_bar
 from ..system.signals import stop_here
-from ..system.workers import map_ahead
+from ..system.workers import map_ahead, write_behind
 from .cuda_graph import CudaGraph
 
 # For batches up to this size, a GPU waits for the host to launch its kernels one by one.
@@ -121,11 +122,15 @@ class FeatureExtractor:
             len(batches),
             unit="batch",
         )
-        for tensors, rows in zip(progress, batches):
-            stop_here()
-            features[rows].copy_(self(*tensors))
-            if stop_requested is not None and stop_requested():
-                return None
+        with copier_to_host(weight.device) as copy_later:
+            for tensors, rows in zip(progress, batches):
+                stop_here()
+                computed = self(*tensors)
+                if draws is not None:
+                    computed = computed.clone()  # The next call may overwrite the result.
+                copy_later(computed, features[rows])
+                if stop_requested is not None and stop_requested():
+                    return None
         return features
 
     def evaluation(
@@ -201,6 +206,31 @@ def to_device_ahead(
             for tensor in copies:
                 tensor.record_stream(current_stream)
             yield copies
+
+
+@contextlib.contextmanager
+def copier_to_host(device: torch.device) -> Iterator[Callable[[Tensor, Tensor], object]]:
+    """Yield a function copy_later(tensor, target) that copies a tensor of the device to the host.
+
+    On CUDA a thread copies while the device computes what comes next, and all is copied when the
+    context ends.
+    """
+    if device.type != "cuda":
+        yield lambda tensor, target: target.copy_(tensor)
+        return
+    copy_stream = torch.cuda.Stream(device)
+
+    def copy(tensor: Tensor, target: Tensor, is_computed: torch.cuda.Event) -> None:
+        with torch.cuda.stream(copy_stream):
+            copy_stream.wait_event(is_computed)
+            target.copy_(tensor)
+
+    with write_behind() as write_later:
+
+        def copy_later(tensor: Tensor, target: Tensor) -> None:
+            write_later(copy, tensor, target, torch.cuda.current_stream(device).record_event())
+
+        yield copy_later
 
 
 def features_shape(model: ViT, cut: int) -> tuple[int, int]:
