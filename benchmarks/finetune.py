@@ -37,10 +37,10 @@ from results import (
 from workloads import VARIANTS, whole_job
 
 from minivit.checkpoints.weights import read_configs
-from minivit.cli import cores
 from minivit.data import store
 from minivit.data.datasets import Data, load_data
 from minivit.errors import UserError
+from minivit.system.cores import cores
 from minivit.system.device import pick_amp
 from minivit.tools.demo.drawings import BREEDS, draw_pets
 

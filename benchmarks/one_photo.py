@@ -27,8 +27,8 @@ from results import MODEL, ROOT, Figure, figure_of, model_name, parse_with_model
 from workloads import many_photos, one_photo
 
 from minivit import Preprocess
-from minivit.cli import cores
 from minivit.data.photos import open_photo
+from minivit.system.cores import cores
 
 # This small program stands between us and the one that is measured. On Linux, the peak memory of a
 # process includes what its parent held when it started it, and we hold torch.

@@ -34,13 +34,14 @@ from torch import Tensor
 sys.path.insert(0, str(ROOT))
 
 from minivit.checkpoints.weights import load_pretrained
-from minivit.cli import cores, parse_blocks
+from minivit.cli import parse_blocks
 from minivit.data.datasets import Split, load_data
 from minivit.data.photos import open_photo
 from minivit.data.preprocess import Preprocess
 from minivit.model import ViT, freeze_except, working_copy
 from minivit.settings import TrainSettings, batch_size_for, epochs_for
 from minivit.system import device as devices
+from minivit.system.cores import cores
 from minivit.tools.demo.scenes import OBJECTS, draw_scene
 from minivit.train import choose_weights, run_epochs
 from minivit.training import calibration, reference

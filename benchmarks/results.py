@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from minivit.cli import cores  # noqa: E402
+from minivit.system.cores import cores  # noqa: E402
 
 if TYPE_CHECKING:
     import torch

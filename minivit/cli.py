@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from .errors import UserError, printable
 from .settings import AUTO, BASE_MODEL, RUN_DIR
+from .system.cores import cores
 from .system.home import ensure_home
 from .system.signals import end_on_signals
 
@@ -88,16 +89,6 @@ class Parser(argparse.ArgumentParser):
             metavar="DIR",
             help=f"the folder for {command}.csv, {command}.json, {command}.png and the gallery",
         )
-
-
-def cores() -> int:
-    """Return how many cores this process may use.
-
-    Under Slurm, taskset or Docker's --cpuset-cpus these are fewer than the machine has.
-    """
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def default_model(model: str | None) -> str:

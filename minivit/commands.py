@@ -21,6 +21,8 @@ from .settings import (
     InferSettings,
     TrainSettings,
 )
+from .system import early_cuda
+from .system.cores import cores
 from .training.calibration import LEAST_PHOTOS
 
 TRAIN_DESCRIPTION = (
@@ -41,6 +43,7 @@ def _train(args: argparse.Namespace) -> int:
     from .training.ahead import decode_ahead
 
     settings = TrainSettings(**vars(args))
+    early_cuda.begin(settings.device)
     with decode_ahead(settings) as wait_for_photos:
         from .train import train  # This takes seconds.
 
@@ -200,7 +203,7 @@ def train_parser() -> cli.Parser:
         help="with --push-to-hub: make a new repository public",
     )
     defaults = asdict(TrainSettings())
-    parser.set_defaults(**defaults | {"workers": cli.cores()})
+    parser.set_defaults(**defaults | {"workers": cores()})
     return parser
 
 
@@ -210,9 +213,11 @@ def infer(argv: Sequence[str] | None = None) -> int:
 
 
 def _infer(args: argparse.Namespace) -> int:
+    settings = InferSettings(**vars(args) | {"photos": tuple(args.photos)})
+    early_cuda.begin(settings.device)
     from .infer import infer
 
-    return infer(InferSettings(**vars(args) | {"photos": tuple(args.photos)}))
+    return infer(settings)
 
 
 def infer_parser() -> cli.Parser:
@@ -301,7 +306,7 @@ def infer_parser() -> cli.Parser:
     parser.add_device_flags()
     defaults = asdict(InferSettings(photos=()))
     del defaults["photos"]
-    parser.set_defaults(**defaults | {"workers": cli.cores()})
+    parser.set_defaults(**defaults | {"workers": cores()})
     return parser
 
 

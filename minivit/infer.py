@@ -102,7 +102,8 @@ def infer(settings: InferSettings) -> int:
     num_unreadable = 0
     pending: deque[Answer] = deque()
     with start_workers(jobs, settings) as pool:  # They start while the model is loaded.
-        plan = make_plan(settings)
+        with devices.few_threads():
+            plan = make_plan(settings)
         if not settings.no_figures:
             Path(settings.out).mkdir(parents=True, exist_ok=True)
         # A single photo needs no bar.

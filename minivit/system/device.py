@@ -18,11 +18,14 @@ import torch
 import torch.utils.deterministic
 
 from ..errors import UserError
+from .cores import cores
 
 # GiB of a CUDA device's memory that CUDA itself takes, with its kernels and libraries.
 CONTEXT_GIB = 0.7
 # Photos at once on a CPU. With more, the activations of a block no longer fit into its caches.
 CPU_BATCH = 8
+# Beside worker processes, and beside a GPU.
+MAX_FEW_THREADS = 4
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
@@ -193,15 +196,33 @@ def own_defaults() -> Iterator[None]:
         yield
 
 
-def current(device: torch.device) -> contextlib.AbstractContextManager:
-    """Make a CUDA device the current one inside the context; other devices are never that.
+@contextlib.contextmanager
+def few_threads() -> Iterator[None]:
+    """Let torch compute on few of the cores meanwhile, because worker processes keep them busy.
+
+    What is computed in parallel ends when its last thread does. A thread that has to wait for a
+    core gets one only after some milliseconds, so that many threads can take ten times as long.
+    """
+    earlier = torch.get_num_threads()
+    torch.set_num_threads(min(earlier, max(1, min(MAX_FEW_THREADS, cores() // 4))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(earlier)
+
+
+@contextlib.contextmanager
+def current(device: torch.device) -> Iterator[None]:
+    """Make a CUDA device the current one, with few threads for what is left to the CPU.
 
     Otherwise torch switches from the first device to this one and back for each kernel, and some of
-    what it allocates belongs to the first one.
+    what it allocates belongs to the first one. Other devices are never current.
     """
     if device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+        yield
+        return
+    with torch.cuda.device(device), few_threads():
+        yield
 
 
 def begin_warm_up(device: torch.device, amp: torch.dtype | None) -> threading.Thread:
