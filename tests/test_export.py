@@ -226,6 +226,10 @@ WRITTEN_WRONG = {
         lambda f: retag(f / "tail.safetensors", lambda m: m["labels"].reverse()),
         "tail.safetensors: read back, these are not those that were tested: labels",
     ),
+    "the hash of the base": (
+        lambda f: retag(f / "tail.safetensors", lambda m: m.update(sha256="0" * 64)),
+        "tail.safetensors: read back, it has another hash of its base",
+    ),
     "a weight of the tail": (
         lambda f: retensor(f / "tail.safetensors", lambda t: t["head.bias"].add_(1)),
         "tail.safetensors: .*: head.bias",
@@ -238,6 +242,19 @@ def test_whatever_is_written_wrong_is_noticed(spoil, message, run):
     model, folder = run
     spoil(folder)
     with pytest.raises(RuntimeError, match=message):
+        check_written(model, folder)
+
+
+def test_a_base_that_has_changed_is_told_but_is_no_failure(run, tiny_folder, capsys):
+    model, folder = run
+    spoil_base(tiny_folder, None)
+    capsys.readouterr()
+    check_written(model, folder)
+    err = capsys.readouterr().err
+    assert f"its base {tiny_folder} is not the one it was trained on" in err
+    # What the tail holds itself is compared all the same.
+    retensor(folder / "tail.safetensors", lambda t: t["head.bias"].add_(1))
+    with pytest.raises(RuntimeError, match="tail.safetensors: .*: head.bias$"):
         check_written(model, folder)
 
 

@@ -256,6 +256,23 @@ def _load_with_tail(
 
     Raises UserError if the base cannot be loaded, or if it is not the same as in training.
     """
+    model, frozen_hash = _join_tail(source, metadata, img_size)
+    if _hash_except(model, model.origin.tail) != frozen_hash:
+        raise UserError(_base_differs(source, model.origin.base))
+    return model
+
+
+def _base_differs(source: str, base: str) -> str:
+    return f"{source}: its base {base} is not the one it was trained on; the weights differ"
+
+
+def _join_tail(
+    source: str, metadata: Mapping[str, str], img_size: tuple[int, int] | None
+) -> tuple[ViT, str]:
+    """Join a tail to its base; return the model, and the hash that the base had in training.
+
+    The hash is that of the base's weights, without those that the tail replaces.
+    """
     try:
         about = _tail_description(metadata)
         base = about["base"]
@@ -289,12 +306,8 @@ def _load_with_tail(
     if missing or unexpected or misshapen:
         problems = mismatches(missing, unexpected, misshapen)
         raise UserError(f"{source}: does not fit its base {base}: {problems}")
-    if _hash_except(model, tensors) != frozen_hash:
-        raise UserError(
-            f"{source}: its base {base} is not the one it was trained on; the weights differ"
-        )
     model.load_state_dict(model.state_dict() | tensors, assign=True)
-    return model
+    return model, frozen_hash
 
 
 def _tail_description(metadata: Mapping[str, str]) -> dict:
@@ -389,38 +402,56 @@ def save_pretrained(model: ViT, folder: str | os.PathLike[str]) -> None:
     write_json(folder / "preprocessor_config.json", model.preprocess.to_config())
 
 
-def check_written(model: ViT, folder: Path) -> None:
+def check_written(model: ViT, folder: Path, hash_of_others: str | None = None) -> None:
     """Read back what save_pretrained and save_tail wrote, and compare all of it with the model.
 
     Raises RuntimeError if anything differs. A tail whose base cannot be read any more, or has
-    changed, is no defect of what was written: a note on stderr says so.
+    changed, is no defect of what was written: a note on stderr says so. `hash_of_others` is
+    hash_outside_tail(model), if the caller has computed it already.
     """
     tail = folder / "tail.safetensors"
     # Loading would repeat the notes on stderr that it gave when the model was loaded.
     with contextlib.redirect_stderr(io.StringIO()), ThreadPoolExecutor(1) as thread:
         loading_whole = thread.submit(load_pretrained, folder)
         problem = ""
-        with_tail = None
         if tail.exists():
-            try:
-                with_tail = load_pretrained(tail)
-            except UserError as error:
-                problem = str(error)
+            problem = _check_tail(model, tail, hash_of_others or hash_outside_tail(model))
         whole = loading_whole.result()
     require_same(model, whole, folder)
-    if with_tail is not None:
-        require_same(model, with_tail, tail)
     if problem:
         print(f"{problem}; {folder / 'model.safetensors'} holds the whole model", file=sys.stderr)
 
 
+def _check_tail(model: ViT, path: Path, hash_of_others: str) -> str:
+    """Compare a tail, joined to its base, with the model; return what is wrong with the base.
+
+    Raises RuntimeError if the tail differs.
+    """
+    metadata = tail_metadata(path)
+    if metadata is None:
+        raise RuntimeError(f"{path}: read back, this is no tail")
+    try:
+        # The weights of the base are compared themselves, so they need not be hashed once more.
+        joined, written_hash = _join_tail(str(path), metadata, None)
+    except UserError as error:
+        return str(error)
+    if written_hash != hash_of_others:
+        raise RuntimeError(f"{path}: read back, it has another hash of its base")
+    changed = set(differences(model, joined))
+    weights_of_base = dict(model.named_parameters()).keys() - _tail_names(model)
+    _require_none(changed - weights_of_base, path)
+    return _base_differs(str(path), joined.origin.base) if changed else ""
+
+
 def require_same(model: ViT, reread: ViT, path: Path) -> None:
     """Raise RuntimeError unless what was read back from a path is the model that was written."""
-    changed = differences(model, reread)
+    _require_none(differences(model, reread), path)
+
+
+def _require_none(changed: Collection[str], path: Path) -> None:
     if changed:
-        raise RuntimeError(
-            f"{path}: read back, these are not those that were tested: {', '.join(changed)}"
-        )
+        names = ", ".join(sorted(changed))
+        raise RuntimeError(f"{path}: read back, these are not those that were tested: {names}")
 
 
 @torch.no_grad()
