@@ -52,7 +52,6 @@ from .training.rehearsal import describe_time, rehearse
 from .training.run_photos import photos_checksum
 from .training.state import RunState, new_state, save_state, set_trainable
 from .training.step import (
-    head_inputs,
     mean_loss,
     predict,
     predict_photos,
@@ -90,12 +89,13 @@ def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = 
                 return 0
 
             data = distributed.on_rank_0(lambda: load_data(settings))
-            model = weights.load_pretrained(
-                settings.model,
-                revision=settings.revision,
-                labels=data.classes,
-                img_size=settings.img_size,
-            )
+            with devices.few_threads():  # Photos may be decoded meanwhile.
+                model = weights.load_pretrained(
+                    settings.model,
+                    revision=settings.revision,
+                    labels=data.classes,
+                    img_size=settings.img_size,
+                )
             cut = freeze_except(model, parse_blocks(settings.blocks, model.config.depth))
             settings = choose_settings(settings, model, data, cut, device, amp)
             print(describe_training(model, data, settings, device, amp), flush=True)
@@ -163,8 +163,8 @@ def run_until_stopped(
                 state, train_split, val_split, settings, stop_requested, recorder
             )
             if not state.stopped:
-                _, kept_weights = choose_weights(state, settings, len(val_split[1]))
-                state.read_by_head = evaluation.read_by_head(state, kept_weights)
+                kept, kept_weights = choose_weights(state, settings, len(val_split[1]))
+                state.read_by_head = evaluation.read_by_head(state, kept, kept_weights)
         except StopRequested:
             state.stopped = True
 
@@ -263,6 +263,7 @@ class Evaluation:
         self.eval_model = working_copy(state.model, state.device, dtype, train=False)
         self.labels = {"train": train_split[1], "val": val_split[1]}
         self.batches: dict[str, Callable[[], Iterator[Tensor]]] = {}
+        self.inputs: dict[str, Tensor] = {}  # what the head read in the latest evaluation
         for name, (pixels, labels) in (("train", train_split), ("val", val_split)):
             share = distributed.shard(torch.arange(len(labels)))
             self.batches[name] = extractor.evaluation(pixels, share, keep=keep)
@@ -277,7 +278,7 @@ class Evaluation:
         """
         started = time.perf_counter()
         labels = self.labels["train"]
-        inputs = head_inputs(self.eval_model, self.batches["train"](), cut=state.cut)
+        _, inputs = predict(self.eval_model, self.batches["train"](), cut=state.cut)
         inputs = distributed.gather(inputs, len(labels))
 
         def fit() -> dict[str, Tensor]:
@@ -316,17 +317,24 @@ class Evaluation:
         copy_trainable(self.eval_model, state.model)
         row: dict[str, float] = {}
         for name, labels in self.labels.items():
-            logits = predict(self.eval_model, self.batches[name](), cut=state.cut)
+            logits, inputs = predict(self.eval_model, self.batches[name](), cut=state.cut)
+            self.inputs[name] = inputs
             scores = score_predictions(distributed.gather(logits, len(labels)), labels)
             row |= {f"{name}_{metric}": value for metric, value in scores.items()}
         return row
 
     @during_evaluation()
-    def read_by_head(self, state: RunState, weights: dict[str, Tensor]) -> Tensor:
-        """Return what the head reads of the training photos (n, D), with these trained weights."""
-        for name, weight in weights.items():
-            self.eval_model.get_parameter(name).copy_(weight)
-        inputs = head_inputs(self.eval_model, self.batches["train"](), cut=state.cut)
+    def read_by_head(
+        self, state: RunState, kept: metrics.Kept, weights: dict[str, Tensor]
+    ) -> Tensor:
+        """Return what the head reads of the training photos (n, D) with the weights to keep."""
+        inputs = self.inputs.get("train")
+        # The latest evaluation, if there has been one since the run began or went on, was of the
+        # last epoch.
+        if inputs is None or kept.weights != "last":
+            for name, weight in weights.items():
+                self.eval_model.get_parameter(name).copy_(weight)
+            _, inputs = predict(self.eval_model, self.batches["train"](), cut=state.cut)
         return distributed.gather(inputs, len(self.labels["train"]))
 
 
@@ -381,8 +389,7 @@ class Recorder:
         self.write_later = write_later
         self.out = Path(settings.out)
         self.started = 0.0  # when the run would have started if it had never been interrupted
-        self.described: dict[str, object] = {}
-        self.frozen_hash: Future[str] | None = None
+        self.described: Future[dict[str, object]] | None = None
 
     def begin(self, state: RunState, started: float, lock: contextlib.ExitStack) -> None:
         """Begin a new run in the folder, or restore the run that is there.
@@ -390,9 +397,12 @@ class Recorder:
         The folder stays locked until the stack `lock` is closed.
         """
         if distributed.rank() == 0:
-            # Hashing the frozen weights takes a second, so it goes on beside the first epoch.
-            self.frozen_hash = self.write_later(weights.hash_frozen, self.model)
-            self.described = describe_run(self.settings, self.model, self.data, state.amp)
+            # Hashing takes a second, so it goes on beside the first epoch. On a CPU, the weights
+            # that train are the model's own, and change meanwhile.
+            initial = {name: p.detach().clone() for name, p in trainable(self.model).items()}
+            self.described = self.write_later(
+                describe_run, self.settings, self.model, initial, self.data, state.amp
+            )
         saved = distributed.on_rank_0(lambda: self._open_folder(lock))
         if saved is not None:
             state.restore(*saved)
@@ -407,8 +417,8 @@ class Recorder:
 
     def fingerprint(self) -> dict[str, object]:
         """Return all that the result depends on: a run is resumed only if all of it is the same."""
-        assert self.frozen_hash is not None  # Only rank 0 asks.
-        return self.described | {"the checksum of the base model": self.frozen_hash.result()[:16]}
+        assert self.described is not None  # Only rank 0 asks.
+        return self.described.result()
 
     def save_and_report(self, state: RunState, current_weights: dict[str, Tensor]) -> None:
         """Save the state after an epoch, in the background, and print the epoch's row."""
@@ -615,7 +625,7 @@ def finish(
         tail = thread.submit(
             weights.save_tail, model, out / run_folder.TAIL, hash_of_others.result()
         )
-        whole_model = thread.submit(write_model, model, out, tail)
+        whole_model = thread.submit(write_model, model, out, tail, hash_of_others.result())
         test_logits, test_inputs = predict_photos(eval_model, test_split[0], batch=batch)
         num_classes = len(data.classes)
         confusion = metrics.confusion_matrix(test_logits.argmax(1), test_split[1], num_classes)
@@ -680,11 +690,11 @@ def check_validation_loss(
         )
 
 
-def write_model(model: ViT, out: Path, tail: Future[None]) -> None:
+def write_model(model: ViT, out: Path, tail: Future[None], hash_of_others: str) -> None:
     """Write the whole model behind its tail, and make sure that both read back as they were."""
     tail.result()  # If the tail cannot be written, nothing else is.
     weights.save_pretrained(model, out)
-    weights.check_written(model, out)
+    weights.check_written(model, out, hash_of_others)
 
 
 def summarize_run(

@@ -93,7 +93,7 @@ def test_evaluation_in_low_precision_gives_infers_logits_bit_for_bit(pixels):
     tokens = FeatureExtractor(run.model, 10, batch=4).evaluation(
         pixels[0], torch.arange(9), keep=True
     )
-    logits = predict(copy, tokens(), cut=10)
+    logits, _ = predict(copy, tokens(), cut=10)
     set_trainable(model, run.trainable_weights())
     assert torch.equal(logits, predict_photos(model.to(torch.bfloat16), pixels[0], batch=4)[0])
 

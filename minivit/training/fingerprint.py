@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
+from torch import Tensor
 
 from ..checkpoints.tensors import content_hash
+from ..checkpoints.weights import hash_frozen
 from ..cli import parse_blocks
 from ..data import store
 from ..data.datasets import Data
-from ..model import ViT, trainable
+from ..model import ViT
 from ..settings import TrainSettings
 
 # The version of what training computes. Raise it with every change after which the same settings,
@@ -25,20 +28,25 @@ MATHEMATICS = 2
 
 
 def describe_run(
-    settings: TrainSettings, model: ViT, data: Data, amp: torch.dtype | None
+    settings: TrainSettings,
+    model: ViT,
+    initial: Mapping[str, Tensor],
+    data: Data,
+    amp: torch.dtype | None,
 ) -> dict[str, object]:
-    """Return all that the result depends on but the frozen weights, under the names users know.
+    """Return all that the result of a run depends on, under the names that users know.
 
-    The model must be as it was loaded: its trainable weights are those that training starts from.
+    `initial` holds the weights that training starts from; of the model's own, only those count
+    that are frozen.
     """
     described = settings.mathematics()
     described["--blocks"] = parse_blocks(settings.blocks, model.config.depth)
     described["precision"] = str(amp)
     described["the version of training"] = MATHEMATICS
-    return described | _describe_model(model) | _describe_photos(data)
+    return described | _describe_model(model, initial) | _describe_photos(data)
 
 
-def _describe_model(model: ViT) -> dict[str, object]:
+def _describe_model(model: ViT, initial: Mapping[str, Tensor]) -> dict[str, object]:
     sizes = asdict(model.config)
     described = {"--img-size": sizes.pop("img_size")}
     for name, value in sizes.items():
@@ -47,7 +55,8 @@ def _describe_model(model: ViT) -> dict[str, object]:
         described[f"the preprocessing's {name}"] = value
     labels = json.dumps(model.labels).encode()
     described["the checksum of the class names"] = hashlib.sha256(labels).hexdigest()[:8]
-    described["the checksum of the weights before training"] = content_hash(trainable(model))[:16]
+    described["the checksum of the base model"] = hash_frozen(model)[:16]
+    described["the checksum of the weights before training"] = content_hash(initial)[:16]
     return described
 
 

@@ -297,51 +297,35 @@ def mean_loss(state: RunState, n: int, settings: TrainSettings) -> float:
 
 
 @torch.no_grad()
-def predict(model: ViT, batches: Iterable[Tensor], *, cut: int) -> Tensor:
-    """Return the logits, float32 (n, C) on the CPU, of batches of features (B, N, D).
+def predict(model: ViT, batches: Iterable[Tensor], *, cut: int) -> tuple[Tensor, Tensor]:
+    """Return the logits (n, C) of batches of features (B, N, D), and what the head reads (n, D).
 
-    Raises StopRequested if a stop was requested.
+    Both are float32 on the CPU. Raises StopRequested if a stop was requested.
     """
     logits = []
-    for batch in batches:
-        stop_here()
-        logits.append(model.logits(batch, start=cut).float())
-    return torch.cat(logits).cpu()
-
-
-@torch.no_grad()
-def head_inputs(model: ViT, batches: Iterable[Tensor], *, cut: int) -> Tensor:
-    """Return what the head reads, float32 (n, D) on the CPU, of batches of features (B, N, D).
-
-    Raises StopRequested if a stop was requested.
-    """
     inputs = []
     for batch in batches:
         stop_here()
-        inputs.append(model.head_inputs(batch, start=cut).float())
-    return torch.cat(inputs).cpu()
+        inputs.append(model.head_inputs(batch, start=cut))
+        logits.append(model.head(inputs[-1]).float())
+    return torch.cat(logits).cpu(), torch.cat(inputs).float().cpu()
 
 
 @torch.no_grad()
 def predict_photos(model: ViT, pixels: Source, *, batch: int) -> tuple[Tensor, Tensor]:
-    """Return the logits (n, C) of pixels, uint8 (n, 3, h, w), and what the head reads (n, D).
-
-    Both are float32 on the CPU. The images are not augmented.
-    """
+    """Return what predict() does, for pixels, uint8 (n, 3, h, w), that are not augmented."""
     device = model.cls_token.device
     indices = torch.arange(len(pixels)).split(batch)
 
     def read(indices: Tensor) -> list[Tensor]:
         return [gather_rows(pixels, indices, device)]
 
-    on_device = to_device_ahead(read, indices, device)
-    logits = []
-    inputs = []
-    for (pixels_of_batch,) in progress_bar(on_device, "predicting", len(indices), unit="batch"):
-        images = model.preprocess.normalize(pixels_of_batch)
-        inputs.append(model.head_inputs(model.tokens(images)))
-        logits.append(model.head(inputs[-1]).float())
-    return torch.cat(logits).cpu(), torch.cat(inputs).float().cpu()
+    def tokens() -> Iterator[Tensor]:
+        on_device = to_device_ahead(read, indices, device)
+        for (pixels_of_batch,) in progress_bar(on_device, "predicting", len(indices), unit="batch"):
+            yield model.tokens(model.preprocess.normalize(pixels_of_batch))  # before all blocks
+
+    return predict(model, tokens(), cut=0)
 
 
 def score_predictions(logits: Tensor, labels: Tensor) -> dict[str, float]:

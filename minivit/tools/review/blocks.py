@@ -125,7 +125,7 @@ def train_and_predict(
         mean_loss(state, len(labels), settings)  # This raises if the loss is not finite.
         state.losses = []
     trained = working_copy(state.model, device, amp, train=False)
-    logits = predict(trained, features.batches(asked), cut=cut)
+    logits, _ = predict(trained, features.batches(asked), cut=cut)
     # Weights in float32 on the CPU are shared with the base.
     set_trainable(state.model, weights_before)
     return logits

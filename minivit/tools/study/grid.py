@@ -27,7 +27,6 @@ from ...training.state import RunState, new_state, set_trainable
 from ...training.step import (
     EpochPhotos,
     draw_epoch,
-    head_inputs,
     mean_loss,
     predict,
     score_predictions,
@@ -247,7 +246,7 @@ def evaluate_head_alone(
     train.
     """
     labels = torch.tensor(cell.train.labels)
-    inputs = head_inputs(eval_model, features.batches(cell.train.paths), cut=cell.cut)
+    _, inputs = predict(eval_model, features.batches(cell.train.paths), cut=cell.cut)
     head = fit_linear_head(inputs, labels, eval_model.config.num_classes)
     untrained = state.trainable_weights()
     state.kept = untrained | {"head.weight": head.weight, "head.bias": head.bias}
@@ -301,5 +300,5 @@ def add_row(
 
 def accuracy(model: ViT, split: Split, features: StudyFeatures) -> float:
     """Return the accuracy on a split, from the features of its images without augmentation."""
-    logits = predict(model, features.batches(split.paths), cut=features.cut)
+    logits, _ = predict(model, features.batches(split.paths), cut=features.cut)
     return score_predictions(logits, torch.tensor(split.labels))["accuracy"]
