@@ -60,20 +60,21 @@ def list_variants(bf16: bool) -> dict[str, tuple[str, ...]]:
 
     `bf16` says whether the device is good at bf16, so that a tuned program would use it.
     """
-    tuned = ["--workers", str(cores()), "--persistent", "--resize-first"]
-    if bf16:
-        tuned.append("--bf16")
+    in_float32 = ("--workers", str(cores()), "--persistent", "--resize-first")
+    tuned = (*in_float32, "--bf16") if bf16 else in_float32
     return {
         "transformers": (),
         "transformers-bf16": ("--bf16", "--batch", "64"),
         "transformers-fp16": ("--fp16",),
         "transformers-tuned": (*tuned, "--batch", "64"),
+        "transformers-tuned-float32": (*in_float32, "--batch", "64"),
         "transformers-tuned-256": (*tuned, "--batch", "256"),
         "transformers-even": (*tuned, "--batch", "64", "--eval-once"),
         "minivit-cold": (),  # It decodes the photos; the others find them decoded.
         "minivit": (),
         "minivit-fp16-cold": ("--amp", "fp16"),
         "minivit-fp16": ("--amp", "fp16"),
+        "minivit-float32-cold": ("--amp", "off"),
         "minivit-views1": ("--cache-views", "1"),
         "minivit-views2": ("--cache-views", "2"),
         "minivit-256": ("--batch-size", "256"),
