@@ -34,7 +34,7 @@ minivit.train: choose_micro_batch run_epochs finish check_validation_loss
 minivit.train: write_model
 minivit.train: train_epoch predict_photos measure_speed describe_training describe_run
 minivit.train: devices.pick_device devices.pick_amp weights.load_pretrained weights.save_tail
-minivit.train: weights.save_pretrained weights.check_written weights.hash_frozen
+minivit.train: weights.save_pretrained weights.check_written weights.hash_outside_tail
 minivit.train: store.prepare store.open_splits run_folder.begin_run run_folder.report_result
 minivit.train: Recorder.begin Recorder.save_and_report Evaluation.__init__ Evaluation.evaluate
 minivit.train: Evaluation.evaluate_head_alone fit_linear_head score_predictions

@@ -138,7 +138,7 @@ def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = 
                     num_workers = 3 if len(data.test) >= DRAW_IN_WORKERS_FROM else 0  # one a figure
                     with worker_pool(num_workers, "minivit.figures.plots") as pool:
                         has_all_figures = finish(
-                            settings, state, model, data, val_split, test_split, checksum, pool
+                            recorder, state, val_split, test_split, checksum, pool
                         )
         if is_rank_0:
             if has_all_figures:  # Otherwise, --resume draws them again.
@@ -278,8 +278,9 @@ class Evaluation:
         """
         started = time.perf_counter()
         labels = self.labels["train"]
-        _, inputs = predict(self.eval_model, self.batches["train"](), cut=state.cut)
-        inputs = distributed.gather(inputs, len(labels))
+        for name, batches in self.batches.items():
+            _, self.inputs[name] = predict(self.eval_model, batches(), cut=state.cut)
+        inputs = distributed.gather(self.inputs["train"], len(labels))
 
         def fit() -> dict[str, Tensor]:
             # mps lacks some of linear algebra.
@@ -297,7 +298,10 @@ class Evaluation:
         fitted = untrained | distributed.on_rank_0(fit)
         set_trainable(state.model, fitted)
         try:
-            row: dict[str, float] = {"epoch": 0, **self.evaluate(state)}
+            copy_trainable(self.eval_model, state.model)
+            # The blocks are the same, so that only the head has to compute once more.
+            logits = {name: self._head(inputs) for name, inputs in self.inputs.items()}
+            row: dict[str, float] = {"epoch": 0, **self._score(logits)}
         finally:
             # A run that is stopped meanwhile is saved with the head that training starts from.
             set_trainable(state.model, untrained)
@@ -315,11 +319,22 @@ class Evaluation:
     def evaluate(self, state: RunState) -> dict[str, float]:
         """Return train_accuracy, val_accuracy, train_loss and so on, of the present weights."""
         copy_trainable(self.eval_model, state.model)
+        logits: dict[str, Tensor] = {}
+        for name, batches in self.batches.items():
+            logits[name], self.inputs[name] = predict(self.eval_model, batches(), cut=state.cut)
+        return self._score(logits)
+
+    @torch.no_grad()
+    def _head(self, inputs: Tensor) -> Tensor:
+        """Return the logits (n, C), float32 on the CPU, of what the head reads (n, D)."""
+        weight = self.eval_model.get_parameter("head.weight")
+        return self.eval_model.head(inputs.to(weight)).float().cpu()
+
+    def _score(self, logits: dict[str, Tensor]) -> dict[str, float]:
+        """Return the scores of each split from the logits that this rank has computed."""
         row: dict[str, float] = {}
         for name, labels in self.labels.items():
-            logits, inputs = predict(self.eval_model, self.batches[name](), cut=state.cut)
-            self.inputs[name] = inputs
-            scores = score_predictions(distributed.gather(logits, len(labels)), labels)
+            scores = score_predictions(distributed.gather(logits[name], len(labels)), labels)
             row |= {f"{name}_{metric}": value for metric, value in scores.items()}
         return row
 
@@ -389,7 +404,7 @@ class Recorder:
         self.write_later = write_later
         self.out = Path(settings.out)
         self.started = 0.0  # when the run would have started if it had never been interrupted
-        self.described: Future[dict[str, object]] | None = None
+        self.described: Future[tuple[str, dict[str, object]]] | None = None
 
     def begin(self, state: RunState, started: float, lock: contextlib.ExitStack) -> None:
         """Begin a new run in the folder, or restore the run that is there.
@@ -399,10 +414,9 @@ class Recorder:
         if distributed.rank() == 0:
             # Hashing takes a second, so it goes on beside the first epoch. On a CPU, the weights
             # that train are the model's own, and change meanwhile.
-            initial = {name: p.detach().clone() for name, p in trainable(self.model).items()}
-            self.described = self.write_later(
-                describe_run, self.settings, self.model, initial, self.data, state.amp
-            )
+            names = weights.tail_names(self.model)
+            initial = {name: self.model.get_parameter(name).detach().clone() for name in names}
+            self.described = self.write_later(self._describe, initial, state.amp)
         saved = distributed.on_rank_0(lambda: self._open_folder(lock))
         if saved is not None:
             state.restore(*saved)
@@ -415,10 +429,23 @@ class Recorder:
         run_folder.begin_run(self.out, self.settings.resume)
         return None
 
+    def _describe(
+        self, initial: dict[str, Tensor], amp: torch.dtype | None
+    ) -> tuple[str, dict[str, object]]:
+        base_hash = weights.hash_outside_tail(self.model)
+        return base_hash, describe_run(
+            self.settings, self.model, base_hash, initial, self.data, amp
+        )
+
+    def base_hash(self) -> str:
+        """Return weights.hash_outside_tail(model)."""
+        assert self.described is not None  # Only rank 0 asks.
+        return self.described.result()[0]
+
     def fingerprint(self) -> dict[str, object]:
         """Return all that the result depends on: a run is resumed only if all of it is the same."""
-        assert self.described is not None  # Only rank 0 asks.
-        return self.described.result()
+        assert self.described is not None
+        return self.described.result()[1]
 
     def save_and_report(self, state: RunState, current_weights: dict[str, Tensor]) -> None:
         """Save the state after an epoch, in the background, and print the epoch's row."""
@@ -584,10 +611,8 @@ def decode_photos(
 
 
 def finish(
-    settings: TrainSettings,
+    recorder: Recorder,
     state: RunState,
-    model: ViT,
-    data: Data,
     val_split: PixelsAndLabels,
     test_split: PixelsAndLabels,
     checksum: str,
@@ -598,15 +623,17 @@ def finish(
     `checksum` is photos_checksum of all data. Returns whether all figures could be drawn.
     """
     started = time.perf_counter()
-    out = Path(settings.out)
+    settings = recorder.settings
+    model = recorder.model
+    data = recorder.data
+    out = recorder.out
     device = state.device
     peak_gib = devices.peak_gib(device)
 
     # Files are written from here on that may have appeared here while the run trained.
     run_folder.check_folder(out)
-    # This thread hashes and writes weights while the main one predicts and has figures drawn.
+    # This thread writes weights while the main one predicts and has figures drawn.
     with ThreadPoolExecutor(1) as thread:
-        hash_of_others = thread.submit(weights.hash_outside_tail, model)
         kept, kept_weights = choose_weights(state, settings, len(val_split[1]))
         # The kept weights become those of the model that is tested and of the one that is written.
         set_trainable(state.model, kept_weights)
@@ -622,10 +649,9 @@ def finish(
         if temperature is not None:
             calibration.fold_temperature(temperature, model, eval_model)
         # The tail comes first, because by it the other files are known to be this run's.
-        tail = thread.submit(
-            weights.save_tail, model, out / run_folder.TAIL, hash_of_others.result()
-        )
-        whole_model = thread.submit(write_model, model, out, tail, hash_of_others.result())
+        base_hash = recorder.base_hash()
+        tail = thread.submit(weights.save_tail, model, out / run_folder.TAIL, base_hash)
+        whole_model = thread.submit(write_model, model, out, tail, base_hash)
         test_logits, test_inputs = predict_photos(eval_model, test_split[0], batch=batch)
         num_classes = len(data.classes)
         confusion = metrics.confusion_matrix(test_logits.argmax(1), test_split[1], num_classes)
@@ -690,11 +716,11 @@ def check_validation_loss(
         )
 
 
-def write_model(model: ViT, out: Path, tail: Future[None], hash_of_others: str) -> None:
+def write_model(model: ViT, out: Path, tail: Future[None], base_hash: str) -> None:
     """Write the whole model behind its tail, and make sure that both read back as they were."""
     tail.result()  # If the tail cannot be written, nothing else is.
     weights.save_pretrained(model, out)
-    weights.check_written(model, out, hash_of_others)
+    weights.check_written(model, out, base_hash)
 
 
 def summarize_run(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +40,50 @@ def test_only_a_cuda_device_becomes_the_current_one(monkeypatch):
         with device.current(torch.device(name)):
             entered.append(name)
     assert entered == ["cuda:1", "cuda:1", "left", "cpu", "mps"]
+
+
+@pytest.mark.parametrize(
+    "num_cores, threads, expected", [(1, 1, 1), (2, 2, 1), (8, 8, 2), (16, 16, 4), (64, 64, 4),
+                                     (16, 1, 1)]
+)  # fmt: skip
+def test_few_threads_leave_most_cores_to_the_workers(num_cores, threads, expected, monkeypatch):
+    chosen = [threads]
+    monkeypatch.setattr(device, "cores", lambda: num_cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    with pytest.raises(KeyboardInterrupt), device.few_threads(), device.few_threads():
+        assert chosen[-1] == expected
+        raise KeyboardInterrupt
+    assert chosen[-1] == threads
+
+
+@pytest.mark.parametrize("name, program", [("train", train.main), ("infer", infer.main)])
+def test_models_are_loaded_with_few_threads(
+    name, program, monkeypatch, tiny_saved, shapes_data, tmp_path
+):
+    noted = []
+    module = importlib.import_module(f"minivit.{name}")
+    owner = module.weights if name == "train" else module
+
+    def load(*_, **__):
+        noted.append(torch.get_num_threads())
+        raise UserError("loaded")
+
+    monkeypatch.setattr(owner, "load_pretrained", load)
+    monkeypatch.setattr(device, "cores", lambda: 4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        flags = ["--model", str(tiny_saved), "--device", "cpu", "--out", str(tmp_path / "out")]
+        if name == "train":
+            assert program([*flags, "--data", str(shapes_data)]) == 2
+        else:
+            photo = next(Path(shapes_data).rglob("*.png"))
+            assert program([*flags, str(photo)]) == 2
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert noted == [1]
 
 
 def test_a_device_that_does_not_start_is_left_to_its_first_use(monkeypatch, capsys):

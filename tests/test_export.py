@@ -24,7 +24,7 @@ from torch.testing import assert_close
 from minivit import ViT, ViTConfig, load_pretrained, save_pretrained
 from minivit.checkpoints import weights
 from minivit.checkpoints.timm_configs import timm_config
-from minivit.checkpoints.weights import check_written, differences, hash_frozen, save_tail
+from minivit.checkpoints.weights import check_written, differences, hash_outside_tail, save_tail
 from minivit.data.preprocess import Preprocess
 from minivit.errors import UserError
 from minivit.model import freeze_except
@@ -159,7 +159,7 @@ def test_a_tail_of_before_with_a_key_for_each_fact_is_read(run, tmp_path):
 @pytest.mark.parametrize("change", ["in place", "by its data", "replaced"])
 def test_the_hash_is_that_of_the_frozen_weights_as_they_are_now(change, run):
     model = run[0]
-    before = hash_frozen(model)
+    before = hash_outside_tail(model)
     weight = model.blocks[0].mlp.fc1.weight
     if change == "in place":
         with torch.no_grad():
@@ -168,7 +168,7 @@ def test_the_hash_is_that_of_the_frozen_weights_as_they_are_now(change, run):
         weight.data.add_(1)
     else:
         model.blocks[0].mlp.fc1.weight = torch.nn.Parameter(weight + 1, requires_grad=False)
-    assert hash_frozen(model) != before
+    assert hash_outside_tail(model) != before
 
 
 @pytest.mark.parametrize("labels", [TUNED_LABELS, ("cat", "dog")], ids=["same", "other"])

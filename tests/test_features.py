@@ -304,8 +304,27 @@ def test_replayed_kernels_give_the_very_tokens(tiny):
         draws = torch.rand(size, 5, device="cuda")
         with torch.no_grad():
             assert torch.equal(compute(images, draws), compute.extract(images, draws))
-        replayed.append(compute.graph.size if compute.graph else 0)
+        replayed.append(compute.graph_size)
     assert replayed == [0, 4, 4, 4, 4, 4, 4, 3, 3]  # a last batch of an epoch does not take it away
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_features_copied_beside_the_next_batch_are_those_of_their_photos(tiny):
+    cuda = torch.device("cuda")
+    model = working_copy(tiny, cuda, torch.bfloat16, train=False)
+    pixels = torch.randint(256, (200, 3, *model.config.img_size), dtype=torch.uint8)
+    draws = torch.rand(200, 5)
+    order = torch.randperm(200)
+    for given in (None, draws):
+        compute = FeatureExtractor(model, 10, batch=8)
+        features = compute.compute(pixels, order, given)
+        assert features is not None
+        for rows in order.split(8):
+            augmentation = None if given is None else given[: len(rows)].to(cuda)
+            expected = compute.extract(pixels[rows].to(cuda), augmentation)
+            assert torch.equal(features[: len(rows)], expected.cpu())
+            features = features[len(rows) :]
+            given = None if given is None else given[len(rows) :]
 
 
 def test_what_is_held_counts_photos_and_tokens_each_within_its_limit(tiny):

@@ -145,6 +145,18 @@ def test_features_that_tell_nothing_give_the_classes_frequencies():
         assert_close(probabilities, torch.tensor([[0.75, 0.25]]).expand(40, 2), atol=0.02, rtol=0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_replayed_steps_find_the_head_that_the_cpu_finds():
+    for shape in ((60, 30, 3), (300, 20, 5)):
+        features, labels = make_features(*shape)
+        expected = fit_linear_head(features, labels, shape[2])
+        for _ in range(2):
+            head = fit_linear_head(features.cuda(), labels.cuda(), shape[2])
+            assert head.strength == expected.strength
+            assert_close(head.weight.cpu(), expected.weight, atol=1e-3, rtol=1e-2)
+            assert_close(head.held_out_logits.cpu(), expected.held_out_logits, atol=1e-2, rtol=1e-2)
+
+
 def test_neither_scale_nor_offset_of_all_features_matters():
     features, labels = make_features(60, 10, 3)
     head = check_fit(features, labels, 3, accuracy=0.7)

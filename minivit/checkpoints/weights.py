@@ -402,11 +402,11 @@ def save_pretrained(model: ViT, folder: str | os.PathLike[str]) -> None:
     write_json(folder / "preprocessor_config.json", model.preprocess.to_config())
 
 
-def check_written(model: ViT, folder: Path, hash_of_others: str | None = None) -> None:
+def check_written(model: ViT, folder: Path, base_hash: str | None = None) -> None:
     """Read back what save_pretrained and save_tail wrote, and compare all of it with the model.
 
     Raises RuntimeError if anything differs. A tail whose base cannot be read any more, or has
-    changed, is no defect of what was written: a note on stderr says so. `hash_of_others` is
+    changed, is no defect of what was written: a note on stderr says so. `base_hash` is
     hash_outside_tail(model), if the caller has computed it already.
     """
     tail = folder / "tail.safetensors"
@@ -415,14 +415,14 @@ def check_written(model: ViT, folder: Path, hash_of_others: str | None = None) -
         loading_whole = thread.submit(load_pretrained, folder)
         problem = ""
         if tail.exists():
-            problem = _check_tail(model, tail, hash_of_others or hash_outside_tail(model))
+            problem = _check_tail(model, tail, base_hash or hash_outside_tail(model))
         whole = loading_whole.result()
     require_same(model, whole, folder)
     if problem:
         print(f"{problem}; {folder / 'model.safetensors'} holds the whole model", file=sys.stderr)
 
 
-def _check_tail(model: ViT, path: Path, hash_of_others: str) -> str:
+def _check_tail(model: ViT, path: Path, base_hash: str) -> str:
     """Compare a tail, joined to its base, with the model; return what is wrong with the base.
 
     Raises RuntimeError if the tail differs.
@@ -435,10 +435,10 @@ def _check_tail(model: ViT, path: Path, hash_of_others: str) -> str:
         joined, written_hash = _join_tail(str(path), metadata, None)
     except UserError as error:
         return str(error)
-    if written_hash != hash_of_others:
+    if written_hash != base_hash:
         raise RuntimeError(f"{path}: read back, it has another hash of its base")
     changed = set(differences(model, joined))
-    weights_of_base = dict(model.named_parameters()).keys() - _tail_names(model)
+    weights_of_base = dict(model.named_parameters()).keys() - tail_names(model)
     _require_none(changed - weights_of_base, path)
     return _base_differs(str(path), joined.origin.base) if changed else ""
 
@@ -514,23 +514,23 @@ def tensors_as(
     return tensors
 
 
-def save_tail(model: ViT, path: Path, hash_of_others: str | None = None) -> None:
+def save_tail(model: ViT, path: Path, base_hash: str | None = None) -> None:
     """Write the trainable weights alone, under our names.
 
     The metadata holds what load_pretrained needs to complete the model: its base, the hash of the
     other weights, the labels and the preprocessing. The tail of a model that was loaded from a tail
-    holds the weights of both, and has the same base. `hash_of_others` is hash_outside_tail(model),
+    holds the weights of both, and has the same base. `base_hash` is hash_outside_tail(model),
     if the caller has computed it already.
     """
     source = model.origin.base or model.origin.source
     base = Path(os.path.expanduser(source))
     if source != "demo" and base.exists():
         source = str(base.resolve())
-    names = _tail_names(model)
+    names = tail_names(model)
     about = {
         "base": source,
         "commit": model.origin.commit or "",
-        "sha256": hash_of_others or hash_outside_tail(model),
+        "sha256": base_hash or hash_outside_tail(model),
         "labels": model.labels,
         "preprocess": model.preprocess.to_config(),
     }
@@ -544,17 +544,12 @@ def save_tail(model: ViT, path: Path, hash_of_others: str | None = None) -> None
 
 def hash_outside_tail(model: ViT) -> str:
     """Return the hash of the weights that save_tail leaves out."""
-    return _hash_except(model, _tail_names(model))
+    return _hash_except(model, tail_names(model))
 
 
-def _tail_names(model: ViT) -> Set[str]:
+def tail_names(model: ViT) -> Set[str]:
     """Return the names of what is in a model's tail: of a tail it began with, and what trains."""
     return model.origin.tail | trainable(model).keys()
-
-
-def hash_frozen(model: ViT) -> str:
-    """Return the hash of the frozen weights as they are now."""
-    return _hash_except(model, trainable(model))
 
 
 def _hash_except(model: ViT, names: Container[str]) -> str:

@@ -104,9 +104,7 @@ class FeatureExtractor:
         """
         weight = self.model.cls_token
         shape = (len(indices), *features_shape(self.model, self.cut))
-        # fill_() touches the memory with all cores at once. Otherwise the copies below would be
-        # the first to touch it, page by page, and pinning it would take longer still.
-        features = torch.empty(shape, dtype=weight.dtype).fill_(0)
+        features = torch.empty(shape, dtype=weight.dtype)
 
         def read(rows: slice) -> list[Tensor]:
             tensors = [gather_rows(pixels, indices[rows], weight.device)]
@@ -221,6 +219,9 @@ def copier_to_host(device: torch.device) -> Iterator[Callable[[Tensor, Tensor], 
     copy_stream = torch.cuda.Stream(device)
 
     def copy(tensor: Tensor, target: Tensor, is_computed: torch.cuda.Event) -> None:
+        # Several threads are the first to touch the memory here, page by page. The copy, which has
+        # one, would take three times as long over that.
+        target.fill_(0)
         with torch.cuda.stream(copy_stream):
             copy_stream.wait_event(is_computed)
             target.copy_(tensor)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.tensors import content_hash
-from ..checkpoints.weights import hash_frozen
 from ..cli import parse_blocks
 from ..data import store
 from ..data.datasets import Data
@@ -24,29 +23,29 @@ from ..settings import TrainSettings
 
 # The version of what training computes. Raise it with every change after which the same settings,
 # weights and photos give another result.
-MATHEMATICS = 2
+MATHEMATICS = 3
 
 
 def describe_run(
     settings: TrainSettings,
     model: ViT,
+    base_hash: str,
     initial: Mapping[str, Tensor],
     data: Data,
     amp: torch.dtype | None,
 ) -> dict[str, object]:
     """Return all that the result of a run depends on, under the names that users know.
 
-    `initial` holds the weights that training starts from; of the model's own, only those count
-    that are frozen.
+    `initial` holds the weights that training starts from, and `base_hash` is of all others.
     """
     described = settings.mathematics()
     described["--blocks"] = parse_blocks(settings.blocks, model.config.depth)
     described["precision"] = str(amp)
     described["the version of training"] = MATHEMATICS
-    return described | _describe_model(model, initial) | _describe_photos(data)
+    return described | _describe_model(model, base_hash, initial) | _describe_photos(data)
 
 
-def _describe_model(model: ViT, initial: Mapping[str, Tensor]) -> dict[str, object]:
+def _describe_model(model: ViT, base_hash: str, initial: Mapping[str, Tensor]) -> dict[str, object]:
     sizes = asdict(model.config)
     described = {"--img-size": sizes.pop("img_size")}
     for name, value in sizes.items():
@@ -55,7 +54,7 @@ def _describe_model(model: ViT, initial: Mapping[str, Tensor]) -> dict[str, obje
         described[f"the preprocessing's {name}"] = value
     labels = json.dumps(model.labels).encode()
     described["the checksum of the class names"] = hashlib.sha256(labels).hexdigest()[:8]
-    described["the checksum of the base model"] = hash_frozen(model)[:16]
+    described["the checksum of the base model"] = base_hash[:16]
     described["the checksum of the weights before training"] = content_hash(initial)[:16]
     return described
 
