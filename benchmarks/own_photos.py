@@ -133,8 +133,8 @@ def fine_tune(
     evaluation = run_epochs(
         state, (train.pixels, train.labels), (val.pixels, val.labels), settings, lambda: False
     )
-    _, weights = choose_weights(state, settings, len(val.labels))
-    inputs = evaluation.read_by_head(state, weights)
+    kept, weights = choose_weights(state, settings, len(val.labels))
+    inputs = evaluation.read_by_head(state, kept, weights)
     set_trainable(state.model, weights)
     return Trained(working_copy(state.model, device, amp, train=False), inputs)
 

@@ -31,7 +31,7 @@ from minivit import commands  # noqa: E402
 FUNCTIONS = """
 minivit.train: train prepare load_data photos_checksum decode_photos new_state working_copy
 minivit.train: choose_micro_batch run_epochs finish check_validation_loss
-minivit.train: write_model
+minivit.train: write_model run_until_stopped
 minivit.train: train_epoch predict_photos measure_speed describe_training describe_run
 minivit.train: devices.pick_device devices.pick_amp weights.load_pretrained weights.save_tail
 minivit.train: weights.save_pretrained weights.check_written weights.hash_outside_tail

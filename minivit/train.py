@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -48,7 +48,7 @@ from .training.features import (
 from .training.fingerprint import describe_run
 from .training.linear_head import fit_linear_head
 from .training.overview import describe_training
-from .training.rehearsal import describe_time, rehearse
+from .training.rehearsal import begin_warm_up, describe_time, rehearse
 from .training.run_photos import photos_checksum
 from .training.state import RunState, new_state, save_state, set_trainable
 from .training.step import (
@@ -80,7 +80,7 @@ def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = 
     prepare(settings, device)
     with contextlib.ExitStack() as lock, devices.current(device):
         # The device starts while this thread lists the photos and loads the model.
-        warm_up = devices.begin_warm_up(device, amp)
+        warm_up = begin_warm_up(device, amp)
         with distributed.process_group(device):
             is_rank_0 = distributed.rank() == 0  # the only rank that writes
             if not settings.dry_run and distributed.on_rank_0(
@@ -123,9 +123,9 @@ def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = 
             with write_behind() as write_later:
                 recorder = Recorder(settings, model, data, write_later)
                 recorder.begin(state, started, lock)
-                run_until_stopped(state, train_split, val_split, settings, recorder)
+                outcome = run_until_stopped(state, train_split, val_split, settings, recorder)
                 recorder.end(state)
-                if state.stopped:
+                if outcome is None:
                     if is_rank_0:
                         print(
                             f"\ninterrupted; all is saved in {out}: the same command with --resume "
@@ -138,7 +138,7 @@ def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = 
                     num_workers = 3 if len(data.test) >= DRAW_IN_WORKERS_FROM else 0  # one a figure
                     with worker_pool(num_workers, "minivit.figures.plots") as pool:
                         has_all_figures = finish(
-                            recorder, state, val_split, test_split, checksum, pool
+                            recorder, state, outcome, val_split, test_split, checksum, pool
                         )
         if is_rank_0:
             if has_all_figures:  # Otherwise, --resume draws them again.
@@ -149,24 +149,36 @@ def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = 
     return 0
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has come to: the weights to keep, and what the head reads with them."""
+
+    kept: metrics.Kept
+    weights: dict[str, Tensor]
+    inputs: Tensor  # (n, D), of the training photos
+
+
 def run_until_stopped(
     state: RunState,
     train_split: PixelsAndLabels,
     val_split: PixelsAndLabels,
     settings: TrainSettings,
     recorder: Recorder,
-) -> None:
-    """Run the epochs that are left, until the last one or a signal, which sets state.stopped."""
+) -> Outcome | None:
+    """Run the epochs that are left; return None, with state.stopped set, if a signal came."""
     with stop_requests() as stop_requested:
         try:
             evaluation = run_epochs(
                 state, train_split, val_split, settings, stop_requested, recorder
             )
-            if not state.stopped:
-                kept, kept_weights = choose_weights(state, settings, len(val_split[1]))
-                state.read_by_head = evaluation.read_by_head(state, kept, kept_weights)
+            if state.stopped:
+                return None
+            kept, kept_weights = choose_weights(state, settings, len(val_split[1]))
+            inputs = evaluation.read_by_head(state, kept, kept_weights)
+            return Outcome(kept, kept_weights, inputs)
         except StopRequested:
             state.stopped = True
+            return None
 
 
 def run_epochs(
@@ -613,6 +625,7 @@ def decode_photos(
 def finish(
     recorder: Recorder,
     state: RunState,
+    outcome: Outcome,
     val_split: PixelsAndLabels,
     test_split: PixelsAndLabels,
     checksum: str,
@@ -634,11 +647,11 @@ def finish(
     run_folder.check_folder(out)
     # This thread writes weights while the main one predicts and has figures drawn.
     with ThreadPoolExecutor(1) as thread:
-        kept, kept_weights = choose_weights(state, settings, len(val_split[1]))
         # The kept weights become those of the model that is tested and of the one that is written.
-        set_trainable(state.model, kept_weights)
+        kept = outcome.kept
+        set_trainable(state.model, outcome.weights)
         for name, parameter in trainable(model).items():
-            parameter.data = kept_weights[name]
+            parameter.data = outcome.weights[name]
         eval_model = working_copy(state.model, device, state.amp, train=False)
         state.free_device_memory()
         batch = devices.eval_batch(device, settings.batch_size, state.micro_batch, state.amp)
@@ -659,17 +672,15 @@ def finish(
         figures = report.draw_figures(
             pool, out, state.rows, kept, data, test_logits, confusion, temperature
         )
+        known, threshold = reference.save_reference(
+            out / run_folder.REFERENCE, model, data, outcome.inputs, val_inputs, settings.seed
+        )
+        scores = score_predictions(test_logits, test_split[1])
+        summary: dict[str, object] = {f"test_{name}": value for name, value in scores.items()}
+        summary |= summarize_run(settings, state, kept, model, data)
+        summary |= calibration.summarize(temperature, len(val_split[1]), test_logits, test_split[1])
+        summary |= reference.summarize(known, threshold, val_inputs, test_inputs)
     whole_model.result()
-    assert state.read_by_head is not None  # The run has reached its end.
-    known, threshold = reference.save_reference(
-        out / run_folder.REFERENCE, model, data, state.read_by_head, val_inputs, settings.seed
-    )
-
-    scores = score_predictions(test_logits, test_split[1])
-    summary: dict[str, object] = {f"test_{name}": value for name, value in scores.items()}
-    summary |= summarize_run(settings, state, kept, model, data)
-    summary |= calibration.summarize(temperature, len(val_split[1]), test_logits, test_split[1])
-    summary |= reference.summarize(known, threshold, val_inputs, test_inputs)
     summary["photos_checksum"] = checksum
     summary["confused"] = report.name_pairs(confusion, data.classes)
     summary["seconds"] = state.spent + time.perf_counter() - started

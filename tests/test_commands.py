@@ -281,13 +281,13 @@ def test_the_written_weights_are_those_that_the_rule_keeps(
     tiny_folder, shapes_data, tmp_path, monkeypatch, capsys, keep, by_epoch, kept
 ):
     heads = []
-    real = train_job.Evaluation.evaluate
+    real = train_job.Evaluation._score
 
-    def with_accuracy(evaluation, state):
-        heads.append(state.model.head.weight.detach().clone())
-        return real(evaluation, state) | {"val_accuracy": by_epoch[len(heads) - 1]}
+    def with_accuracy(evaluation, logits):
+        heads.append(evaluation.eval_model.head.weight.detach().clone())
+        return real(evaluation, logits) | {"val_accuracy": by_epoch[len(heads) - 1]}
 
-    monkeypatch.setattr(train_job.Evaluation, "evaluate", with_accuracy)
+    monkeypatch.setattr(train_job.Evaluation, "_score", with_accuracy)
     monkeypatch.setattr(metrics, "CLEARLY", 0.1)  # With 3 photos, nothing is clear otherwise.
     out = tmp_path / "run"
     assert run_train(tiny_folder, shapes_data, out, "--epochs", "3", "--keep", keep) == 0

@@ -50,10 +50,7 @@ class RunState:
     kept: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0  # spent on the epoch under way
     spent: float = 0.0  # seconds spent on the whole run
-    # Not saved: whether a signal stopped the run, and at its end what the head reads of the
-    # training photos (n, D), with the weights that are kept.
-    stopped: bool = False
-    read_by_head: Tensor | None = None
+    stopped: bool = False  # by a signal; this is not saved
 
     @property
     def device(self) -> torch.device:
