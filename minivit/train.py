@@ -48,7 +48,7 @@ from .training.features import (
 from .training.fingerprint import describe_run
 from .training.linear_head import fit_linear_head
 from .training.overview import describe_training
-from .training.rehearsal import begin_warm_up, describe_time, rehearse
+from .training.rehearsal import describe_time, rehearse
 from .training.run_photos import photos_checksum
 from .training.state import RunState, new_state, save_state, set_trainable
 from .training.step import (
@@ -80,7 +80,7 @@ def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = 
     prepare(settings, device)
     with contextlib.ExitStack() as lock, devices.current(device):
         # The device starts while this thread lists the photos and loads the model.
-        warm_up = begin_warm_up(device, amp)
+        warm_up = devices.begin_warm_up(device, amp)
         with distributed.process_group(device):
             is_rank_0 = distributed.rank() == 0  # the only rank that writes
             if not settings.dry_run and distributed.on_rank_0(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 from dataclasses import replace
@@ -20,9 +19,7 @@ import train
 from minivit import ViT
 from minivit.commands import train_parser
 from minivit.errors import UserError
-from minivit.model import working_copy
 from minivit.system import device
-from minivit.training import rehearsal
 
 
 def test_only_a_cuda_device_becomes_the_current_one(monkeypatch):
@@ -92,37 +89,15 @@ def test_models_are_loaded_with_few_threads(
 def test_a_device_that_does_not_start_is_left_to_its_first_use(monkeypatch, capsys):
     started = []
 
-    def fail(model, chosen, amp, *, train):
-        started.append((str(chosen), amp))
+    def fail(*_, device, dtype):
+        started.append((str(device), dtype))
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(rehearsal, "working_copy", fail)
-    monkeypatch.setattr(torch.cuda, "device", lambda chosen: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "zeros", fail)
     for name in ("cpu", "cuda:1"):
-        rehearsal.begin_warm_up(torch.device(name), torch.bfloat16).join()
+        device.begin_warm_up(torch.device(name), torch.bfloat16).join()
     assert started == [("cuda:1", torch.bfloat16)]
     assert capsys.readouterr().err == ""
-
-
-def test_starting_a_device_trains_a_small_model_and_changes_nothing_else(monkeypatch, capsys):
-    rehearsed = []
-
-    def on_the_cpu(model, _, amp, *, train):
-        return working_copy(model, torch.device("cpu"), amp, train=train)
-
-    def note(model, **settings):
-        rehearsed.append(settings)
-        return real(model, **settings)
-
-    real = rehearsal.rehearse
-    monkeypatch.setattr(rehearsal, "working_copy", on_the_cpu)
-    monkeypatch.setattr(rehearsal, "rehearse", note)
-    monkeypatch.setattr(torch.cuda, "device", lambda chosen: contextlib.nullcontext())
-    random_state = torch.get_rng_state()
-    rehearsal.begin_warm_up(torch.device("cuda"), torch.bfloat16).join()
-    assert rehearsed == [{"cut": 1, "batch_size": 8, "micro_batch": 8, "amp": torch.bfloat16}]
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name, index", [("cuda", 3), ("cuda:1", 1)])

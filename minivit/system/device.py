@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -222,6 +223,25 @@ def current(device: torch.device) -> Iterator[None]:
         return
     with torch.cuda.device(device), few_threads():
         yield
+
+
+def begin_warm_up(device: torch.device, amp: torch.dtype | None) -> threading.Thread:
+    """Start a CUDA device and its library of products in a thread, which takes a second.
+
+    Wait for the thread before the device is used. An error comes up again where it is used. For
+    another device, the thread does nothing.
+    """
+
+    def multiply() -> None:
+        if device.type != "cuda":
+            return
+        with contextlib.suppress(RuntimeError), torch.inference_mode():
+            matrix = torch.zeros(256, 256, device=device, dtype=amp or torch.float32)
+            (matrix @ matrix).sum().item()
+
+    thread = threading.Thread(target=multiply, daemon=True)
+    thread.start()
+    return thread
 
 
 def be_deterministic() -> None:

@@ -2,57 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import threading
 import time
 
 import torch
 
 from ..data.datasets import Data
-from ..data.preprocess import Preprocess
-from ..errors import UserError
-from ..model import ViT, ViTConfig, freeze_except, working_copy
+from ..model import ViT
 from ..settings import TrainSettings
-from ..system import device as devices
 from ..system import distributed
+from ..system.device import peak_gib
 from .features import FeatureExtractor, TrainableLayers
 from .state import new_state
 from .step import Batch, train_step_that_fits
-
-# Photos of the steps that load CUDA's kernels. They take about 100 MiB.
-WARM_UP_BATCH = 8
-
-
-def begin_warm_up(device: torch.device, amp: torch.dtype | None) -> threading.Thread:
-    """Start a CUDA device in a thread, and load the kernels that training takes, for half a second.
-
-    They are those of two steps of a small ViT. Wait for the thread before the device is used. An
-    error comes up again where it is used. For another device, the thread does nothing.
-    """
-
-    def train_small_model() -> None:
-        with torch.device("meta"):
-            model = ViT(ViTConfig(depth=2, num_classes=2))
-        model.to_empty(device="cpu")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.zero_()
-        model.preprocess = Preprocess()
-        cut = freeze_except(model, [1])
-        on_device = working_copy(model, device, amp, train=True)
-        rehearse(on_device, cut=cut, batch_size=WARM_UP_BATCH, micro_batch=WARM_UP_BATCH, amp=amp)
-        del on_device
-        torch.cuda.empty_cache()
-
-    def warm_up() -> None:
-        if device.type == "cuda":
-            with contextlib.suppress(RuntimeError, UserError), torch.cuda.device(device):
-                train_small_model()
-
-    thread = threading.Thread(target=warm_up, daemon=True)
-    thread.start()
-    return thread
 
 
 def rehearse(
@@ -78,7 +40,7 @@ def rehearse(
     batch = Batch(features, labels, share)
     for _ in range(2):  # In the second step, the frozen blocks may be replayed from a recording.
         train_step_that_fits(TrainableLayers(model, cut), state, batch)
-    peak = devices.peak_gib(device)
+    peak = peak_gib(device)
     model.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
