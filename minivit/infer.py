@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+import torch
 from tqdm import tqdm
 
 from . import look
@@ -71,6 +72,10 @@ class Plan:
     blocks: Sequence[int]
     methods: Sequence[str]
 
+    @property
+    def device(self) -> torch.device:
+        return self.models[0].cls_token.device
+
 
 @dataclass(frozen=True)
 class Job:
@@ -107,9 +112,10 @@ def infer(settings: InferSettings) -> int:
         if not settings.no_figures:
             Path(settings.out).mkdir(parents=True, exist_ok=True)
         # A single photo needs no bar.
-        with progress_bar(
+        progress_of_photos = progress_bar(
             total=len(jobs), desc="photos", unit="photo", hidden=len(jobs) < 2
-        ) as progress:
+        )
+        with devices.current(plan.device), progress_of_photos as progress:
             for job, photo, explanations in explain_all(jobs, plan, settings, pool):
                 if isinstance(photo, UserError):
                     report_unreadable(job, photo)
@@ -443,7 +449,7 @@ def choose_batch_size(settings: InferSettings, plan: Plan) -> int:
     are kept, memory limits them.
     """
     model = plan.models[0]
-    is_cpu = model.cls_token.device.type == "cpu"
+    is_cpu = plan.device.type == "cpu"
     gpu_batch = NAMES_GPU_BATCH if settings.no_figures else GPU_BATCH
     batch_size = devices.CPU_BATCH if is_cpu else gpu_batch
     if settings.method == "attention" and not settings.html:
