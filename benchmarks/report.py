@@ -184,23 +184,24 @@ def unique(rows: Sequence[Row]) -> list[Row]:
 
 
 def table_of_variants(
-    runs: Measurement, labels: Mapping[str, str], columns: Mapping[str, str], *, ratio: bool = False
+    runs: Measurement, labels: Mapping[str, str], columns: Mapping[str, str], *, against: str = ""
 ) -> str:
     """Return a table of finetune.py's variants: the time, and other columns by their style.
 
-    With `ratio`, a column says how many times train.py's time it took. Both are of the same row of
-    the data, because another day or machine may be faster; rows without both have no ratio.
+    With `against`, a variant of train.py, a column says how many times its time another one took.
+    Both are of the same row of the data, because another day or machine may be faster; rows without
+    both have no ratio.
     """
     head = ["", "seconds"]
-    if ratio:
+    if against:
         head.append("against `train.py`")
     head += columns
     lines = []
     for name, label in labels.items():
         line = [Cell(label), runs.cell(f"{name}, time", ".1f", spread=True)]
-        if ratio:
+        if against:
             theirs, source = runs.figure(f"{name}, time")
-            ours = source.figures.get("minivit-cold, time")
+            ours = source.figures.get(f"{against}, time")
             text = "" if ours is None else f"{theirs.median / ours.median:.1f} times"
             line.append(Cell(text))
         for column, style in columns.items():
@@ -228,7 +229,7 @@ def job_on_a_gpu(rows: Sequence[Row]) -> str:
     labels = {name: workloads.VARIANTS[name] for name in names}
     runs = Measurement(rows, "finetune", H100_JOB, GPU)
     columns = {"device GiB": ".2f", "host MiB": ",.0f"}
-    return table_of_variants(runs, labels, columns, ratio=True)
+    return table_of_variants(runs, labels, columns, against="minivit-cold")
 
 
 def job_on_cores_with_amx(rows: Sequence[Row]) -> str:
@@ -237,7 +238,7 @@ def job_on_cores_with_amx(rows: Sequence[Row]) -> str:
     labels = {name: workloads.VARIANTS[name] for name in names}
     workload = workloads.whole_job("ViT-B/16", 5, 40, 40, "photos", "cpu")
     runs = Measurement(rows, "finetune", workload, AMX_CORES)
-    return table_of_variants(runs, labels, {}, ratio=True)
+    return table_of_variants(runs, labels, {}, against="minivit-cold")
 
 
 def job_on_cores_with_bf16(rows: Sequence[Row]) -> str:
@@ -245,7 +246,23 @@ def job_on_cores_with_bf16(rows: Sequence[Row]) -> str:
     labels = {name: workloads.VARIANTS[name] for name in names}
     workload = workloads.whole_job("ViT-B/16", 5, 40, 40, "photos", "cpu")
     runs = Measurement(rows, "finetune", workload, BF16_CORES)
-    return table_of_variants(runs, labels, {}, ratio=True)
+    return table_of_variants(runs, labels, {}, against="minivit-cold")
+
+
+def job_on_cores_in_float32(rows: Sequence[Row]) -> str:
+    names = ["transformers-tuned-float32", "minivit-float32-cold"]
+    labels = {name: workloads.VARIANTS[name] for name in names}
+    workload = workloads.whole_job("ViT-B/16", 5, 40, 40, "photos", "cpu")
+    runs = Measurement(rows, "finetune", workload, BF16_CORES)
+    return table_of_variants(runs, labels, {}, against="minivit-float32-cold")
+
+
+def job_on_a_gpu_with_two_cores(rows: Sequence[Row]) -> str:
+    names = ["transformers-fp16", "minivit-fp16-cold", "minivit-fp16"]
+    labels = {name: workloads.VARIANTS[name] for name in names}
+    workload = workloads.whole_job("ViT-B/16", 5, 740, 740, "photos", "cuda")
+    runs = Measurement(rows, "finetune", workload, f"{GPU} 80GB HBM3, 2 cores")
+    return table_of_variants(runs, labels, {}, against="minivit-fp16-cold")
 
 
 def job_on_cores_without_amx(rows: Sequence[Row]) -> str:
@@ -253,7 +270,7 @@ def job_on_cores_without_amx(rows: Sequence[Row]) -> str:
     labels = {name: workloads.VARIANTS[name] for name in names}
     workload = workloads.whole_job("ViT-B/16", 5, 20, 20, "drawn photos", "cpu")
     runs = Measurement(rows, "finetune", workload, PLAIN_CORES)
-    return table_of_variants(runs, labels, {}, ratio=True)
+    return table_of_variants(runs, labels, {}, against="minivit-cold")
 
 
 def images_a_second(rows: Sequence[Row]) -> str:
@@ -485,6 +502,8 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "what an epoch costs by trained blocks": epochs_by_blocks,
     "the whole job on two cores with AMX": job_on_cores_with_amx,
     "the whole job on two cores with AVX512-BF16": job_on_cores_with_bf16,
+    "the whole job on two cores in float32": job_on_cores_in_float32,
+    "the whole job on a GPU with two cores": job_on_a_gpu_with_two_cores,
     "the whole job on two cores without AMX": job_on_cores_without_amx,
     "one photo": one_photo,
     "a folder of photos": many_photos,

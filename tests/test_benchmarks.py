@@ -196,14 +196,16 @@ def test_a_ratio_is_taken_within_one_row():
     new = make_row(1, line=2, figures={"minivit-cold, time": Figure("s", 1, 20)})
     runs = report.Measurement([old, new], "finetune", "a job", "a GPU")
     labels = {"transformers": "theirs", "minivit-cold": "ours"}
-    text = report.table_of_variants(runs, labels, {}, ratio=True)
+    text = report.table_of_variants(runs, labels, {}, against="minivit-cold")
     assert "| theirs | 90.0 | 9.0 times |" in text
     assert "| ours | 20.0 | 1.0 times |" in text
     newer = make_row(
         1, line=4, command="theirs", figures={"transformers, time": Figure("s", 1, 80)}
     )
     runs = report.Measurement([old, new, newer], "finetune", "a job", "a GPU")
-    assert "| theirs | 80.0 | |" in report.table_of_variants(runs, labels, {}, ratio=True)
+    assert "| theirs | 80.0 | |" in report.table_of_variants(
+        runs, labels, {}, against="minivit-cold"
+    )
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Row) if f.name != "line"])

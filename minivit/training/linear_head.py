@@ -129,19 +129,18 @@ def solve(
     curvature = 0.5 * torch.cat([squares[-num_axes:].clamp(min=0), share.new_ones(1)])
     positions = with_ones(centred @ axes)  # (n, A + 1)
 
-    share = share.T[:, :, None]  # (n, P, 1)
+    shares = share.T[:, :, None]  # (n, P, 1)
 
-    def from_state(bound: Tensor, penalty: Tensor, *state: Tensor) -> Descent:
-        return take_steps(positions, targets, share, bound, penalty, Descent(*state))
-
-    steps: Callable[..., Descent] = from_state
+    def steps_from(bound: Tensor, penalty: Tensor, *state: Tensor) -> Descent:
+        return take_steps(positions, targets, shares, bound, penalty, Descent(*state))
 
     weights = inputs.new_zeros(num_axes + 1, len(used), num_classes)
-    ones = torch.ones_like(share[0])  # (P, 1)
+    ones = torch.ones_like(shares[0])  # (P, 1)
     state = Descent(weights, ahead=weights, t=ones, change=ones)
+    steps: Callable[..., Descent] = steps_from
     if inputs.is_cuda:
         # The kernels are so small that launching them takes most of the time.
-        steps = CudaGraph(from_state, curvature, curvature, *state)
+        steps = CudaGraph(steps_from, curvature, curvature, *state)
     for strength in strengths:
         penalty = torch.full_like(curvature, strength)
         penalty[-1] = 0.0
