@@ -1,10 +1,11 @@
 """Show where the seconds of a run of train.py go.
 
-    python benchmarks/phases.py [--cold] --model FOLDER --data DIR --out DIR [train.py's flags]
+    python benchmarks/phases.py --model FOLDER --data DIR --out DIR [--cold] [--record FILE]
 
-This is train.py with a clock around some of its functions. A line for each call says when it began
-and how long it took; a call inside another one is indented, and calls in other threads have a mark
-of their own. With --cold, decoded photos beside the data are removed before.
+This is train.py, whose other flags may follow, with a clock around some of its functions. A line
+for each call says when it began and how long it took; a call inside another one is indented, and
+calls in other threads have a mark of their own. With --cold, decoded photos beside the data are
+removed before. With --record, the seconds of each of STAGES become a row of a file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 
 STARTED = time.perf_counter()
 
+import argparse  # noqa: E402
 import functools  # noqa: E402
 import importlib.abc  # noqa: E402
 import importlib.machinery  # noqa: E402
@@ -45,6 +47,20 @@ minivit.train: set_trainable metrics.confusion_matrix reference.save_reference r
 minivit.train: run_folder.check_folder Evaluation.read_by_head worker_pool
 minivit.train: RunState.trainable_weights RunState.update_kept summarize_run report.write_classes
 """
+
+# The stages of a run, and the function in the main thread whose first call begins each. The one
+# before ends there.
+STAGES = {
+    "importing torch": "import minivit.train",
+    "choosing the device and the precision": "train",
+    "listing the photos and loading the model": "prepare",
+    "the copy on the device, and two steps to find the memory that is needed": "working_copy",
+    "the rest of the preparation, waiting for photos included": "photos_checksum",
+    "features for the evaluation": "run_epochs",
+    "the head alone": "Evaluation.evaluate_head_alone",
+    "the epochs, with evaluation and saved states": "TrainingPhotos.of_epoch",
+    "the end: test, figures, weights written and read back": "choose_weights",
+}
 
 
 class Clock:
@@ -84,6 +100,14 @@ class Clock:
                     continue  # Another version of minivit does not have it.
                 setattr(owner, function, timed)
 
+    def seconds_of_stages(self) -> dict[str, float]:
+        """Return how long each of STAGES took."""
+        begins = []
+        for function in STAGES.values():
+            begins.append(next(row[0] for row in self.rows if row[3] and row[4] == function))
+        ends = [*begins[1:], time.perf_counter() - STARTED]
+        return {stage: end - begin for stage, begin, end in zip(STAGES, begins, ends)}
+
     def print_table(self) -> None:
         print("\n  begin   seconds")
         for began, seconds, depth, in_main, name in self.rows:
@@ -114,16 +138,37 @@ class TimedImport(importlib.abc.MetaPathFinder):
         return spec
 
 
+def record_stages(args: argparse.Namespace, seconds: dict[str, float]) -> None:
+    """Add a row of the seconds of each stage to a file."""
+    import torch
+    from results import commit_name, figure_of, record
+    from workloads import phases
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    figures = {stage: figure_of([value], "s") for stage, value in seconds.items()}
+    args.commit = args.commit or commit_name() or "unknown"
+    record(args, device, phases(device.type, cold=args.cold), figures)
+
+
 def main() -> None:
-    flags = sys.argv[1:]
-    if "--cold" in flags:
-        flags.remove("--cold")
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--commit")
+    args, flags = parser.parse_known_args()
+    if args.cold:
         data = Path(flags[flags.index("--data") + 1])
         shutil.rmtree(data / ".minivit", ignore_errors=True)
     clock = Clock()
     sys.meta_path.insert(0, TimedImport(clock))
     code = commands.train(flags)
+    seconds = clock.seconds_of_stages()
     clock.print_table()
+    print()
+    for stage, value in seconds.items():
+        print(f"{value:7.3f}  {stage}")
+    if args.record is not None:
+        record_stages(args, seconds)
     sys.exit(code)
 
 

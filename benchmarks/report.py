@@ -164,7 +164,7 @@ def provenance(lines: Sequence[Sequence[Cell]]) -> str:
             part = f"{row.hardware}, {part}"
         if row.note:
             part += f" ({row.note})"
-        if len(newest_first) > 1 and len(lines) > 1:
+        if len(newest_first) > 1 and len(numbers[row.line]) < len(lines):
             rows = "row" if len(numbers[row.line]) == 1 else "rows"
             part = f"{rows} {', '.join(numbers[row.line])}: {part}"
         parts.append(part)
@@ -230,6 +230,22 @@ def job_on_a_gpu(rows: Sequence[Row]) -> str:
     runs = Measurement(rows, "finetune", H100_JOB, GPU)
     columns = {"device GiB": ".2f", "host MiB": ",.0f"}
     return table_of_variants(runs, labels, columns, against="minivit-cold")
+
+
+def phases_of_a_run(rows: Sequence[Row]) -> str:
+    """Return the seconds of each stage of a first and a second run, of the oldest row and now."""
+    columns: dict[str, Row] = {}
+    for run, cold in (("first run", True), ("second run", False)):
+        workload = workloads.phases("cuda", cold=cold)
+        of_workload = [row for row in rows if row.workload == workload]
+        of_workload.sort(key=age)
+        for row in (of_workload[0], of_workload[-1]):
+            columns[f"{run}, commit {row.commit}"] = row
+    lines = []
+    for stage in of_workload[-1].figures:
+        cells = [Cell(as_text(row.figures[stage].median, ".1f"), row) for row in columns.values()]
+        lines.append([Cell(stage), *cells])
+    return table(["seconds", *columns], lines)
 
 
 def job_on_cores_with_amx(rows: Sequence[Row]) -> str:
@@ -496,6 +512,7 @@ def many_photos_on_a_gpu(rows: Sequence[Row]) -> str:
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "the whole job in short": job_in_short,
     "the whole job on a GPU": job_on_a_gpu,
+    "where the seconds of a run go": phases_of_a_run,
     "images a second": images_a_second,
     "what an epoch costs, as a picture": epochs_picture,
     "what an epoch costs by photos": epochs_by_photos,

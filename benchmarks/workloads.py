@@ -46,6 +46,11 @@ def whole_job(model: str, epochs: int, train: int, test: int, photos: str, devic
     )
 
 
+def phases(device: str, *, cold: bool) -> str:
+    run = "first" if cold else "second"
+    return f"where the seconds of a {run} run of train.py go, {device}"
+
+
 def steady_speed(model: str, photos: int, device: str) -> str:
     return f"images a second: {model}, blocks 10-11 train, epochs of {photos} photos, {device}"
 

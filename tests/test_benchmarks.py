@@ -119,11 +119,11 @@ def test_a_number_that_was_edited_by_hand_is_found(name, rows):
 def test_the_share_of_the_time_that_the_readme_names_was_measured(rows):
     parts = {"fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (named,) = re.findall(r"takes an? (\w+) of the time", readme)
+    (named,) = re.findall(r"takes less than an? (\w+) of the time", " ".join(readme.split()))
     runs = report.Measurement(rows, "finetune", report.H100_JOB, report.GPU)
     theirs, source = runs.figure("transformers, time")
     ours = source.figures["minivit-cold, time"]
-    assert theirs.median / ours.median == pytest.approx(parts[named], abs=0.5)
+    assert parts[named] < theirs.median / ours.median < parts[named] + 1
 
 
 def test_a_newly_measured_row_makes_a_table_differ(rows):
