@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import pytest
@@ -35,6 +36,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)
     return driver
 
 
@@ -49,6 +51,7 @@ def started(device: str) -> bool:
 def test_the_device_that_torch_will_use_is_started(device, index, driver):
     assert started(device)
     assert driver.calls == ["cuInit", f"cuDeviceGet {index}", "cuDevicePrimaryCtxRetain"]
+    assert os.environ.pop("CUDA_MODULE_LOADING") == "LAZY"
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "cuda:", "gpu", "cuda:x"])
