@@ -13,6 +13,7 @@ Photos are augmented in advance: each epoch takes one of `VIEWS` augmented views
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -266,7 +267,8 @@ def run(dataset: DataSet, recipe: Recipe, repeat: int, fold: int) -> dict[str, f
     labels = dataset.labels.to(device)
     depth = dataset.model.config.depth
     cut = freeze_except(dataset.model, parse_blocks(recipe.blocks, depth))
-    model = working_copy(dataset.model, device, None, train=True)
+    # A working copy in float32 on the CPU shares its weights, and the next run needs them again.
+    model = working_copy(copy.deepcopy(dataset.model), device, None, train=True)
 
     def score() -> dict[str, float]:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
