@@ -66,8 +66,7 @@ class Recipe:
     smoothing: float = 0.0
     weight_decay: float = 0.05
     layer_decay: float = 1.0
-    views: int = VIEWS  # views of each photo, of which an epoch takes one
-    with_plain: bool = False  # whether the last view is the photo without augmentation
+    views: int = VIEWS  # augmented views of each photo, of which an epoch takes one
 
 
 NOW = Recipe()  # what train.py did before this comparison
@@ -96,11 +95,6 @@ STAGES: dict[str, dict[str, Recipe]] = {
         "layer decay 0.7": replace(BASE, layer_decay=0.7),
     },
     "views": {f"{views} kept views": replace(BASE, views=views) for views in (1, 2, 4)},
-    "plain view": {
-        "2 kept views, both augmented": replace(BASE, views=2),
-        "2 kept views, one the photo as it is": replace(BASE, views=2, with_plain=True),
-        "3 kept views, one the photo as it is": replace(BASE, views=3, with_plain=True),
-    },
     "blocks": {
         f"blocks {blocks}": replace(BASE, blocks=blocks) for blocks in ("none", "11", "8-11")
     },
@@ -307,8 +301,6 @@ def run(dataset: DataSet, recipe: Recipe, repeat: int, fold: int) -> dict[str, f
     parameters = optimizer.parameters()
     snapshots = Snapshots(model, score)
     views = dataset.features_at(recipe.augmentation, cut)
-    if recipe.with_plain:
-        views = torch.cat([views[: recipe.views - 1], dataset.features_at("plain", cut)])
     generator = torch.Generator().manual_seed(1000 * repeat + fold)
     beta = random.Random(1000 * repeat + fold)
     step = 0
