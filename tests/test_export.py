@@ -228,7 +228,7 @@ WRITTEN_WRONG = {
     ),
     "the hash of the base": (
         lambda f: retag(f / "tail.safetensors", lambda m: m.update(sha256="0" * 64)),
-        "tail.safetensors: read back, it has another hash of its base",
+        "tail.safetensors: read back, the hash of its base differs",
     ),
     "a weight of the tail": (
         lambda f: retensor(f / "tail.safetensors", lambda t: t["head.bias"].add_(1)),
@@ -252,6 +252,10 @@ def test_a_base_that_has_changed_is_told_but_is_no_failure(run, tiny_folder, cap
     check_written(model, folder)
     err = capsys.readouterr().err
     assert f"its base {tiny_folder} is not the one it was trained on" in err
+    # A base of other sizes has changed, too.
+    edit_json(tiny_folder / "config.json", lambda c: c.update(layer_norm_eps=1e-6))
+    check_written(model, folder)
+    assert "is not the one it was trained on" in capsys.readouterr().err
     # What the tail holds itself is compared all the same.
     retensor(folder / "tail.safetensors", lambda t: t["head.bias"].add_(1))
     with pytest.raises(RuntimeError, match="tail.safetensors: .*: head.bias$"):

@@ -258,11 +258,11 @@ def _load_with_tail(
     """
     model, frozen_hash = _join_tail(source, metadata, img_size)
     if _hash_except(model, model.origin.tail) != frozen_hash:
-        raise UserError(_base_differs(source, model.origin.base))
+        raise UserError(_say_that_base_differs(source, model.origin.base))
     return model
 
 
-def _base_differs(source: str, base: str) -> str:
+def _say_that_base_differs(source: str, base: str) -> str:
     return f"{source}: its base {base} is not the one it was trained on; the weights differ"
 
 
@@ -436,11 +436,22 @@ def _check_tail(model: ViT, path: Path, base_hash: str) -> str:
     except UserError as error:
         return str(error)
     if written_hash != base_hash:
-        raise RuntimeError(f"{path}: read back, it has another hash of its base")
-    changed = set(differences(model, joined))
-    weights_of_base = dict(model.named_parameters()).keys() - tail_names(model)
-    _require_none(changed - weights_of_base, path)
-    return _base_differs(str(path), joined.origin.base) if changed else ""
+        raise RuntimeError(
+            f"{path}: read back, the hash of its base differs from the one that was written"
+        )
+    # What the tail holds itself comes first; all else is the base's.
+    changed = []
+    if joined.labels != model.labels:
+        changed.append("labels")
+    if joined.preprocess != model.preprocess:
+        changed.append("preprocessing")
+    for name in tail_names(model):
+        if not torch.equal(joined.get_parameter(name), model.get_parameter(name)):
+            changed.append(name)
+    _require_none(changed, path)
+    if differences(model, joined):
+        return _say_that_base_differs(str(path), joined.origin.base)
+    return ""
 
 
 def require_same(model: ViT, reread: ViT, path: Path) -> None:
