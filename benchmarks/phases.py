@@ -21,7 +21,7 @@ import importlib.machinery  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
 import threading  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from pkgutil import resolve_name  # noqa: E402
 
@@ -101,12 +101,15 @@ class Clock:
                 setattr(owner, function, timed)
 
     def seconds_of_stages(self) -> dict[str, float]:
-        """Return how long each of STAGES took."""
-        begins = []
-        for function in STAGES.values():
-            begins.append(next(row[0] for row in self.rows if row[3] and row[4] == function))
-        ends = [*begins[1:], time.perf_counter() - STARTED]
-        return {stage: end - begin for stage, begin, end in zip(STAGES, begins, ends)}
+        """Return how long each of STAGES took, without those that never began."""
+        begins: dict[str, float] = {}
+        for stage, function in STAGES.items():
+            for began, _, _, in_main, name in self.rows:
+                if in_main and name == function:
+                    begins[stage] = began
+                    break
+        ends = [*begins.values(), time.perf_counter() - STARTED][1:]
+        return {stage: end - begin for (stage, begin), end in zip(begins.items(), ends)}
 
     def print_table(self) -> None:
         print("\n  begin   seconds")
@@ -138,13 +141,17 @@ class TimedImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-def record_stages(args: argparse.Namespace, seconds: dict[str, float]) -> None:
+def record_stages(
+    args: argparse.Namespace, flags: Sequence[str], seconds: dict[str, float]
+) -> None:
     """Add a row of the seconds of each stage to a file."""
-    import torch
     from results import commit_name, figure_of, record
     from workloads import phases
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    from minivit.system.device import pick_device
+
+    name = flags[flags.index("--device") + 1] if "--device" in flags else "auto"
+    device = pick_device(name)
     figures = {stage: figure_of([value], "s") for stage, value in seconds.items()}
     args.commit = args.commit or commit_name() or "unknown"
     record(args, device, phases(device.type, cold=args.cold), figures)
@@ -167,8 +174,8 @@ def main() -> None:
     print()
     for stage, value in seconds.items():
         print(f"{value:7.3f}  {stage}")
-    if args.record is not None:
-        record_stages(args, seconds)
+    if args.record is not None and code == 0 and len(seconds) == len(STAGES):
+        record_stages(args, flags, seconds)
     sys.exit(code)
 
 

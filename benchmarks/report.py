@@ -36,6 +36,7 @@ GPU = "NVIDIA H100"
 AMX_CORES = "Intel(R) Xeon(R) Processor, AMX, 2 cores"
 BF16_CORES = "AMD EPYC, AVX512-BF16, 2 cores"
 PLAIN_CORES = "AMD EPYC (Zen 2), 2 cores"
+SLOWER_COMMIT = "477e192"  # what phases.py compares with
 H100_JOB = workloads.whole_job("ViT-B/16", 5, 3680, 3669, "photos", "cuda")
 
 
@@ -233,16 +234,18 @@ def job_on_a_gpu(rows: Sequence[Row]) -> str:
 
 
 def phases_of_a_run(rows: Sequence[Row]) -> str:
-    """Return the seconds of each stage of a first and a second run, of the oldest row and now."""
+    """Return the seconds of each stage of a first and a second run, before and now."""
     columns: dict[str, Row] = {}
     for run, cold in (("first run", True), ("second run", False)):
         workload = workloads.phases("cuda", cold=cold)
-        of_workload = [row for row in rows if row.workload == workload]
-        of_workload.sort(key=age)
-        for row in (of_workload[0], of_workload[-1]):
+        of_gpu = [row for row in rows if row.hardware.startswith(GPU)]
+        of_workload = sorted((row for row in of_gpu if row.workload == workload), key=age)
+        before = [row for row in of_workload if row.commit == SLOWER_COMMIT]
+        now = [row for row in of_workload if row.commit != SLOWER_COMMIT]
+        for row in (before[-1], now[-1]):
             columns[f"{run}, commit {row.commit}"] = row
     lines = []
-    for stage in of_workload[-1].figures:
+    for stage in now[-1].figures:
         cells = [Cell(as_text(row.figures[stage].median, ".1f"), row) for row in columns.values()]
         lines.append([Cell(stage), *cells])
     return table(["seconds", *columns], lines)
