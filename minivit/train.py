@@ -275,7 +275,8 @@ class Evaluation:
         self.eval_model = working_copy(state.model, state.device, dtype, train=False)
         self.labels = {"train": train_split[1], "val": val_split[1]}
         self.batches: dict[str, Callable[[], Iterator[Tensor]]] = {}
-        self.inputs: dict[str, Tensor] = {}  # what the head read in the latest evaluation
+        # What the head read of the training photos in the latest evaluation, (n, D).
+        self.train_inputs: Tensor | None = None
         for name, (pixels, labels) in (("train", train_split), ("val", val_split)):
             share = distributed.shard(torch.arange(len(labels)))
             self.batches[name] = extractor.evaluation(pixels, share, keep=keep)
@@ -290,9 +291,11 @@ class Evaluation:
         """
         started = time.perf_counter()
         labels = self.labels["train"]
+        read: dict[str, Tensor] = {}
         for name, batches in self.batches.items():
-            _, self.inputs[name] = predict(self.eval_model, batches(), cut=state.cut)
-        inputs = distributed.gather(self.inputs["train"], len(labels))
+            _, read[name] = predict(self.eval_model, batches(), cut=state.cut)
+        self.train_inputs = read["train"]
+        inputs = distributed.gather(read["train"], len(labels))
 
         def fit() -> dict[str, Tensor]:
             # mps lacks some of linear algebra.
@@ -312,7 +315,7 @@ class Evaluation:
         try:
             copy_trainable(self.eval_model, state.model)
             # The blocks are the same, so that only the head has to compute once more.
-            logits = {name: self._head(inputs) for name, inputs in self.inputs.items()}
+            logits = {name: self._head(of_split) for name, of_split in read.items()}
             row: dict[str, float] = {"epoch": 0, **self._score(logits)}
         finally:
             # A run that is stopped meanwhile is saved with the head that training starts from.
@@ -333,7 +336,9 @@ class Evaluation:
         copy_trainable(self.eval_model, state.model)
         logits: dict[str, Tensor] = {}
         for name, batches in self.batches.items():
-            logits[name], self.inputs[name] = predict(self.eval_model, batches(), cut=state.cut)
+            logits[name], inputs = predict(self.eval_model, batches(), cut=state.cut)
+            if name == "train":
+                self.train_inputs = inputs
         return self._score(logits)
 
     @torch.no_grad()
@@ -355,9 +360,9 @@ class Evaluation:
         self, state: RunState, kept: metrics.Kept, weights: dict[str, Tensor]
     ) -> Tensor:
         """Return what the head reads of the training photos (n, D) with the weights to keep."""
-        inputs = self.inputs.get("train")
-        # The latest evaluation, if there has been one since the run began or went on, was of the
-        # last epoch.
+        inputs = self.train_inputs
+        # The latest evaluation of this process was of the last epoch. There is none if the run was
+        # resumed after that.
         if inputs is None or kept.weights != "last":
             for name, weight in weights.items():
                 self.eval_model.get_parameter(name).copy_(weight)
@@ -424,10 +429,13 @@ class Recorder:
         The folder stays locked until the stack `lock` is closed.
         """
         if distributed.rank() == 0:
-            # Hashing takes a second, so it goes on beside the first epoch. On a CPU, the weights
-            # that train are the model's own, and change meanwhile.
-            names = weights.tail_names(self.model)
-            initial = {name: self.model.get_parameter(name).detach().clone() for name in names}
+            # Hashing takes half a second, so it goes on while features are computed and the head
+            # alone is fitted.
+            initial = {}
+            for name in weights.tail_names(self.model):
+                weight = self.model.get_parameter(name).detach()
+                # On a CPU, the weights that train are the model's own, and change meanwhile.
+                initial[name] = weight.clone() if state.device.type == "cpu" else weight
             self.described = self.write_later(self._describe, initial, state.amp)
         saved = distributed.on_rank_0(lambda: self._open_folder(lock))
         if saved is not None:

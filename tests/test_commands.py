@@ -27,6 +27,8 @@ import train
 from minivit import __main__, cli, commands, load_pretrained, save_pretrained, settings
 from minivit import train as train_job
 from minivit.checkpoints import tensors
+from minivit.data.datasets import load_data
+from minivit.data.photos import open_photo
 from minivit.training import metrics
 from minivit.training import run_folder as runs
 
@@ -179,7 +181,7 @@ def test_weights_that_changed_on_their_way_to_the_disk_are_named(
 def test_where_the_tail_cannot_be_written_nothing_is_and_the_run_goes_on(
     tiny_saved, shapes_data, tmp_path, monkeypatch, capsys
 ):
-    def fill_the_disk(model, path, hash_of_others):
+    def fill_the_disk(model, path, base_hash):
         raise OSError(28, "No space left on device", str(path))
 
     out = tmp_path / "run"
@@ -298,6 +300,12 @@ def test_the_written_weights_are_those_that_the_rule_keeps(
     torch.testing.assert_close(written.head.weight.detach() * temperature, expected)
     last_line = capsys.readouterr().out.splitlines()[-1]
     assert f" · best epoch {3 if kept is None else kept} · " in last_line
+    # The training photos in reference.safetensors are read with these weights, not with the last.
+    data = load_data(shapes_data, seed=0)
+    images = torch.stack([written.preprocess(open_photo(path)) for path in data.train.paths])
+    expected = written.head_inputs(written.tokens(images)).detach()
+    features = load_file(out / "reference.safetensors")["features"]
+    torch.testing.assert_close(features.float(), expected, atol=2e-3, rtol=2e-3)
     if kept == 0:
         # The blocks and the norm are the checkpoint's.
         base = load_pretrained(tiny_folder)
@@ -322,6 +330,8 @@ def test_a_command_run_twice_gives_equal_metrics_and_keeps_both_runs(
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_learns_too(tiny_folder, shapes_data, tmp_path, amp):
     assert run_train(tiny_folder, shapes_data, tmp_path / "run", "--epochs", "6", "--amp", amp) == 0
+    # The head alone is scored with the head that was fitted, not with the one of zeros.
+    assert rows_of(tmp_path / "run")[0]["train_loss"] < 0.1
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_accuracy"] >= 0.8
 
 

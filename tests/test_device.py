@@ -36,10 +36,12 @@ def test_only_a_cuda_device_becomes_the_current_one(monkeypatch):
             entered.append("left")
 
     monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(device, "few_threads", lambda: Current("few threads"))
     for name in ("cuda:1", "cpu", "mps"):
         with device.current(torch.device(name)):
             entered.append(name)
-    assert entered == ["cuda:1", "cuda:1", "left", "cpu", "mps"]
+    few_threads = ["few threads", "cuda:1", "left"]
+    assert entered == ["cuda:1", *few_threads, "left", "cpu", "mps"]
 
 
 @pytest.mark.parametrize(

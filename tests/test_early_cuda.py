@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from minivit import commands
+from minivit.errors import UserError
 from minivit.system import early_cuda
 
 
@@ -36,7 +38,8 @@ def driver(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "")  # so that it is put back afterwards
+    monkeypatch.delenv("CUDA_MODULE_LOADING")
     return driver
 
 
@@ -52,6 +55,21 @@ def test_the_device_that_torch_will_use_is_started(device, index, driver):
     assert started(device)
     assert driver.calls == ["cuInit", f"cuDeviceGet {index}", "cuDevicePrimaryCtxRetain"]
     assert os.environ.pop("CUDA_MODULE_LOADING") == "LAZY"
+
+
+@pytest.mark.parametrize("program", ["train", "infer"])
+def test_a_program_starts_the_device_before_it_imports_torch(program, monkeypatch):
+    begun = []
+
+    def begin(device):
+        begun.append((device, f"minivit.{program}" in sys.modules))
+        raise UserError("begun")
+
+    monkeypatch.setattr(early_cuda, "begin", begin)
+    monkeypatch.delitem(sys.modules, f"minivit.{program}", raising=False)
+    photos = ["cat.jpg"] if program == "infer" else []
+    assert getattr(commands, program)([*photos, "--device", "cuda:1"]) == 2
+    assert begun == [("cuda:1", False)]
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "cuda:", "gpu", "cuda:x"])

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from conftest import (
     without_times,
 )
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from minivit import load_pretrained, save_pretrained, train
 from minivit.checkpoints import tensors
@@ -301,6 +303,60 @@ def test_whatever_else_the_result_depends_on_is_refused_by_name(
         assert run_train(tiny_saved, fewer, out, *EPOCHS, "--resume") == 2
         assert f"the checksum of the {name} was" in capsys.readouterr().err.splitlines()[-1]
     assert (out / runs.STATE).read_bytes() == before
+
+
+def test_a_run_on_a_tail_goes_on_only_with_the_weights_of_that_tail(
+    tiny_saved, shapes_data, tmp_path, monkeypatch, capsys
+):
+    assert run_train(tiny_saved, shapes_data, tmp_path / "first", "--epochs", "1") == 0
+    tail = tmp_path / "first" / "tail.safetensors"
+    flags = (*EPOCHS, "--blocks", "11")  # Block 10, in the tail, is frozen.
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 7)
+        assert run_train(tail, shapes_data, tmp_path / "run", *flags) == 130
+    with safe_open(tail, "pt") as file:
+        metadata = file.metadata()
+    held = load_file(tail)
+    held["blocks.10.mlp.fc1.bias"][0] += 1
+    save_file(held, tail, metadata)
+    capsys.readouterr()
+    assert run_train(tail, shapes_data, tmp_path / "run", *flags, "--resume") == 2
+    assert "the checksum of the weights before training was" in capsys.readouterr().err
+
+
+def test_the_weights_before_training_are_hashed_as_they_were(
+    tiny_saved, shapes_data, tmp_path, monkeypatch
+):
+    """On a CPU they change while they are hashed, in a thread."""
+
+    def hash_late(model):
+        is_fitted.wait(30)
+        return real_hash(model)
+
+    def fit(*args, **settings):
+        head = real_fit(*args, **settings)
+        # The thread goes on once the fitted head has been put in place of the untrained one.
+        threading.Timer(0.2, is_fitted.set).start()
+        return head
+
+    is_fitted = threading.Event()
+    real_hash = train.weights.hash_outside_tail
+    real_fit = train.fit_linear_head
+    flags = ("--blocks", "none")
+    saved = []
+    real_save = train.RunState.snapshot
+
+    def note(state, settings, weights=None):
+        saved.append(dict(settings))
+        return real_save(state, settings, weights)
+
+    monkeypatch.setattr(train.RunState, "snapshot", note)
+    assert run_train(tiny_saved, shapes_data, tmp_path / "noted", *flags) == 0
+    monkeypatch.setattr(train.weights, "hash_outside_tail", hash_late)
+    monkeypatch.setattr(train, "fit_linear_head", fit)
+    assert run_train(tiny_saved, shapes_data, tmp_path / "late", *flags) == 0
+    assert is_fitted.is_set()
+    assert saved[0] == saved[1]
 
 
 def test_a_state_that_says_too_little_is_refused(tmp_path):

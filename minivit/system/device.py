@@ -24,7 +24,7 @@ from .cores import cores
 CONTEXT_GIB = 0.7
 # Photos at once on a CPU. With more, the activations of a block no longer fit into its caches.
 CPU_BATCH = 8
-# Beside worker processes, and beside a GPU.
+# torch's threads while worker processes or a GPU do most of the work.
 MAX_FEW_THREADS = 4
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
@@ -198,7 +198,7 @@ def own_defaults() -> Iterator[None]:
 
 @contextlib.contextmanager
 def few_threads() -> Iterator[None]:
-    """Let torch compute on few of the cores meanwhile, because worker processes keep them busy.
+    """Limit torch to few threads while worker processes may need the cores.
 
     What is computed in parallel ends when its last thread does. A thread that has to wait for a
     core gets one only after some milliseconds, so that many threads can take ten times as long.

@@ -28,7 +28,7 @@ def begin(device: str) -> threading.Thread | None:
         return None
     if not _torch_has_cuda():
         return None
-    # As torch does, or newer drivers: others would load all kernels of all libraries at once.
+    # Newer drivers do so by themselves. Older ones would load the kernels of all libraries at once.
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
     thread = threading.Thread(target=_start, args=(int(name[1] or 0),), daemon=True)
     thread.start()

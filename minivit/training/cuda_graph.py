@@ -1,4 +1,4 @@
-"""A recording of the kernels that a function launches, which a GPU replays without the host."""
+"""A recording of the kernels that a function launches, which are launched again by one call."""
 
 from __future__ import annotations
 

@@ -219,8 +219,8 @@ def copier_to_host(device: torch.device) -> Iterator[Callable[[Tensor, Tensor], 
     copy_stream = torch.cuda.Stream(device)
 
     def copy(tensor: Tensor, target: Tensor, is_computed: torch.cuda.Event) -> None:
-        # Several threads are the first to touch the memory here, page by page. The copy, which has
-        # one, would take three times as long over that.
+        # New memory is slow when it is first touched, page by page. The copy would do that with one
+        # thread, and this does it with all that torch has.
         target.fill_(0)
         with torch.cuda.stream(copy_stream):
             copy_stream.wait_event(is_computed)

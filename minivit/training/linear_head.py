@@ -27,6 +27,8 @@ MAX_STEPS = 500
 # A descent ends once a step changes no problem's loss by more than about this.
 TOLERANCE = 1e-8
 STEPS_PER_CHECK = 10
+# For so many features, the CPU finds the principal axes before CUDA's library has started.
+MOST_AXES_ON_CPU = 1024
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,10 @@ def solve(
     mean = largest_share @ inputs / largest_share.sum()
     centred = inputs - mean
     scatter = centred.T @ (largest_share[:, None] * centred)
-    # CUDA's library would take longer to start than the CPU takes to finish.
-    squares, axes = torch.linalg.eigh(scatter.double().cpu())  # in increasing order
+    scatter = scatter.double()
+    if len(scatter) <= MOST_AXES_ON_CPU:
+        scatter = scatter.cpu()
+    squares, axes = torch.linalg.eigh(scatter)  # in increasing order
     num_axes = min(inputs.shape)
     squares = squares.to(inputs)
     axes = axes[:, -num_axes:].to(inputs)  # (D, A)

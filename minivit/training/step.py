@@ -308,12 +308,12 @@ def predict(model: ViT, batches: Iterable[Tensor], *, cut: int) -> tuple[Tensor,
         stop_here()
         inputs.append(model.head_inputs(batch, start=cut))
         logits.append(model.head(inputs[-1]).float())
-    return torch.cat(logits).cpu(), torch.cat(inputs).float().cpu()
+    return torch.cat(logits).cpu(), torch.cat(inputs).cpu().float()
 
 
 @torch.no_grad()
 def predict_photos(model: ViT, pixels: Source, *, batch: int) -> tuple[Tensor, Tensor]:
-    """Return what predict() does, for pixels, uint8 (n, 3, h, w), that are not augmented."""
+    """Run predict() on pixels, uint8 (n, 3, h, w), without augmentation."""
     device = model.cls_token.device
     indices = torch.arange(len(pixels)).split(batch)
 
