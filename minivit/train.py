@@ -275,7 +275,7 @@ class Evaluation:
         self.eval_model = working_copy(state.model, state.device, dtype, train=False)
         self.labels = {"train": train_split[1], "val": val_split[1]}
         self.batches: dict[str, Callable[[], Iterator[Tensor]]] = {}
-        # What the head read of the training photos in the latest evaluation, (n, D).
+        # What the head read of this rank's training photos in the latest evaluation, (n, D).
         self.train_inputs: Tensor | None = None
         for name, (pixels, labels) in (("train", train_split), ("val", val_split)):
             share = distributed.shard(torch.arange(len(labels)))

@@ -415,7 +415,9 @@ def check_written(model: ViT, folder: Path, base_hash: str | None = None) -> Non
         loading_whole = thread.submit(load_pretrained, folder)
         problem = ""
         if tail.exists():
-            problem = _check_tail(model, tail, base_hash or hash_outside_tail(model))
+            if base_hash is None:
+                base_hash = hash_outside_tail(model)
+            problem = _check_tail(model, tail, base_hash)
         whole = loading_whole.result()
     require_same(model, whole, folder)
     if problem:
@@ -538,10 +540,12 @@ def save_tail(model: ViT, path: Path, base_hash: str | None = None) -> None:
     if source != "demo" and base.exists():
         source = str(base.resolve())
     names = tail_names(model)
+    if base_hash is None:
+        base_hash = hash_outside_tail(model)
     about = {
         "base": source,
         "commit": model.origin.commit or "",
-        "sha256": base_hash or hash_outside_tail(model),
+        "sha256": base_hash,
         "labels": model.labels,
         "preprocess": model.preprocess.to_config(),
     }

@@ -204,7 +204,8 @@ def few_threads() -> Iterator[None]:
     core gets one only after some milliseconds, so that many threads can take ten times as long.
     """
     earlier = torch.get_num_threads()
-    torch.set_num_threads(min(earlier, max(1, min(MAX_FEW_THREADS, cores() // 4))))
+    quarter_of_cores = max(1, cores() // 4)
+    torch.set_num_threads(min(earlier, quarter_of_cores, MAX_FEW_THREADS))
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A recording of the kernels that a function launches, which are launched again by one call."""
+"""Record the kernels that a function launches, and launch all of them again by one call."""
 
 from __future__ import annotations
 
