@@ -726,15 +726,25 @@ def add_script(name: str) -> str:
     """
 
 
+DROP = """
+    const at = document.querySelector("h1");
+    for (const type of ["dragenter", "dragover", "drop"]) {
+      at.dispatchEvent(new DragEvent(type, {dataTransfer: made, bubbles: true}));
+    }
+"""
+PASTE = "document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: made, bubbles: true}));"
+
+
+def pack(files: dict[str, bytes]) -> list[list[str]]:
+    return [[name, base64.b64encode(data).decode()] for name, data in files.items()]
+
+
 def drop(tab, files: dict[str, bytes]) -> None:
-    packed = [[name, base64.b64encode(data).decode()] for name, data in files.items()]
-    script = """
-        const at = document.querySelector("h1");
-        for (const type of ["dragenter", "dragover", "drop"]) {
-          at.dispatchEvent(new DragEvent(type, {dataTransfer: made, bubbles: true}));
-        }
-    """
-    tab.execute_script(add_script("made") + script, packed)
+    tab.execute_script(add_script("made") + DROP, pack(files))
+
+
+def paste(tab, files: dict[str, bytes]) -> None:
+    tab.execute_script(add_script("made") + PASTE, pack(files))
 
 
 def wait_for_answers(tab, count: int) -> None:
@@ -742,12 +752,14 @@ def wait_for_answers(tab, count: int) -> None:
     wait_for(tab, f"return photos.length === {count} && {script}")
 
 
-def in_frame(tab, script: str):
-    """Run a script in the explorer, once it has drawn its maps."""
+def in_frame(tab, script: str, *args):
+    """Run a script in the explorer, once it has drawn its maps and told its height."""
+    # Before that, the frame still loads, and a script that runs there may never return.
+    wait_for(tab, "return document.querySelector('iframe').style.height")
     tab.switch_to.frame(find(tab, "iframe"))
     try:
-        wait_for(tab, "return window.minivit?.maps.length > 0")
-        return tab.execute_script(script)
+        assert tab.execute_script("return window.minivit?.maps.length > 0")
+        return tab.execute_script(script, *args)
     finally:
         tab.switch_to.default_content()
 
@@ -790,13 +802,9 @@ def test_a_frame_is_as_tall_as_its_explorer(visit, page):
 
 def test_a_photo_is_pasted(visit, page):
     tab = visit(page)
-    paste = (
-        "document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: made, bubbles: true}))"
-    )
-    packed = [["image.png", base64.b64encode(PHOTO).decode()]]
-    tab.execute_script(add_script("made") + paste, packed)
+    paste(tab, {"image.png": PHOTO})
     wait_for_answers(tab, 1)
-    tab.execute_script(add_script("made") + paste, [])
+    paste(tab, {})
     assert find(tab, "#problem").text == "There is no photo in the clipboard."
 
 
@@ -804,16 +812,11 @@ def test_photos_that_are_dropped_or_pasted_on_the_explorer_are_answered(visit, p
     tab = visit(page)
     drop(tab, {"first.jpg": PHOTO})
     wait_for_answers(tab, 1)
-    in_frame(tab, "")
-    tab.switch_to.frame(find(tab, "iframe"))
-    drop(tab, {"second.jpg": PHOTO})
-    paste = (
-        "document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: made, bubbles: true}))"
-    )
-    packed = [["third.jpg", base64.b64encode(PHOTO).decode()]]
-    tab.execute_script(add_script("made") + paste, packed)
-    tab.switch_to.default_content()
-    wait_for_answers(tab, 3)
+    for count, (name, event) in enumerate({"second.jpg": DROP, "third.jpg": PASTE}.items(), 2):
+        # The page replaces the frame at once, and the script must have returned by then.
+        later = f"{add_script('made')} setTimeout(() => {{ {event} }})"
+        in_frame(tab, later, pack({name: PHOTO}))
+        wait_for_answers(tab, count)
     assert texts(tab, ".strip bdi.small") == [
         "first.jpg",
         "second.jpg",
