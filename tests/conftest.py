@@ -38,6 +38,29 @@ sys.path.insert(0, str(ROOT))  # Tests import train.py and infer.py.
 from minivit import Preprocess, ViT, ViTConfig, save_pretrained  # noqa: E402
 
 
+def process_state() -> dict[str, object]:
+    """Return what belongs to the whole process, so that all later tests would inherit it."""
+    state: dict[str, object] = {
+        "working directory": Path.cwd(),
+        "torch's threads": torch.get_num_threads(),
+        "torch's default dtype": torch.get_default_dtype(),
+        "gradients are on": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "signal handlers": [signal.getsignal(number) for number in signal.valid_signals()],
+    }
+    if hasattr(os, "nice"):
+        state["priority"] = os.nice(0)
+    return state
+
+
+@pytest.fixture(autouse=True)
+def process_stays_as_it_is():
+    """Fail a test that changes the process for good, as one did by lowering its priority."""
+    before = process_state()
+    yield
+    assert process_state() == before
+
+
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Set every parameter to random values and return the model in eval mode.
 

@@ -161,6 +161,10 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def niceness(pid: int) -> int:
+    return os.getpriority(os.PRIO_PROCESS, pid)
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for processes")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_parent_leaves_no_process_and_no_file(data, number):
@@ -172,6 +176,7 @@ def test_a_killed_parent_leaves_no_process_and_no_file(data, number):
         wait_until_begun(data)
         deadline = time.monotonic() + 10
         started = children(pid)
+        assert max(map(niceness, started)) == niceness(pid) + ahead.NICENESS
         parent.send_signal(number)
         while alive := [process for process in started if is_running(process)]:
             assert time.monotonic() < deadline, alive

@@ -755,6 +755,8 @@ def wait_for_answers(tab, count: int) -> None:
 def in_frame(tab, script: str, *args):
     """Run a script in the explorer, once it has drawn its maps and told its height."""
     # Before that, the frame still loads, and a script that runs there may never return.
+    # A frame that is out of sight tells no height.
+    tab.execute_script("document.querySelector('iframe').scrollIntoView()")
     wait_for(tab, "return document.querySelector('iframe').style.height")
     tab.switch_to.frame(find(tab, "iframe"))
     try:

@@ -49,7 +49,7 @@ def decode_ahead(settings: TrainSettings) -> Iterator[Callable[[], None] | None]
     is_new = not os.path.lexists(folder)
     receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
     try:
-        with silent_process(_decode, settings, sender):
+        with silent_process(_decode_at_low_priority, settings, sender):
             sender.close()  # The other process has a copy: the pipe ends when that is closed.
             yield functools.partial(_wait, receiver)
     finally:
@@ -82,6 +82,13 @@ def _wait(receiver: Connection) -> None:
             bar.update(receiver.recv())
 
 
+def _decode_at_low_priority(settings: TrainSettings, sender: Connection) -> None:
+    """Decode at a lower priority, which this process and its workers keep until they end."""
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
+    _decode(settings, sender)
+
+
 def _decode(settings: TrainSettings, sender: Connection) -> None:
     """Write the store of a run's photos, if it is missing and the preprocessing is known.
 
@@ -92,8 +99,6 @@ def _decode(settings: TrainSettings, sender: Connection) -> None:
     from ..data.datasets import split_data
     from ..data.listing import list_data
 
-    if hasattr(os, "nice"):
-        os.nice(NICENESS)
     preprocess = _read_preprocess(settings)
     if preprocess is None:
         return
