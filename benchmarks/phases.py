@@ -51,7 +51,7 @@ minivit.train: RunState.trainable_weights RunState.update_kept summarize_run rep
 # The stages of a run, and the function in the main thread whose first call begins each. The one
 # before ends there.
 STAGES = {
-    "importing torch": "import minivit.train",
+    "importing torch": "import torch",
     "choosing the device and the precision": "train",
     "listing the photos and loading the model": "prepare",
     "the copy on the device, and two steps to find the memory that is needed": "working_copy",

@@ -21,7 +21,7 @@ from .settings import (
     InferSettings,
     TrainSettings,
 )
-from .system import early_cuda
+from .system import torch_start
 from .system.cores import cores
 from .training.calibration import LEAST_PHOTOS
 
@@ -43,9 +43,10 @@ def _train(args: argparse.Namespace) -> int:
     from .training.ahead import decode_ahead
 
     settings = TrainSettings(**vars(args))
-    early_cuda.begin(settings.device)
+    torch_start.begin_cuda(settings.device)
     with decode_ahead(settings) as wait_for_photos:
-        from .train import train  # This takes seconds.
+        torch_start.import_torch()  # This takes more than a second.
+        from .train import train
 
         return train(settings, wait_for_photos)
 
@@ -214,7 +215,7 @@ def infer(argv: Sequence[str] | None = None) -> int:
 
 def _infer(args: argparse.Namespace) -> int:
     settings = InferSettings(**vars(args) | {"photos": tuple(args.photos)})
-    early_cuda.begin(settings.device)
+    torch_start.start(settings.device)
     from .infer import infer
 
     return infer(settings)

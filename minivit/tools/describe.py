@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from .. import cli
 from ..errors import first_few, printable
 from ..settings import BASE_MODEL
+from ..system import torch_start
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def describe(args: argparse.Namespace) -> int:
+    torch_start.import_torch()
     rows = describe_model(args.model, args.revision)
     if args.data is not None:
         rows += [("", "", ""), *describe_data(args.data)]

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import cli
+from ..system import torch_start
 
 DESCRIPTION = "Export a model under the names that another library reads."
 
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
+    torch_start.import_torch()
     from ..checkpoints import weights
     from ..checkpoints.tensors import save_tensors
     from ..checkpoints.timm_configs import as_timm_crops, timm_config, timm_family

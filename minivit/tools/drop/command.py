@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ... import cli
 from ...errors import UserError, printable
+from ...system import torch_start
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def drop(args: argparse.Namespace) -> int:
     """Ask about every photo under every condition, then print, write and draw the results."""
+    torch_start.start(args.device)
     from ...model import working_copy
     from ...system.device import peak_gib, pick_amp, pick_device
     from ..score import outputs, splits

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ... import cli
 from ...errors import UserError, printable
 from ...settings import RUN_DIR, TrainSettings
-from ...system import files
+from ...system import files, torch_start
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def review(args: argparse.Namespace) -> int:
     """Review the run, print a sentence for each part, and write the page and the tables."""
+    torch_start.start(args.device)
     from ...checkpoints.weights import load_pretrained
     from ...model import working_copy
     from ...system.device import peak_gib, pick_amp, pick_device

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ... import cli
 from ...errors import UserError, printable
+from ...system import torch_start
 
 if TYPE_CHECKING:
     from ...model import ViT
@@ -70,6 +71,7 @@ def method_list(text: str) -> tuple[str, ...]:
 
 def score(args: argparse.Namespace) -> int:
     """Score the maps of every photo in a split, then print, write and draw the results."""
+    torch_start.start(args.device)
     from ...model import working_copy
     from ...system.device import peak_gib, pick_amp, pick_device
     from . import figure, gallery, measure, outputs, report, splits, statistics

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ... import cli
 from ...errors import UserError
+from ...system import torch_start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +41,7 @@ def selfcheck(args: argparse.Namespace) -> int:
 
     That is a defect of minivit, or of the libraries that compute on this device.
     """
+    torch_start.start(args.device)
     if args.published:
         from .published import compare_published
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from ... import cli
 from ...errors import printable
+from ...system import torch_start
 
 LOOPBACK = "127.0.0.1"
 
@@ -56,6 +57,7 @@ def serve(args: argparse.Namespace) -> int:
     # A browser may keep the cores busy, too. Threads that wait for each other actively, as torch's
     # do by default, then take many times as long. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    torch_start.start(args.device)
     from .server import Server
 
     # A port that is taken is found before the models are loaded. Browsers wait until they are.

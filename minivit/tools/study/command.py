@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ... import cli
 from ...errors import UserError, printable
 from ...settings import BASE_MODEL, MIN_STEPS, TrainSettings, list_changes
-from ...system import files
+from ...system import files, torch_start
 from .summary import Table, advice, format_table, read_rows, summarize, write_rows
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def study(args: argparse.Namespace) -> int:
     """Run the cells of the grid that are missing in --out, and report on all cells."""
+    torch_start.start(args.device)
     from ...checkpoints.weights import load_pretrained
     from ...data import store
     from ...data.datasets import split_data

@@ -1,16 +1,19 @@
-"""A CUDA device is started beside the import of torch, where that is right."""
+"""Torch is imported quickly, and a CUDA device is started meanwhile, where that is right."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
+import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
-from minivit import commands
+from minivit import __main__, commands
 from minivit.errors import UserError
-from minivit.system import early_cuda
+from minivit.system import torch_start
 
 
 class Driver:
@@ -34,7 +37,7 @@ def driver(monkeypatch):
     """A machine with a driver and a torch for CUDA that is not imported yet."""
     driver = Driver()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
-    monkeypatch.setattr(early_cuda, "_torch_has_cuda", lambda: True)
+    monkeypatch.setattr(torch_start, "_torch_has_cuda", lambda: True)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.delenv("RANK", raising=False)
@@ -44,7 +47,7 @@ def driver(monkeypatch):
 
 
 def started(device: str) -> bool:
-    thread = early_cuda.begin(device)
+    thread = torch_start.begin_cuda(device)
     if thread is not None:
         thread.join()
     return thread is not None
@@ -65,11 +68,61 @@ def test_a_program_starts_the_device_before_it_imports_torch(program, monkeypatc
         begun.append((device, f"minivit.{program}" in sys.modules))
         raise UserError("begun")
 
-    monkeypatch.setattr(early_cuda, "begin", begin)
+    monkeypatch.setattr(torch_start, "begin_cuda", begin)
     monkeypatch.delitem(sys.modules, f"minivit.{program}", raising=False)
     photos = ["cat.jpg"] if program == "infer" else []
     assert getattr(commands, program)([*photos, "--device", "cuda:1"]) == 2
     assert begun == [("cuda:1", False)]
+
+
+COMMANDS = {
+    "train": [],
+    "infer": ["cat.jpg"],
+    "score": [],
+    "drop": [],
+    "review": ["run"],
+    "study": [],
+    "selfcheck": [],
+    "serve": ["--port", "0"],
+    "describe": [],
+    "export": ["run", "--to", "timm"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_imports_torch_quickly(command, monkeypatch, capsys):
+    def import_torch():
+        raise UserError("imported here")
+
+    monkeypatch.setattr(torch_start, "import_torch", import_torch)
+    monkeypatch.setattr(torch_start, "begin_cuda", lambda device: None)
+    assert __main__.main([command, *COMMANDS[command]]) == 2
+    assert capsys.readouterr().err.endswith(": imported here\n")
+
+
+IMPORT = """
+import gc
+from minivit.system.torch_start import import_torch
+{before}
+looks = []
+gc.callbacks.append(lambda phase, info: looks.append(phase))
+import_torch()
+gc.callbacks.clear()
+print(looks, gc.isenabled(), gc.get_freeze_count() > 100_000)
+"""
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_torch_is_imported_without_a_look_for_garbage(was_enabled):
+    code = IMPORT.format(before="" if was_enabled else "gc.disable()")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == (f"[] {was_enabled} True\n", "")
+
+
+def test_garbage_of_a_session_that_has_imported_torch_is_still_found():
+    before = gc.get_freeze_count()
+    torch_start.import_torch()
+    assert gc.get_freeze_count() == before
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "cuda:", "gpu", "cuda:x"])
@@ -87,7 +140,7 @@ def test_nothing_is_started_where_torch_does_it_itself(reason, driver, monkeypat
     elif reason == "imported":
         monkeypatch.setitem(sys.modules, "torch", ctypes)
     else:
-        monkeypatch.setattr(early_cuda, "_torch_has_cuda", lambda: False)
+        monkeypatch.setattr(torch_start, "_torch_has_cuda", lambda: False)
     assert not started("auto")
     assert driver.calls == []
 
@@ -111,6 +164,6 @@ def test_a_torch_for_cuda_is_told_by_its_library(tmp_path, monkeypatch):
     (tmp_path / "torch" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch")
-    assert not early_cuda._torch_has_cuda()
+    assert not torch_start._torch_has_cuda()
     (tmp_path / "torch" / "lib" / "libtorch_cuda.so").touch()
-    assert early_cuda._torch_has_cuda()
+    assert torch_start._torch_has_cuda()

@@ -1,4 +1,4 @@
-"""Start a CUDA device while torch is still being imported.
+"""Import torch quickly, and start a CUDA device meanwhile.
 
 Importing torch takes more than a second, and then the device takes half a second more. The driver
 can do its part beside the import: a program has one primary context for each device, which torch
@@ -9,6 +9,7 @@ Source: https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__PRIMARY__CTX.h
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import os
 import re
@@ -17,7 +18,34 @@ import threading
 from pathlib import Path
 
 
-def begin(device: str) -> threading.Thread | None:
+def start(device: str) -> None:
+    """Start the device of this name in a thread, if it is CUDA's, and import torch."""
+    begin_cuda(device)
+    import_torch()
+
+
+def import_torch() -> None:
+    """Import torch, and look for no garbage in what comes with it.
+
+    Torch makes several hundred thousand objects that stay. Python would look through them again and
+    again while they are made, which takes a seventh of the import, and later. If torch has been
+    imported before, nothing happens.
+    Source: https://docs.python.org/3/library/gc.html#gc.freeze
+    """
+    if "torch" in sys.modules:
+        return
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        import torch  # noqa: F401
+
+        gc.freeze()
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def begin_cuda(device: str) -> threading.Thread | None:
     """Start the CUDA device of this name in a thread, if torch will use one; return the thread.
 
     Nothing is reported: torch finds the same obstacles again. On Windows, and under torchrun, where
@@ -30,7 +58,7 @@ def begin(device: str) -> threading.Thread | None:
         return None
     # Newer drivers do so by themselves. Older ones would load the kernels of all libraries at once.
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
-    thread = threading.Thread(target=_start, args=(int(name[1] or 0),), daemon=True)
+    thread = threading.Thread(target=_start_cuda, args=(int(name[1] or 0),), daemon=True)
     thread.start()
     return thread
 
@@ -42,7 +70,7 @@ def _torch_has_cuda() -> bool:
     return Path(spec.origin).with_name("lib").joinpath("libtorch_cuda.so").exists()
 
 
-def _start(index: int) -> None:
+def _start_cuda(index: int) -> None:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:  # This machine has no GPU, or no driver for it.
