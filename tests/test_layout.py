@@ -124,6 +124,14 @@ def test_importing_minivit_loads_neither_torch_nor_matplotlib():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_a_stream_is_entered_on_its_own_device():
+    """Otherwise torch goes back to a stream of the device that was current, and starts that one."""
+    for path in PATHS:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if "torch.cuda.stream(" in line:
+                assert "with torch.cuda.device(device), torch.cuda.stream(" in line, path
+
+
 def test_the_init_file_of_every_folder_is_one_sentence():
     folders = {path.parent for path in PATHS} - {PACKAGE}
     for folder in sorted(folders):

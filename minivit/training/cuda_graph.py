@@ -27,7 +27,7 @@ class CudaGraph(Generic[Result]):
         current_stream = torch.cuda.current_stream(device)
         side_stream = torch.cuda.Stream(device)
         side_stream.wait_stream(current_stream)
-        with torch.cuda.stream(side_stream):
+        with torch.cuda.device(device), torch.cuda.stream(side_stream):
             function(*self.inputs)  # The first call sets up what cannot be recorded.
             torch.cuda.empty_cache()  # A recording has memory of its own.
             # Other threads may copy to the device meanwhile.

@@ -197,7 +197,7 @@ def to_device_ahead(
     copy_stream = torch.cuda.Stream(device)
     with ThreadPoolExecutor(1) as pool:
         for tensors in map_ahead(pool, read_pinned, zip(jobs), ahead=2):
-            with torch.cuda.stream(copy_stream):
+            with torch.cuda.device(device), torch.cuda.stream(copy_stream):
                 copies = tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
             current_stream = torch.cuda.current_stream(device)
             current_stream.wait_stream(copy_stream)
@@ -222,7 +222,7 @@ def copier_to_host(device: torch.device) -> Iterator[Callable[[Tensor, Tensor], 
         # New memory is slow when it is first touched, page by page. The copy would do that with one
         # thread, and this does it with all that torch has.
         target.fill_(0)
-        with torch.cuda.stream(copy_stream):
+        with torch.cuda.device(device), torch.cuda.stream(copy_stream):
             copy_stream.wait_event(is_computed)
             target.copy_(tensor)
 
