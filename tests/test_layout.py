@@ -124,6 +124,11 @@ def test_importing_minivit_loads_neither_torch_nor_matplotlib():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_programs_and_workers_import_no_charts_until_they_draw_some():
+    code = "import sys, minivit.infer, minivit.train; sys.exit('matplotlib.figure' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_a_stream_is_entered_on_its_own_device():
     """Otherwise torch goes back to a stream of the device that was current, and starts that one."""
     for path in PATHS:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from minivit import Preprocess
 from minivit.data.prepared import LARGE, SMALL, panel_shape
-from minivit.figures import canvas, panels
+from minivit.figures import canvas, mpl, panels
 from minivit.figures.canvas import BLACK, GREEN, GREY, RED, Canvas, fit, text_height, text_width
 from minivit.figures.panels import HEAT, SIGNED, AttentionFigure, Panel, Row
 from minivit.tools.score.gallery import CaptionedStrip, draw_gallery
@@ -297,6 +297,13 @@ def test_predictions_are_framed_and_named_above_their_photos(written, tmp_path):
         assert 0 <= top - text.bottom < 6
         assert (column[top : top + thickness] == frame).all()
         assert (column[top + thickness] == (0, 0, 255)).all()
+
+
+def test_letters_are_fitted_to_pixels_as_matplotlib_does():
+    from matplotlib.backends.backend_agg import get_hinting_flag
+
+    with mpl.default_settings():
+        assert get_hinting_flag() == mpl.HINTING
 
 
 def test_a_gallery_has_headings_and_a_caption_above_each_strip(written, tmp_path):

@@ -23,9 +23,8 @@ import numpy as np
 from ..errors import printable
 from ..system.files import whole_file
 from . import fonts
-from .drawing import DPI, default_settings, report_from_main_process
 from .marks import SOFTWARE
-from .mpl import font_manager, get_hinting_flag
+from .mpl import DPI, HINTING, default_settings, font_manager
 
 Colour = tuple[int, int, int]
 
@@ -104,11 +103,11 @@ class Canvas:
     def save(self, path: Path) -> str:
         """Write a PNG, whole or not at all; return the characters that it cannot show.
 
-        These are reported as drawing.save reports them.
+        These are reported as fonts.report_from_main_process says.
         """
         with whole_file(path) as partial:
             partial.write_bytes(_encode_png(self.pixels))
-        return report_from_main_process(self._missing)
+        return fonts.report_from_main_process(self._missing)
 
 
 def _encode_png(pixels: np.ndarray) -> bytes:
@@ -206,11 +205,11 @@ def _draw_line(text: str, size: float, bold: bool) -> _Line:
         fallbacks, lacking = fonts.fallback_families(frozenset(needed))
         families = tuple(fallbacks)
         missing |= lacking
-    font, flags = _open_font(families, bold, thread=threading.get_ident())
+    font = _open_font(families, bold, thread=threading.get_ident())
     font.set_size(size, DPI)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        font.set_text(text, 0.0, flags=flags)
+        font.set_text(text, 0.0, flags=HINTING)
         font.draw_glyphs_to_bitmap(antialiased=True)
     for warning in caught:
         glyph = re.match(r"Glyph (\d+) ", str(warning.message))
@@ -221,8 +220,8 @@ def _draw_line(text: str, size: float, bold: bool) -> _Line:
 
 
 @functools.lru_cache(64)
-def _open_font(families: tuple[str, ...], bold: bool, *, thread: int) -> tuple[Any, Any]:
-    """Open DejaVu Sans, with other families for what it lacks; return it and its hinting flags.
+def _open_font(families: tuple[str, ...], bold: bool, *, thread: int) -> Any:
+    """Open DejaVu Sans, with other families for what it lacks.
 
     A font draws one text at a time, so that each thread has its own.
     """
@@ -233,7 +232,7 @@ def _open_font(families: tuple[str, ...], bold: bool, *, thread: int) -> tuple[A
         for family in ("DejaVu Sans", *families):
             wanted = font_manager.FontProperties(family=[family], weight=weight)
             paths.append(font_manager.findfont(wanted))
-        return font_manager.get_font(paths), get_hinting_flag()
+        return font_manager.get_font(paths)
 
 
 @functools.lru_cache

@@ -7,32 +7,17 @@ on a canvas (canvas.py) instead, which is much faster.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from ..system.files import whole_file
 from . import fonts
 from .marks import SOFTWARE
-from .mpl import Figure, FigureCanvasAgg, Text, matplotlib
-
-DPI = 120
-
-
-@contextlib.contextmanager
-def default_settings() -> Iterator[None]:
-    """Give matplotlib its own settings, and not the user's, until the block ends."""
-    settings = dict(matplotlib.rcParamsDefault)
-    del settings["backend"]  # A figure's canvas is what draws it, whatever the backend.
-    with contextlib.ExitStack() as stack:
-        with warnings.catch_warnings():
-            # Some settings are deprecated, and setting them to their defaults would warn.
-            warnings.simplefilter("ignore", matplotlib.MatplotlibDeprecationWarning)
-            stack.enter_context(matplotlib.rc_context(settings))
-        yield
+from .mpl import DPI, default_settings
+from .mpl_charts import Figure, FigureCanvasAgg, Text
 
 
 @contextlib.contextmanager
@@ -68,18 +53,7 @@ def save(figure: Figure, path: Path) -> str:
         glyph = re.match(r"Glyph (\d+) ", str(warning.message))
         if glyph:
             missing.add(chr(int(glyph[1])))
-    return report_from_main_process(missing)
-
-
-def report_from_main_process(missing: Iterable[str]) -> str:
-    """Say on stderr which characters a figure cannot show, and return them.
-
-    A worker process says nothing: whoever gets its result reports them once for all workers.
-    """
-    characters = "".join(sorted(missing))
-    if multiprocessing.parent_process() is None:
-        fonts.report_lacking(characters)
-    return characters
+    return fonts.report_from_main_process(missing)
 
 
 def _give_fonts(figure: Figure) -> set[str]:

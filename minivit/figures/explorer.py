@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .pages import data_url, encode_jpeg, fill_template
-from .plots import shorten
+from .text import shorten
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 MAX_BYTES = 3_000_000  # of a page: small enough to mail, and to keep one for every photo

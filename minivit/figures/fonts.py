@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -142,6 +143,17 @@ def report_lacking(characters: str | None) -> None:
             f"install a font that has them, such as {' and '.join(packages)}",
             file=sys.stderr,
         )
+
+
+def report_from_main_process(missing: Iterable[str]) -> str:
+    """Say on stderr which characters a figure cannot show, and return them.
+
+    A worker process says nothing: whoever gets its result reports them once for all workers.
+    """
+    characters = "".join(sorted(missing))
+    if multiprocessing.parent_process() is None:
+        report_lacking(characters)
+    return characters
 
 
 def _script(character: str) -> str:

@@ -1,7 +1,7 @@
 """Import matplotlib without letting the user's settings reach our figures.
 
-No other module imports matplotlib at run time, because a wrong MPLBACKEND or matplotlibrc makes the
-import itself fail.
+No module but this one and mpl_charts imports matplotlib at run time, because a wrong MPLBACKEND or
+matplotlibrc makes the import itself fail. What is imported here is enough for fonts and colours.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import importlib
 import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 from ..errors import UserError
 
@@ -69,31 +72,44 @@ def _import_without_settings() -> ModuleType:
 matplotlib = _import_matplotlib()
 
 # The rest of matplotlib is imported behind it.
-from matplotlib import colormaps, font_manager  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.backends.backend_agg import FigureCanvasAgg, get_hinting_flag  # noqa: E402
-from matplotlib.cm import ScalarMappable  # noqa: E402
-from matplotlib.colors import Colormap, Normalize  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import colormaps, font_manager, ft2font  # noqa: E402
 from matplotlib.ft2font import FT2Font  # noqa: E402
-from matplotlib.gridspec import GridSpec  # noqa: E402
-from matplotlib.text import Text  # noqa: E402
-from matplotlib.ticker import MaxNLocator, NullLocator  # noqa: E402
 
 __all__ = [
-    "Axes",
-    "Colormap",
+    "DPI",
+    "HINTING",
     "FT2Font",
-    "Figure",
-    "FigureCanvasAgg",
-    "GridSpec",
-    "MaxNLocator",
-    "Normalize",
-    "NullLocator",
-    "ScalarMappable",
-    "Text",
     "colormaps",
+    "default_settings",
     "font_manager",
-    "get_hinting_flag",
     "matplotlib",
 ]
+
+DPI = 120  # of all figures
+
+
+def _hinting_flag() -> Any:
+    """Return how matplotlib fits letters to pixels by default, as its Agg backend says it.
+
+    That backend takes as long to import as all of this. Before 3.10, the flags were numbers.
+    """
+    name = matplotlib.rcParamsDefault["text.hinting"].upper()
+    if hasattr(ft2font, "LoadFlags"):
+        return ft2font.LoadFlags[name]
+    return getattr(ft2font, f"LOAD_{name}")
+
+
+HINTING = _hinting_flag()
+
+
+@contextlib.contextmanager
+def default_settings() -> Iterator[None]:
+    """Give matplotlib its own settings, and not the user's, until the block ends."""
+    settings = dict(matplotlib.rcParamsDefault)
+    del settings["backend"]  # A figure's canvas is what draws it, whatever the backend.
+    with contextlib.ExitStack() as stack:
+        with warnings.catch_warnings():
+            # Some settings are deprecated, and setting them to their defaults would warn.
+            warnings.simplefilter("ignore", matplotlib.MatplotlibDeprecationWarning)
+            stack.enter_context(matplotlib.rc_context(settings))
+        yield

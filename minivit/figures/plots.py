@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 import textwrap
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import printable
 from .drawing import new_figure, save
-from .mpl import MaxNLocator
+from .mpl_charts import MaxNLocator
+from .text import columns, shorten
 
 
 def draw_curves(
@@ -148,18 +147,3 @@ def draw_confusion(
             text = "\n".join(lines)
             figure.supxlabel(text, x=0.02, ha="left", ma="left", fontsize=9, parse_math=False)
         return save(figure, path)
-
-
-def columns(text: str) -> int:
-    """Return the width of a text in Latin letters; a Chinese character is as wide as two."""
-    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
-
-
-def shorten(name: str, length: int) -> str:
-    """Return a name as one line that is at most as wide as `length` Latin letters."""
-    name = printable(name)
-    if columns(name) <= length:
-        return name
-    while columns(name) > length - 1:
-        name = name[:-1]
-    return name + "…"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ...figures.drawing import new_figure, save
-from ...figures.mpl import Axes
+from ...figures.mpl_charts import Axes
 from .conditions import CONDITIONS, EVERYTHING
 from .measure import FRACTIONS, MASK, RANDOM, MapKey
 from .report import map_name

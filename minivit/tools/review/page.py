@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...figures import pages
-from ...figures.plots import shorten
+from ...figures.text import shorten
 from ...model import ViT
 from .pictures import LARGE, SMALL, draw_maps, draw_photos
 from .report import Findings, describe

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ...figures.drawing import new_figure, save
-from ...figures.mpl import Axes, Figure, GridSpec, Normalize, ScalarMappable
-from ...figures.plots import shorten
+from ...figures.mpl_charts import Axes, Figure, GridSpec, Normalize, ScalarMappable
+from ...figures.text import shorten
 from .statistics import Score, ScoreKey
 
 COLOURS = "inferno"  # as in maps over photos

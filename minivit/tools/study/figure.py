@@ -6,7 +6,8 @@ import textwrap
 from pathlib import Path
 
 from ...figures.drawing import new_figure, save
-from ...figures.mpl import Axes, NullLocator, colormaps
+from ...figures.mpl import colormaps
+from ...figures.mpl_charts import Axes, NullLocator
 from .summary import Spread, Table
 
 # Lines differ in more than their colours, for greyscale printers.
