@@ -156,7 +156,7 @@ def train_parser() -> cli.Parser:
         "--cache-gib",
         type=cli.positive,
         metavar="X",
-        help="host memory for features of the frozen blocks",
+        help="memory for features of the frozen blocks: a GPU's if it has room, else the host's",
     )
     add(
         "--store-gib",

@@ -51,7 +51,7 @@ class TrainSettings:
     device: str = "auto"
     amp: str = "auto"
     memory_gib: float | None = None  # of a CUDA device; None: all that is free
-    cache_gib: float = 4.0  # of host memory, for the features of the frozen blocks
+    cache_gib: float = 4.0  # of a GPU's or the host's memory, for features of the frozen blocks
     store_gib: float = 32.0  # of disk, for decoded photos
     compile: bool = False
     deterministic: bool = False

@@ -200,7 +200,9 @@ def run_epochs(
     """
     if AUTO in (settings.epochs, settings.batch_size, settings.cache_views):
         raise ValueError("expected settings for which choose_settings() has chosen all values")
-    keep = has_room_for_features(state, len(train_split[1]), len(val_split[1]), settings)
+    keep_on = place_for_features(
+        state.model, state.cut, len(train_split[1]), len(val_split[1]), settings
+    )
     extractor = FeatureExtractor(
         state.model,
         state.cut,
@@ -212,7 +214,7 @@ def run_epochs(
         layers.compile()
     network = distributed.wrap(layers)
     photos = TrainingPhotos(extractor, *train_split, settings)
-    evaluation = Evaluation(state, extractor, train_split, val_split, keep=keep)
+    evaluation = Evaluation(state, extractor, train_split, val_split, keep_on=keep_on)
 
     if not state.rows:
         state.rows.append(evaluation.evaluate_head_alone(state, settings))
@@ -269,7 +271,7 @@ class Evaluation:
         train_split: PixelsAndLabels,
         val_split: PixelsAndLabels,
         *,
-        keep: bool,
+        keep_on: torch.device | None,
     ) -> None:
         dtype = state.model.cls_token.dtype  # that of the frozen layers
         self.eval_model = working_copy(state.model, state.device, dtype, train=False)
@@ -279,7 +281,7 @@ class Evaluation:
         self.train_inputs: Tensor | None = None
         for name, (pixels, labels) in (("train", train_split), ("val", val_split)):
             share = distributed.shard(torch.arange(len(labels)))
-            self.batches[name] = extractor.evaluation(pixels, share, keep=keep)
+            self.batches[name] = extractor.evaluation(pixels, share, keep_on=keep_on)
 
     @during_evaluation()
     def evaluate_head_alone(self, state: RunState, settings: TrainSettings) -> dict[str, float]:
@@ -370,22 +372,30 @@ class Evaluation:
         return distributed.gather(inputs, len(self.labels["train"]))
 
 
-def has_room_for_features(
-    state: RunState, num_train: int, num_val: int, settings: TrainSettings
-) -> bool:
-    """Return whether the features of all photos without augmentation fit into memory.
+def place_for_features(
+    model: ViT, cut: int, num_train: int, num_val: int, settings: TrainSettings
+) -> torch.device | None:
+    """Return the device to keep the features of all photos without augmentation on.
 
-    Those of the kept views come first. Raises UserError if not even they fit.
+    That is the model's device if it has much room, else the CPU, which means host memory, or None
+    if they do not fit into `settings.cache_gib`. Those of the kept views come first, in host
+    memory. Raises UserError if not even they fit.
     """
     views = settings.views_to_keep()
-    views_gib = features_gib(state.model, num_train * views, state.cut)
+    views_gib = features_gib(model, num_train * views, cut)
     if views_gib > settings.cache_gib:
         raise UserError(
             f"the features of {views} views take {views_gib:.1f} GiB; "
             f"raise --cache-gib {settings.cache_gib:g}, or keep fewer"
         )
-    evaluation_gib = features_gib(state.model, num_train + num_val, state.cut)
-    return views_gib + evaluation_gib <= settings.cache_gib
+    evaluation_gib = features_gib(model, num_train + num_val, cut)
+    if views_gib + evaluation_gib > settings.cache_gib:
+        return None
+    device = model.cls_token.device
+    gib_of_rank = evaluation_gib / distributed.world_size()
+    if devices.has_much_room(device, gib_of_rank, settings.memory_gib):
+        return device
+    return torch.device("cpu")
 
 
 def patience_is_over(state: RunState, patience: int | None) -> bool:
@@ -596,7 +606,11 @@ def choose_micro_batch(
     micro_batch, gib = rehearse(
         model, cut=cut, batch_size=settings.batch_size, micro_batch=micro_batch, amp=amp
     )
-    if device.type != "cuda":  # Photos and kept features lie in the same memory.
+    if device.type == "cuda":
+        num_train, num_val = len(data.train), len(data.val)
+        if place_for_features(model, cut, num_train, num_val, settings) == device:
+            gib += features_gib(model, num_train + num_val, cut) / distributed.world_size()
+    else:  # Photos and kept features lie in the same memory.
         gib += host_memory_gib(
             model, data, cut, cache_gib=settings.cache_gib, store_gib=settings.store_gib
         )

@@ -126,6 +126,19 @@ def test_a_memory_limit_that_cannot_be_is_refused():
         device.limit_memory(torch.device("cuda"), 0.5)
 
 
+def test_half_of_what_training_leaves_of_a_gpu_may_be_kept(monkeypatch):
+    cuda = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (12 * 2**30, 16 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2 * 2**30)
+    assert device.has_much_room(cuda, 6.0)
+    assert not device.has_much_room(cuda, 6.1)
+    limit = 4.0 + device.CONTEXT_GIB  # of which 2 GiB are reserved
+    assert device.has_much_room(cuda, 1.0, limit)
+    assert not device.has_much_room(cuda, 1.1, limit)
+    assert device.has_much_room(cuda, 6.0, 400.0)
+    assert not device.has_much_room(torch.device("cpu"), 0.001)
+
+
 @pytest.mark.parametrize(
     "major, expected",
     [(6, torch.float16), (7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)],

@@ -18,9 +18,11 @@ from conftest import (
 from torch.testing import assert_close
 
 from minivit import ViT
+from minivit import train as train_job
 from minivit.data.datasets import Data, Split
 from minivit.errors import UserError
 from minivit.model import freeze_except, trainable, working_copy
+from minivit.settings import TrainSettings
 from minivit.system import device
 from minivit.training import step as steps
 from minivit.training.features import (
@@ -91,7 +93,7 @@ def test_evaluation_in_low_precision_gives_infers_logits_bit_for_bit(pixels):
     fit(run, pixels, epochs=1)
     copy = working_copy(run.model, CPU, torch.bfloat16, train=False)
     tokens = FeatureExtractor(run.model, 10, batch=4).evaluation(
-        pixels[0], torch.arange(9), keep=True
+        pixels[0], torch.arange(9), keep_on=CPU
     )
     logits, _ = predict(copy, tokens(), cut=10)
     set_trainable(model, run.trainable_weights())
@@ -105,9 +107,10 @@ def test_tokens_are_kept_in_order_or_computed_anew_each_time(pixels, monkeypatch
     monkeypatch.setattr(FeatureExtractor, "__call__", lambda *args: calls.append(0) or real(*args))
     indices = torch.tensor([1, 3, 5, 7, 8])
     expected = model.tokens(model.preprocess.normalize(pixels[0][indices]), stop=10).detach()
-    for keep, computed in ((True, 3), (False, 6)):
+    for keep_on, computed in ((CPU, 3), (None, 6)):
         calls.clear()
-        tokens = FeatureExtractor(model, 10, batch=2).evaluation(pixels[0], indices, keep=keep)
+        extractor = FeatureExtractor(model, 10, batch=2)
+        tokens = extractor.evaluation(pixels[0], indices, keep_on=keep_on)
         for _ in range(2):
             assert_close(torch.cat(list(tokens())), expected)
         assert len(calls) == computed
@@ -267,13 +270,32 @@ def test_kept_views_take_memory_before_features_for_evaluation(pixels, monkeypat
     monkeypatch.setattr(
         FeatureExtractor,
         "evaluation",
-        lambda *args, keep: kept.append(keep) or real(*args, keep=keep),
+        lambda *args, keep_on: kept.append(keep_on) or real(*args, keep_on=keep_on),
     )
     gib = features_gib(make_trainable(), 9, cut=10)
-    for room, expected in ((3.9, False), (4.1, True)):  # 2 views, and the photos of both splits
+    for room, expected in ((3.9, None), (4.1, CPU)):  # 2 views, and the photos of both splits
         kept.clear()
         fit(run_of(make_trainable()), pixels, cache_views=2, cache_gib=room * gib, epochs=3)
         assert kept == [expected] * 2
+
+
+def test_features_are_kept_on_a_device_with_much_room(pixels, monkeypatch):
+    model = make_trainable()
+    gib = features_gib(model, 9, cut=10)
+    settings = TrainSettings(epochs=3, batch_size=4, cache_views=0, memory_gib=3.0)
+    asked = []
+
+    def has_much_room(device, gib, limit_gib):
+        asked.append((device, gib, limit_gib))
+        return True
+
+    monkeypatch.setattr(device, "has_much_room", has_much_room)
+    assert train_job.place_for_features(model, 10, 6, 3, settings) == CPU
+    assert asked == [(CPU, gib, 3.0)]
+    asked.clear()
+    small = replace(settings, cache_gib=0.9 * gib)
+    assert train_job.place_for_features(model, 10, 6, 3, small) is None
+    assert asked == []
 
 
 def test_rows_are_taken_as_by_an_index_from_photos_and_from_tokens(pixels):
@@ -306,6 +328,22 @@ def test_replayed_kernels_give_the_very_tokens(tiny):
             assert torch.equal(compute(images, draws), compute.extract(images, draws))
         replayed.append(compute.graph_size)
     assert replayed == [0, 4, 4, 4, 4, 4, 4, 3, 3]  # a last batch of an epoch does not take it away
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_features_kept_on_the_device_are_those_of_host_memory(tiny):
+    cuda = torch.device("cuda", 0)
+    model = working_copy(tiny, cuda, torch.bfloat16, train=False)
+    pixels = torch.randint(256, (50, 3, *model.config.img_size), dtype=torch.uint8)
+    order = torch.randperm(50)
+    extractor = FeatureExtractor(model, 10, batch=8)
+    kept = [
+        list(extractor.evaluation(pixels, order, keep_on=keep_on)())
+        for keep_on in (CPU, cuda, None)
+    ]
+    for in_host, on_device, anew in zip(*kept):
+        assert on_device.device == cuda
+        assert torch.equal(in_host, on_device) and torch.equal(on_device, anew)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -22,6 +22,8 @@ from .cores import cores
 
 # GiB of a CUDA device's memory that CUDA itself takes, with its kernels and libraries.
 CONTEXT_GIB = 0.7
+# What is kept on a CUDA device between epochs may take this share of the memory that is left.
+SHARE_TO_KEEP = 0.5
 # Photos at once on a CPU. With more, the activations of a block no longer fit into its caches.
 CPU_BATCH = 8
 # torch's threads while worker processes or a GPU do most of the work.
@@ -270,6 +272,21 @@ def limit_memory(device: torch.device, gib: float) -> None:
     index = torch.cuda.current_device() if device.index is None else device.index
     total = torch.cuda.get_device_properties(index).total_memory / 2**30
     torch.cuda.set_per_process_memory_fraction(min(1.0, (gib - CONTEXT_GIB) / total), index)
+
+
+def has_much_room(device: torch.device, gib: float, limit_gib: float | None = None) -> bool:
+    """Return whether `gib` GiB may be kept on a CUDA device, beside what training needs there.
+
+    That is the memory which torch has reserved, if training has been rehearsed. `limit_gib` is that
+    of limit_memory(), if there is one. Other devices have no memory of their own.
+    """
+    if device.type != "cuda":
+        return False
+    left = torch.cuda.mem_get_info(device)[0]
+    if limit_gib is not None:
+        reserved = torch.cuda.memory_reserved(device)
+        left = min(left, int((limit_gib - CONTEXT_GIB) * 2**30) - reserved)
+    return gib * 2**30 <= SHARE_TO_KEEP * left
 
 
 def _cpu_has_bf16() -> bool:

@@ -1,7 +1,8 @@
 """Feature extraction by the frozen blocks, in low precision and without autograd.
 
 Features are the tokens that enter the cut, the first block that trains. Those of images without
-augmentation, and of kept views, are computed once for all epochs where memory allows.
+augmentation, and of kept views, are computed once for all epochs where memory allows: the former
+are kept on a GPU that has much room, else in host memory.
 
 Shapes: n photos of a split, B images of a batch, N tokens, D embed_dim, C classes, h, w pixels of
 the model's input.
@@ -29,6 +30,7 @@ from .cuda_graph import CudaGraph
 
 # For batches up to this size, a GPU waits for the host to launch its kernels one by one.
 MAX_GRAPH_BATCH = 64
+CPU = torch.device("cpu")
 Source = Pixels | Tensor  # pixels, uint8 (n, 3, h, w), or features (n, N, D)
 Job = TypeVar("Job")
 
@@ -96,15 +98,17 @@ class FeatureExtractor:
         indices: Tensor,
         draws: Tensor | None = None,
         stop_requested: Callable[[], bool] | None = None,
+        keep_on: torch.device = CPU,
     ) -> Tensor | None:
-        """Compute the features of the photos `indices` (n,) into host memory: (n, N, D).
+        """Compute the features of the photos `indices` (n,), (n, N, D) on the device `keep_on`.
 
-        They are augmented by `draws` (n, 5) if there are any. If a stop was requested in the
-        meantime, returns None or raises StopRequested.
+        That is the CPU, which means host memory, or the model's device. The photos are augmented by
+        `draws` (n, 5) if there are any. If a stop was requested in the meantime, returns None or
+        raises StopRequested.
         """
         weight = self.model.cls_token
         shape = (len(indices), *features_shape(self.model, self.cut))
-        features = torch.empty(shape, dtype=weight.dtype)
+        features = torch.empty(shape, dtype=weight.dtype, device=keep_on)
 
         def read(rows: slice) -> list[Tensor]:
             tensors = [gather_rows(pixels, indices[rows], weight.device)]
@@ -120,7 +124,7 @@ class FeatureExtractor:
             len(batches),
             unit="batch",
         )
-        with copier_to_host(weight.device) as copy_later:
+        with copier(weight.device, keep_on) as copy_later:
             for tensors, rows in zip(progress, batches):
                 stop_here()
                 computed = self(*tensors)
@@ -132,17 +136,19 @@ class FeatureExtractor:
         return features
 
     def evaluation(
-        self, pixels: Source, indices: Tensor, *, keep: bool
+        self, pixels: Source, indices: Tensor, *, keep_on: torch.device | None
     ) -> Callable[[], Iterator[Tensor]]:
         """Return a function that yields the features of images without augmentation, in batches.
 
-        They are computed once, or anew in each call if not `keep`.
+        They are computed once and kept on a device, or anew in each call if that is None.
         """
         device = self.model.cls_token.device
-        if keep:
-            features = self.compute(pixels, indices)
+        if keep_on is not None:
+            features = self.compute(pixels, indices, keep_on=keep_on)
             assert features is not None  # Nobody could request a stop.
             kept_batches = features.split(self.batch)
+            if keep_on == device:
+                return lambda: iter(kept_batches)
 
             def kept() -> Iterator[Tensor]:
                 for (batch,) in to_device_ahead(lambda batch: [batch], kept_batches, device):
@@ -207,13 +213,15 @@ def to_device_ahead(
 
 
 @contextlib.contextmanager
-def copier_to_host(device: torch.device) -> Iterator[Callable[[Tensor, Tensor], object]]:
-    """Yield a function copy_later(tensor, target) that copies a tensor of the device to the host.
+def copier(
+    device: torch.device, keep_on: torch.device
+) -> Iterator[Callable[[Tensor, Tensor], object]]:
+    """Yield a function copy_later(tensor, target) that copies a tensor of the device to `keep_on`.
 
-    On CUDA a thread copies while the device computes what comes next, and all is copied when the
-    context ends.
+    From CUDA to the host, a thread copies while the device computes what comes next, and all is
+    copied when the context ends.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or keep_on == device:
         yield lambda tensor, target: target.copy_(tensor)
         return
     copy_stream = torch.cuda.Stream(device)
@@ -245,7 +253,7 @@ def features_shape(model: ViT, cut: int) -> tuple[int, int]:
 
 
 def features_gib(model: ViT, n: int, cut: int) -> float:
-    """Return how much host memory the features of n photos take, in GiB."""
+    """Return how much memory the features of n photos take, in GiB."""
     bytes_per_photo = math.prod(features_shape(model, cut)) * model.cls_token.dtype.itemsize
     return n * bytes_per_photo / 2**30
 
