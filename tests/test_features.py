@@ -279,19 +279,21 @@ def test_kept_views_take_memory_before_features_for_evaluation(pixels, monkeypat
         assert kept == [expected] * 2
 
 
-def test_features_are_kept_on_a_device_with_much_room(pixels, monkeypatch):
-    model = make_trainable()
+def test_features_are_kept_on_a_device_with_much_room(monkeypatch):
+    other = torch.device("meta")
+    model = make_trainable().to(other)
     gib = features_gib(model, 9, cut=10)
     settings = TrainSettings(epochs=3, batch_size=4, cache_views=0, memory_gib=3.0)
     asked = []
 
     def has_much_room(device, gib, limit_gib):
         asked.append((device, gib, limit_gib))
-        return True
+        return len(asked) == 1
 
     monkeypatch.setattr(device, "has_much_room", has_much_room)
+    assert train_job.place_for_features(model, 10, 6, 3, settings) == other
     assert train_job.place_for_features(model, 10, 6, 3, settings) == CPU
-    assert asked == [(CPU, gib, 3.0)]
+    assert asked == [(other, gib, 3.0)] * 2
     asked.clear()
     small = replace(settings, cache_gib=0.9 * gib)
     assert train_job.place_for_features(model, 10, 6, 3, small) is None
