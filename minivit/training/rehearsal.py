@@ -54,11 +54,16 @@ LONG_RUN_FLOPS = 3e13
 def count_images(data: Data, settings: TrainSettings) -> tuple[int, int]:
     """Return how many images pass through the frozen blocks and the others in a run.
 
-    A training step counts as three passes through the others.
+    A training step counts as three passes through the others. The head alone is evaluated like
+    another epoch, and the validation photos are predicted once more by the weights that are kept.
     """
-    n, evaluated = len(data.train), len(data.train) + len(data.val)
-    frozen = n * (settings.views_to_keep() or settings.epochs) + evaluated + len(data.test)
-    others = settings.epochs * (3 * n + evaluated) + len(data.test)
+    n = len(data.train)
+    evaluated = n + len(data.val)
+    predicted_at_the_end = len(data.val) + len(data.test)
+    views_computed = settings.views_to_keep() or settings.epochs
+    frozen = n * views_computed + evaluated + predicted_at_the_end
+    trained = settings.epochs * 3 * n
+    others = trained + (settings.epochs + 1) * evaluated + predicted_at_the_end
     return frozen, others
 
 
