@@ -375,11 +375,11 @@ class Evaluation:
 def place_for_features(
     model: ViT, cut: int, num_train: int, num_val: int, settings: TrainSettings
 ) -> torch.device | None:
-    """Return the device to keep the features of all photos without augmentation on.
+    """Choose where to keep the features of all photos without augmentation.
 
-    That is the model's device if it has much room, else the CPU, which means host memory, or None
-    if they do not fit into `settings.cache_gib`. Those of the kept views come first, in host
-    memory. Raises UserError if not even they fit.
+    Returns the model's device if that has much room, and else the CPU, that is host memory. Returns
+    None, to compute them anew each time, if they do not fit into `settings.cache_gib` beside the
+    features of the kept views. Raises UserError if those of the views alone do not fit.
     """
     views = settings.views_to_keep()
     views_gib = features_gib(model, num_train * views, cut)

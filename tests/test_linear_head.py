@@ -146,9 +146,9 @@ def test_features_that_tell_nothing_give_the_classes_frequencies():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("axes_from", ["CPU", "GPU"])
-def test_replayed_steps_find_the_head_that_the_cpu_finds(monkeypatch, axes_from):
-    monkeypatch.setattr(linear_head, "MOST_AXES_ON_CPU", {"CPU": 1024, "GPU": 0}[axes_from])
+@pytest.mark.parametrize("most_on_cpu", [1024, 0], ids=["axes from the CPU", "axes from the GPU"])
+def test_replayed_steps_find_the_head_that_the_cpu_finds(monkeypatch, most_on_cpu):
+    monkeypatch.setattr(linear_head, "MOST_AXES_ON_CPU", most_on_cpu)
     for shape in ((60, 30, 3), (300, 20, 5)):
         features, labels = make_features(*shape)
         expected = fit_linear_head(features, labels, shape[2])

@@ -104,16 +104,16 @@ IMPORT = """
 import gc
 from minivit.system.torch_start import import_torch
 {before}
-looks = []
-gc.callbacks.append(lambda phase, info: looks.append(phase))
+collections = []
+gc.callbacks.append(lambda phase, info: collections.append(phase))
 import_torch()
 gc.callbacks.clear()
-print(looks, gc.isenabled(), gc.get_freeze_count() > 100_000)
+print(collections, gc.isenabled(), gc.get_freeze_count() > 100_000)
 """
 
 
 @pytest.mark.parametrize("was_enabled", [True, False])
-def test_torch_is_imported_without_a_look_for_garbage(was_enabled):
+def test_torch_is_imported_with_the_garbage_collector_off(was_enabled):
     code = IMPORT.format(before="" if was_enabled else "gc.disable()")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.stdout, done.stderr) == (f"[] {was_enabled} True\n", "")

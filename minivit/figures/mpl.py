@@ -89,9 +89,10 @@ DPI = 120  # of all figures
 
 
 def _hinting_flag() -> Any:
-    """Return how matplotlib fits letters to pixels by default, as its Agg backend says it.
+    """Return the flag with which matplotlib fits letters to pixels by default.
 
-    That backend takes as long to import as all of this. Before 3.10, the flags were numbers.
+    backend_agg.get_hinting_flag() returns it, too, but takes as long to import as this module.
+    Before matplotlib 3.10, the flags were numbers.
     """
     name = matplotlib.rcParamsDefault["text.hinting"].upper()
     if hasattr(ft2font, "LoadFlags"):

@@ -1,4 +1,4 @@
-"""Names in one line that is not too wide."""
+"""Shorten names to one line that is not too wide."""
 
 from __future__ import annotations
 

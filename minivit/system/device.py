@@ -275,10 +275,11 @@ def limit_memory(device: torch.device, gib: float) -> None:
 
 
 def has_much_room(device: torch.device, gib: float, limit_gib: float | None = None) -> bool:
-    """Return whether `gib` GiB may be kept on a CUDA device, beside what training needs there.
+    """Return whether a CUDA device has so much memory left that `gib` GiB may be kept there.
 
-    That is the memory which torch has reserved, if training has been rehearsed. `limit_gib` is that
-    of limit_memory(), if there is one. Other devices have no memory of their own.
+    Rehearse training first: torch then holds the memory that training needs, so that it no longer
+    counts as free. `limit_gib` is the limit given to limit_memory(), if there is one. The answer
+    for other devices is False, because they have no memory of their own.
     """
     if device.type != "cuda":
         return False

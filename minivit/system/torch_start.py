@@ -25,11 +25,11 @@ def start(device: str) -> None:
 
 
 def import_torch() -> None:
-    """Import torch, and look for no garbage in what comes with it.
+    """Import torch with Python's garbage collector switched off.
 
-    Torch makes several hundred thousand objects that stay. Python would look through them again and
-    again while they are made, which takes a seventh of the import, and later. If torch has been
-    imported before, nothing happens.
+    The import creates several hundred thousand objects, and none of them is garbage. The collector
+    would search them again and again meanwhile, and again later, so they are left out of later
+    searches, too. If torch has been imported before, nothing happens.
     Source: https://docs.python.org/3/library/gc.html#gc.freeze
     """
     if "torch" in sys.modules:

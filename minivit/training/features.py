@@ -1,8 +1,8 @@
 """Feature extraction by the frozen blocks, in low precision and without autograd.
 
 Features are the tokens that enter the cut, the first block that trains. Those of images without
-augmentation, and of kept views, are computed once for all epochs where memory allows: the former
-are kept on a GPU that has much room, else in host memory.
+augmentation, and of kept views, are computed once for all epochs where memory allows. They are kept
+in host memory, or those of images without augmentation on a GPU that has much room.
 
 Shapes: n photos of a split, B images of a batch, N tokens, D embed_dim, C classes, h, w pixels of
 the model's input.
@@ -100,11 +100,11 @@ class FeatureExtractor:
         stop_requested: Callable[[], bool] | None = None,
         keep_on: torch.device = CPU,
     ) -> Tensor | None:
-        """Compute the features of the photos `indices` (n,), (n, N, D) on the device `keep_on`.
+        """Compute the features (n, N, D) of the photos `indices` (n,).
 
-        That is the CPU, which means host memory, or the model's device. The photos are augmented by
-        `draws` (n, 5) if there are any. If a stop was requested in the meantime, returns None or
-        raises StopRequested.
+        They are kept on the device `keep_on`, which is the CPU, that is in host memory, or the
+        model's device. The photos are augmented by `draws` (n, 5) if there are any. If a stop was
+        requested in the meantime, returns None or raises StopRequested.
         """
         weight = self.model.cls_token
         shape = (len(indices), *features_shape(self.model, self.cut))
