@@ -299,6 +299,22 @@ def test_predictions_are_framed_and_named_above_their_photos(written, tmp_path):
         assert (column[top + thickness] == (0, 0, 255)).all()
 
 
+def test_a_map_is_laid_over_the_grey_photo_pixel_by_pixel():
+    rng = np.random.default_rng(0)
+    photo = rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    values = rng.uniform(2, 4, (6, 5)).astype(np.float32)
+    values[0, 0], values[0, 1], values[5, 4] = 2, 4, np.nan
+    drawn = panels.overlay(photo, values, 2.0, 4.0, HEAT)
+    for y, x in np.ndindex(6, 5):
+        grey = photo[y, x].mean()
+        if np.isnan(values[y, x]):
+            expected = np.full(3, 190 + 0.25 * grey)  # The model has not seen this pixel.
+        else:
+            colour = HEAT[min(int(256 * (values[y, x] - 2) / 2), 255)]
+            expected = 0.7 * colour + 0.3 * grey
+        assert np.abs(drawn[y, x] - np.floor(expected)).max() <= 1, (y, x)  # They may round apart.
+
+
 def test_letters_are_fitted_to_pixels_as_matplotlib_does():
     from matplotlib.backends.backend_agg import get_hinting_flag
 
