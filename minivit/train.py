@@ -66,6 +66,9 @@ PixelsAndLabels = tuple[Pixels | Tensor, Tensor]  # pixels, uint8 (n, 3, h, w), 
 # photos are tested.
 DRAW_IN_WORKERS_FROM = 64
 
+# A run that is killed loses the epoch under way, and at most so much training before it.
+SECONDS_BETWEEN_SAVES = 5.0
+
 
 @devices.own_defaults()
 def train(settings: TrainSettings, wait_for_photos: Callable[[], None] | None = None) -> int:
@@ -431,6 +434,7 @@ class Recorder:
         self.write_later = write_later
         self.out = Path(settings.out)
         self.started = 0.0  # when the run would have started if it had never been interrupted
+        self.last_save: float | None = None  # when the state of an epoch was last saved
         self.described: Future[tuple[str, dict[str, object]]] | None = None
 
     def begin(self, state: RunState, started: float, lock: contextlib.ExitStack) -> None:
@@ -478,12 +482,21 @@ class Recorder:
         return self.described.result()[1]
 
     def save_and_report(self, state: RunState, current_weights: dict[str, Tensor]) -> None:
-        """Save the state after an epoch, in the background, and print the epoch's row."""
-        state.spent = time.perf_counter() - self.started
-        if distributed.rank() == 0:
+        """Print the row of an epoch and, if it is time, save the state in the background.
+
+        Not all short epochs are saved: on a GPU, a save takes a tenth of the time of an epoch. The
+        last one always is, because what follows it may fail.
+        """
+        now = time.perf_counter()
+        state.spent = now - self.started
+        if distributed.rank() != 0:
+            return
+        is_time = self.last_save is None or now - self.last_save >= SECONDS_BETWEEN_SAVES
+        if is_time or state.epoch > self.settings.epochs:
+            self.last_save = now
             snapshot = state.snapshot(self.fingerprint(), current_weights)
             self.write_later(tensors.save_tensors, self.out / run_folder.STATE, *snapshot)
-            run_folder.report_epoch(state.rows, self.settings.epochs, self.out)
+        run_folder.report_epoch(state.rows, self.settings.epochs, self.out)
 
     def end(self, state: RunState) -> None:
         """Note the time that the run took, and save the state if it was stopped in an epoch."""

@@ -117,6 +117,31 @@ def test_a_row_that_was_cut_short_is_mended(
     assert_same_end(out, straight)
 
 
+def test_a_state_is_saved_after_five_seconds_and_after_the_last_epoch(tmp_path, monkeypatch):
+    class State:
+        rows = ()
+
+        def snapshot(self, fingerprint, current_weights):
+            return {}, fingerprint | {"epoch": self.epoch}
+
+    def write_later(save, path, contents, metadata):
+        assert (save, path) == (tensors.save_tensors, tmp_path / runs.STATE)
+        saved.append(metadata["epoch"])
+
+    now, saved, reported = 0.0, [], []
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(runs, "report_epoch", lambda *_: reported.append(now))
+    recorder = train.Recorder(TrainSettings(out=str(tmp_path), epochs=6), None, None, write_later)
+    monkeypatch.setattr(recorder, "fingerprint", dict)
+    state = State()
+    for state.epoch in range(1, 8):  # first the head alone, then epochs of two seconds
+        recorder.save_and_report(state, {})
+        assert state.spent == now
+        now += 2
+    assert reported == [0, 2, 4, 6, 8, 10, 12]
+    assert saved == [1, 4, 7]
+
+
 def test_a_second_interrupt_ends_at_once(tiny_saved, shapes_data, tmp_path, monkeypatch, capsys):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
@@ -725,6 +750,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_stays(
         real(contents, path, metadata)
 
     with monkeypatch.context() as patch:
+        patch.setattr(train, "SECONDS_BETWEEN_SAVES", 0)
         patch.setattr(tensors, "save_file", full)
         assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 2
     last = capsys.readouterr().err.splitlines()[-1]
@@ -752,6 +778,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_state(
         models.append(model)
         return real(model, **settings)
 
+    monkeypatch.setattr(train, "SECONDS_BETWEEN_SAVES", 0)
     monkeypatch.setattr(train, "new_state", remember)
     stop_in_step(monkeypatch, 12, lambda: models[0].head.weight.data.fill_(torch.nan))
     assert run_train(tiny_saved, shapes_data, out, *EPOCHS) == 2
@@ -795,6 +822,7 @@ def run(out, moment=None, during_save=None):
                     os.kill(os.getpid(), signal.SIGKILL)
                 real(*names)
             os.replace = replace
+        minivit.train.SECONDS_BETWEEN_SAVES = seconds_between_saves
         os._exit(train.main([*flags, "--out", out, "--resume"]))
     if moment is not None:
         time.sleep(moment)
@@ -802,9 +830,11 @@ def run(out, moment=None, during_save=None):
     return os.waitpid(pid, 0)[1]
 
 started = time.perf_counter()
+seconds_between_saves = 5
 assert run("straight") == 0
 whole = time.perf_counter() - started
 for i in range(kills):
+    seconds_between_saves = rng.choice([0, 5])
     if i % 2:
         died.append(run(f"run{i}", during_save=(rng.randint(1, 8), rng.random() < 0.5)))
     else:

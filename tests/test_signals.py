@@ -211,7 +211,7 @@ TRAINING = {
     "a step": (["call", "minivit.training.step.train_step", 2], "epoch 1, after 1 of its steps"),
     # The head alone is evaluated on both splits before.
     "evaluation": (["call", "minivit.train.predict", 3], "epoch 1, after 5 of its steps"),
-    "saving": (["os.rename", "state.safetensors", 3], "epoch 2, after"),  # two for each file
+    "saving": (["os.rename", "state.safetensors", 1], "epoch 1, after"),
     "testing": (["call", "minivit.train.predict_photos", 1], "epoch 4, after 0 of its steps"),
     "writing weights": (["os.rename", "tail.safetensors", 1], "epoch 4, after 0 of its steps"),
     "drawing": (["os.rename", "confusion.png", 1], "epoch 4, after 0 of its steps"),
