@@ -33,9 +33,9 @@ from .look import Explanation
 from .model import ViT, working_copy
 from .settings import RUN_DIR, InferSettings, TrainSettings, flag
 from .system import device as devices
-from .system import distributed
 from .system.files import portable_stem, read_json
 from .system.home import ensure_home
+from .system.launch import launched_world_size
 from .train import train
 from .training import run_folder
 from .training.reference import find_reference
@@ -214,7 +214,7 @@ def fine_tune(
     Raises UserError for what can be mended, TypeError for a keyword that there is not, and
     KeyboardInterrupt if it is stopped: the same call with resume=True goes on, to the same end.
     """
-    if distributed.launched_world_size() > 1:
+    if launched_world_size() > 1:
         raise UserError("fine_tune runs in one process; under torchrun, use train.py")
     data = _as_path("data", data)
     out = _default_out(data) if out is None else _as_path("out", out)

@@ -214,11 +214,17 @@ def infer(argv: Sequence[str] | None = None) -> int:
 
 
 def _infer(args: argparse.Namespace) -> int:
-    settings = InferSettings(**vars(args) | {"photos": tuple(args.photos)})
-    torch_start.start(settings.device)
-    from .infer import infer
+    from .data.jobs import list_jobs, start_workers
 
-    return infer(settings)
+    settings = InferSettings(**vars(args) | {"photos": tuple(args.photos)})
+    jobs, num_unread = list_jobs(settings)
+    torch_start.begin_cuda(settings.device)
+    with start_workers(jobs, settings) as pool:
+        torch_start.import_torch()  # The workers start meanwhile.
+        from .infer import infer
+
+        num_unreadable = infer(settings, jobs, pool)
+    return 2 if num_unread or num_unreadable else 0
 
 
 def infer_parser() -> cli.Parser:

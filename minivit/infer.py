@@ -5,15 +5,13 @@ What a model makes of a photo is in look.py; how attention becomes a map is in a
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import itertools
 import json
-import os
+import math
 import sys
-import unicodedata
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,41 +24,28 @@ from . import look
 from .attention import METHODS
 from .checkpoints.weights import load_pretrained
 from .cli import default_model, parse_blocks
-from .data.folder import SUFFIXES, UNREAD_PHOTOS, FolderContents, has_suffix, read_folder
+from .data.jobs import Job
 from .data.photos import PhotoError
-from .data.prepared import LARGE, SMALL, Needs, read_photo
-from .data.survey import describe_unread
-from .errors import UserError, first_few, printable
+from .data.prepared import LARGE, SMALL, Needs, read_photo, read_photos
+from .errors import UserError, printable
 from .figures import fonts, panels
-from .figures.marks import is_ours
 from .figures.pages import write_page
 from .look import Explanation, Photo, Target
 from .model import ViT, working_copy
 from .settings import InferSettings, flag
 from .system import device as devices
 from .system import distributed
-from .system.files import portable_stem, refuse_to_overwrite
+from .system.launch import launched_rank
 from .system.progress import progress_bar
-from .system.workers import (
-    InlineExecutor,
-    map_ahead,
-    processes_worth_starting,
-    read_ahead,
-    worker_pool,
-)
+from .system.workers import InlineExecutor, map_ahead, read_ahead
 from .training.reference import find_reference
 
-# Figures of fewer photos are drawn before worker processes would have started.
-DRAW_IN_WORKERS_FROM = 8
-# So many threads decode as fast as processes, which have to send what they decode. More threads
-# would wait for each other at the interpreter lock, which decoding holds a third of its time.
-DECODE_IN_THREADS_UP_TO = 4
 GPU_BATCH = 32
 NAMES_GPU_BATCH = 128  # where there are no figures, of which the first should come soon
+# Photos that a worker process sends in one message, each of which costs this process some time.
+READ_TOGETHER = 8
 # Memory for attention in a batch, where all rows of it are kept.
 MAX_ROWS_GIB = 0.5
-# Bytes that a file name can have, less some for a number and an extension.
-MAX_STEM_BYTES = 240
 
 
 @dataclass(frozen=True)
@@ -78,14 +63,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A photo, and the path of its figure, if it gets one."""
-
-    photo: Path
-    figure: Path | None = None
-
-
-@dataclass(frozen=True)
 class Answer:
     """The answer to one photo, as JSON, and the figure that is being drawn for it, if any."""
 
@@ -94,65 +71,35 @@ class Answer:
 
 
 @devices.own_defaults()
-def infer(settings: InferSettings) -> int:
-    """Do the whole job: name photos and draw figures, and return the exit code."""
-    if not settings.no_figures:
-        refuse_to_overwrite(Path(settings.out), [])  # No name is: figures give way to other files.
-    photos, num_unread = find_photos(settings.photos)
-    jobs = list(place_figures(photos, settings))
+def infer(settings: InferSettings, jobs: Sequence[Job], pool: Executor) -> int:
+    """Name the photos of these jobs and draw their figures; return how many cannot be read."""
     # torchrun's processes share the photos out, which is right only if all of them are there.
     distributed.join_others()
-    jobs = jobs[distributed.launched_rank() :: distributed.launched_world_size()]
-
+    with devices.few_threads():
+        plan = make_plan(settings)
+    if not settings.no_figures:
+        Path(settings.out).mkdir(parents=True, exist_ok=True)
+    # A single photo needs no bar.
+    progress_of_photos = progress_bar(
+        total=len(jobs), desc="photos", unit="photo", hidden=len(jobs) < 2
+    )
     num_unreadable = 0
     pending: deque[Answer] = deque()
-    with start_workers(jobs, settings) as pool:  # They start while the model is loaded.
-        with devices.few_threads():
-            plan = make_plan(settings)
-        if not settings.no_figures:
-            Path(settings.out).mkdir(parents=True, exist_ok=True)
-        # A single photo needs no bar.
-        progress_of_photos = progress_bar(
-            total=len(jobs), desc="photos", unit="photo", hidden=len(jobs) < 2
-        )
-        with devices.current(plan.device), progress_of_photos as progress:
-            for job, photo, explanations in explain_all(jobs, plan, settings, pool):
-                if isinstance(photo, UserError):
-                    report_unreadable(job, photo)
-                    num_unreadable += 1
-                    progress.update()
-                    distributed.report_progress()
-                    continue
-                pending.append(answer_photo(settings, plan, job, photo, explanations, pool))
-                if len(pending) > 2 * settings.workers:
-                    finish(pending.popleft(), settings, progress)
-            while pending:
+    with devices.current(plan.device), progress_of_photos as progress:
+        for job, photo, explanations in explain_all(jobs, plan, settings, pool):
+            if isinstance(photo, UserError):
+                report_unreadable(job, photo)
+                num_unreadable += 1
+                progress.update()
+                distributed.report_progress()
+                continue
+            pending.append(answer_photo(settings, plan, job, photo, explanations, pool))
+            if len(pending) > 2 * settings.workers:
                 finish(pending.popleft(), settings, progress)
+        while pending:
+            finish(pending.popleft(), settings, progress)
     distributed.wait_for_all_ranks()
-    return 2 if num_unreadable or num_unread else 0
-
-
-def written_suffixes(settings: InferSettings) -> list[str]:
-    """Return the suffixes of the files that are written for each photo."""
-    suffixes = [".png"]
-    if settings.html:
-        suffixes.append(".html")
-    if settings.npz:
-        suffixes.append(".npz")
-    return suffixes
-
-
-def start_workers(
-    jobs: Sequence[Job], settings: InferSettings
-) -> contextlib.AbstractContextManager[Executor]:
-    """Start the processes that decode photos and draw figures, where they are worth starting."""
-    if settings.no_figures:
-        num_processes = 0
-        if settings.workers > DECODE_IN_THREADS_UP_TO:
-            num_processes = processes_worth_starting([job.photo for job in jobs], settings.workers)
-        return worker_pool(num_processes, "minivit.data.prepared")
-    num_processes = min(settings.workers, len(jobs)) if len(jobs) >= DRAW_IN_WORKERS_FROM else 0
-    return worker_pool(num_processes, "minivit.figures.panels")
+    return num_unreadable
 
 
 def make_plan(settings: InferSettings) -> Plan:
@@ -188,7 +135,7 @@ def explain_all(
         panel = SMALL if settings.heads else LARGE
     needs = look.needs_of(plan.models, settings.query, panel=panel, page=settings.html)
     batch_size = choose_batch_size(settings, plan)
-    photos = read_photos(jobs, needs, pool, settings.workers, ahead=batch_size)
+    photos = read_all(jobs, needs, pool, settings.workers, batch_size=batch_size)
     for start in range(0, len(jobs), batch_size):
         batch = list(itertools.islice(photos, batch_size))
         readable = [photo for photo in batch if isinstance(photo, Photo)]
@@ -200,17 +147,24 @@ def explain_all(
                 yield job, photo, ()
 
 
-def read_photos(
-    jobs: Sequence[Job], needs: Needs, pool: Executor, workers: int, *, ahead: int
+def read_all(
+    jobs: Sequence[Job], needs: Needs, pool: Executor, workers: int, *, batch_size: int
 ) -> Iterator[Photo | UserError]:
     """Yield each job's photo in order, read in the pool's processes; if it has none, in threads.
 
-    Up to `ahead` photos wait to be taken, and some more for each worker.
+    Up to a batch of them waits to be taken, and some more for each worker.
     """
     if isinstance(pool, InlineExecutor):
-        return read_ahead(lambda job: read_photo(job.photo, needs), jobs, workers)
-    arguments = ((job.photo, needs) for job in jobs)
-    return map_ahead(pool, read_photo, arguments, ahead=ahead + 2 * workers)
+        yield from read_ahead(lambda job: read_photo(job.photo, needs), jobs, workers)
+        return
+    num_together = min(READ_TOGETHER, math.ceil(batch_size / workers))
+    parts = []
+    for start in range(0, len(jobs), num_together):
+        part = jobs[start : start + num_together]
+        parts.append(([job.photo for job in part], needs))
+    ahead = math.ceil(batch_size / num_together) + workers
+    for photos in map_ahead(pool, read_photos, parts, ahead=ahead):
+        yield from photos
 
 
 def explain_batch(
@@ -243,93 +197,13 @@ def finish(answer: Answer, settings: InferSettings, progress: tqdm) -> None:
     report(answer.json, settings)
 
 
-def find_photos(arguments: Iterable[str]) -> tuple[list[Path], int]:
-    """Return the photos that are meant, and the number of others that cannot be read.
-
-    A folder stands for the photos directly inside it; what else it holds is named on stderr.
-    Raises UserError for a folder without photos.
-    """
-    photos: list[Path] = []
-    num_unread = 0
-    for argument in arguments:
-        if not argument:  # Path would take it for the working directory.
-            raise UserError("expected the name of a photo or folder, found an empty one")
-        path = Path(argument)
-        try:
-            contents = read_folder(path)
-        except OSError:  # This is not a folder. If it is no photo either, open_photo says why.
-            photos.append(path)
-            continue
-        inner = [name for name in contents.folders if read_folder(path / name).like_photos()]
-        named_as_photos = [name for name in contents.folders if has_suffix(name, SUFFIXES)]
-        broken = [*contents.broken, *(set(named_as_photos) - set(inner))]
-        names = sorted([*contents.photos, *broken])  # open_photo says what is broken.
-        left_out = describe_left_out(contents, inner)
-        if not names:
-            found = "".join(f"; {text}" for text in left_out)
-            raise UserError(
-                f"{path}: no photos in this folder{found}; "
-                f"expected files ending in {', '.join(SUFFIXES)}"
-            )
-        if distributed.launched_rank() == 0:
-            for text in left_out:
-                say(f"{path}: {text}", sys.stderr)
-        photos += [path / name for name in names]
-        num_unread += len(contents.names(*UNREAD_PHOTOS))
-    return photos, num_unread
-
-
-def describe_left_out(contents: FolderContents, inner: Sequence[str]) -> list[str]:
-    """Say how many files in a folder are left out, and which `inner` folders of photos, and why."""
-    left_out = [finding.message for finding in describe_unread(contents)]
-    if inner:
-        left_out.append(f"photos in folders inside it are left out ({first_few(inner)})")
-    return left_out
-
-
-def place_figures(photos: Sequence[Path], settings: InferSettings) -> Iterator[Job]:
-    """Yield a job for each photo. Figures are named cat.png, cat-2.png and so on.
-
-    None of the files that are written takes the place of a photo, of another photo's files, or of
-    a file that minivit did not write.
-    """
-    if settings.no_figures:
-        yield from map(Job, photos)
-        return
-    out = Path(settings.out)
-    suffixes = written_suffixes(settings)
-    taken = {_path_key(path) for path in photos}
-    for path in photos:
-        stem = portable_stem(path.stem)
-        while len(os.fsencode(stem)) > MAX_STEM_BYTES:
-            stem = stem[:-1]
-        figure = out / f"{stem}.png"
-        for number in itertools.count(2):
-            files = [figure.with_suffix(suffix) for suffix in suffixes]
-            if not any(_path_key(file) in taken or _is_the_users(file) for file in files):
-                break
-            figure = out / f"{stem}-{number}.png"
-        taken.update(_path_key(file) for file in files)
-        yield Job(path, figure)
-
-
-def _path_key(path: Path) -> str:
-    """Return the same for all names of one file, also where letters of both cases are the same."""
-    return unicodedata.normalize("NFC", os.path.realpath(path)).casefold()
-
-
-def _is_the_users(path: Path) -> bool:
-    """Return whether there is a file, or a link, that must not be overwritten."""
-    return (path.is_file() or path.is_symlink()) and not is_ours(path)
-
-
 def load_models(settings: InferSettings) -> list[ViT]:
     """Load the models: first the one to compare with, if there is one, as it is drawn on top.
 
     Under torchrun, each process loads them, but only rank 0 says which model it takes.
     """
     source = default_model(settings.model)
-    if distributed.launched_rank() == 0:
+    if launched_rank() == 0:
         say(f"model: {source}", sys.stderr)
     models = []
     if settings.compare:

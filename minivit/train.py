@@ -35,6 +35,7 @@ from .model import ViT, copy_trainable, freeze_except, trainable, working_copy
 from .settings import AUTO, TrainSettings, batch_size_for, epochs_for
 from .system import device as devices
 from .system import distributed, files
+from .system.launch import launched_rank, launched_world_size
 from .system.signals import StopRequested, during_evaluation, held_back, stop_requests
 from .system.workers import worker_pool, write_behind
 from .training import calibration, metrics, publishing, reference, report, run_folder
@@ -519,7 +520,7 @@ def prepare(settings: TrainSettings, device: torch.device) -> None:
             "--keep average takes the mean over the second half of all epochs, and --patience may "
             "end the run before; leave one of the two away"
         )
-    if distributed.launched_rank() == 0:
+    if launched_rank() == 0:
         run_folder.check_inputs(settings)
         run_folder.check_folder(Path(settings.out))
         publishing.check(settings)
@@ -785,7 +786,7 @@ def summarize_run(
         "tail_base": model.origin.base or None,  # if the base is a tail: what it is a tail of
         "base_commit": model.origin.commit,
         "is_pets": data.is_pets,
-        "processes": distributed.launched_world_size(),
+        "processes": launched_world_size(),
         "precision": precision_name(state.amp),
         "settings": asdict(settings),
         "classes": list(data.classes),

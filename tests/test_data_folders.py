@@ -17,13 +17,13 @@ from minivit.data import folder as folders
 from minivit.data import photos
 from minivit.data.datasets import load_data, split_data
 from minivit.data.folder import read_folder
+from minivit.data.jobs import find_photos
 from minivit.data.listing import list_data
 from minivit.data.photos import FORMATS
 from minivit.data.survey import quick_findings
 from minivit.errors import UserError
 from minivit.figures.drawing import new_figure
 from minivit.figures.drawing import save as save_figure
-from minivit.infer import find_photos
 from minivit.settings import TrainSettings
 from minivit.tools import describe, doctor
 from minivit.tools.score.splits import load_masked_split

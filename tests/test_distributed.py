@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, assert_same_end, rows_of, run_train
 
 from minivit.errors import UserError
-from minivit.system import distributed
+from minivit.system import distributed, launch
 from minivit.training import run_folder as runs
 
 TORCHRUN = [
@@ -230,9 +230,9 @@ def test_rows_dealt_out_come_back_each_once_and_in_order(n, monkeypatch):
 @pytest.fixture
 def shell(monkeypatch):
     """A function that sets torchrun's variables, of which none is set before."""
-    for name in (*distributed.VARIABLES, "LOCAL_RANK", "TORCHELASTIC_USE_AGENT_STORE"):
+    for name in (*launch.VARIABLES, "LOCAL_RANK", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(distributed, "_said", set())
+    monkeypatch.setattr(launch, "_said", set())
     monkeypatch.setattr(distributed, "_store", None)
 
     def set_variables(**variables):
@@ -281,8 +281,8 @@ def test_under_torchrun_each_process_has_the_gpu_of_its_local_rank(monkeypatch, 
 def test_some_of_torchruns_variables_alone_are_ignored_with_a_word(variables, given, shell, capsys):
     shell(**variables)
     for _ in range(2):  # It is said once.
-        assert distributed.launched_rank() == 0
-        assert distributed.launched_world_size() == 1
+        assert launch.launched_rank() == 0
+        assert launch.launched_world_size() == 1
     message = capsys.readouterr().err
     assert message.startswith(given)
     assert message.count("ignored, because torchrun sets all of them\n") == 1

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from minivit import (
 from minivit import infer as infer_job
 from minivit.attention import METHODS, class_relevance, query_maps, rollout
 from minivit.checkpoints.hub import Origin
+from minivit.data import jobs as infer_jobs
 from minivit.data.prepared import LARGE, NO_PAGE, NO_PANEL, panel_shape, read_photo
 from minivit.errors import UserError
 from minivit.figures import panels
@@ -750,7 +752,7 @@ def test_names_alone_are_those_of_the_figures_and_nothing_is_written(
     tiny_folder, other_folder, many, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(infer_job, "DRAW_IN_WORKERS_FROM", 100)
+    monkeypatch.setattr(infer_jobs, "DRAW_IN_WORKERS_FROM", 100)
     monkeypatch.setattr("minivit.system.workers.WORTH_STARTING_BYTES", 1)
     before = sorted(tmp_path.rglob("*"))
     flags = (many, "--model", tiny_folder, "--compare", other_folder, "--workers", "2")
@@ -761,7 +763,7 @@ def test_names_alone_are_those_of_the_figures_and_nothing_is_written(
             if name == "names":
                 monkeypatch.setattr(ViT, "forward_with_attention", None)
             # Names are read in threads, and in processes if they are more than these.
-            monkeypatch.setattr(infer_job, "DECODE_IN_THREADS_UP_TO", 1 if as_json else 2)
+            monkeypatch.setattr(infer_jobs, "DECODE_IN_THREADS_UP_TO", 1 if as_json else 2)
             code, printed = run(*flags, *more, *as_json, capsys=capsys)
             assert code == 2  # One photo is broken.
             assert f"{many / '5.png'}: cannot be read as a photo" in printed.err
@@ -782,6 +784,58 @@ def test_names_alone_are_those_of_the_figures_and_nothing_is_written(
                 each | {"probability": pytest.approx(each["probability"], abs=1e-6)}
                 for each in reference["predictions"]
             ]
+
+
+@pytest.mark.parametrize(
+    "workers, batch_size, sizes, ahead",
+    [(3, 20, [7] * 7 + [1], 6), (16, 128, [8] * 6 + [2], 32), (16, 8, [1] * 50, 24)],
+)
+def test_worker_processes_read_photos_in_parts_of_a_batch(
+    workers, batch_size, sizes, ahead, monkeypatch
+):
+    class Pool(Executor):
+        def submit(self, function, /, *args):
+            future = Future()
+            future.set_result(function(*args))
+            return future
+
+    def read(paths, needs):
+        assert needs == "needs"
+        read_sizes.append(len(paths))
+        return paths
+
+    read_sizes = []
+    monkeypatch.setattr(infer_job, "read_photos", read)
+    photos = [Path(str(i)) for i in range(50)]
+    jobs = [infer_jobs.Job(photo) for photo in photos]
+    reading = infer_job.read_all(jobs, "needs", Pool(), workers, batch_size=batch_size)
+    assert next(reading) == photos[0]
+    assert len(read_sizes) == min(len(sizes), 1 + ahead)
+    assert [photos[0], *reading] == photos
+    assert read_sizes == sizes
+
+
+def test_photos_are_listed_and_processes_started_before_torch_is_imported(many, tmp_path):
+    code = (
+        "import multiprocessing, sys\n"
+        "from minivit import commands\n"
+        "from minivit.system import torch_start\n"
+        "def import_torch():\n"
+        "    print(len(multiprocessing.active_children()), 'torch' in sys.modules)\n"
+        "    raise KeyboardInterrupt\n"
+        "torch_start.import_torch = import_torch\n"
+        "sys.exit(commands.infer(sys.argv[1:]))"
+    )
+    flags = ("--device", "cpu", "--workers", "3", "--out", tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, "-c", code, many, *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (130, "3 False\n"), done.stderr
+    nothing = subprocess.run(
+        [sys.executable, "-c", code, tmp_path, *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (nothing.returncode, nothing.stdout) == (2, "")
+    assert "no photos in this folder" in nothing.stderr
 
 
 def test_a_disk_that_is_full_for_a_figure_ends_with_one_line(tiny_folder, many, tmp_path, capsys):

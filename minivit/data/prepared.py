@@ -57,6 +57,11 @@ class Photo:
     query: int  # the token whose attention is shown
 
 
+def read_photos(paths: Sequence[Path], needs: Needs) -> list[Photo | UserError]:
+    """Read several photos, which a worker process sends together."""
+    return [read_photo(path, needs) for path in paths]
+
+
 def read_photo(path: Path, needs: Needs) -> Photo | UserError:
     """Open a photo and prepare it, or return the error that says why that is impossible."""
     try:

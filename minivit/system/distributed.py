@@ -15,8 +15,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,11 +26,10 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError, printable
+from .launch import VARIABLES, Launch, join_names, launch, say_once
 
 Result = TypeVar("Result")
 
-# torchrun sets all of these, and LOCAL_RANK besides.
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # How long a process waits for the others to start, in seconds.
 START_LIMIT = 300.0
 # How long a process that is done waits for others that finish no photo, in seconds.
@@ -44,90 +42,12 @@ ANNOUNCE_AFTER = 1.0
 POLL_EVERY = 0.05
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What torchrun told this process."""
-
-    rank: int
-    world_size: int
-    local_rank: str | None  # the number of this process's GPU
-    address: str  # the machine of rank 0
-    port: int
-
-    @property
-    def place(self) -> str:
-        return f"{self.address}:{self.port}"
-
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def launch() -> Launch | None:
-    """Return what torchrun told this process, or None if torchrun did not start it.
-
-    Variables that an earlier job left in the shell must not change a result, so they count only if
-    all are set. If only some are, they are ignored, with a line on stderr. Raises UserError for
-    values that torchrun cannot have set.
-    """
-    values = {name: os.environ.get(name, "") for name in VARIABLES}
-    local_rank = os.environ.get("LOCAL_RANK") or None
-    given = [name for name, value in values.items() if value]
-    missing = [name for name, value in values.items() if not value]
-    if local_rank is not None:
-        given.append("LOCAL_RANK")
-    if missing:
-        if given:
-            _say_once(
-                f"{_join_names(given)} set without {_join_names(missing)}: ignored, because "
-                "torchrun sets all of them"
-            )
-        return None
-    num_processes = _whole_number("WORLD_SIZE", values["WORLD_SIZE"], 1, 1_000_000)
-    own_rank = _whole_number("RANK", values["RANK"], 0, num_processes - 1)
-    if local_rank is not None:
-        _whole_number("LOCAL_RANK", local_rank, 0, num_processes - 1)
-    port = _whole_number("MASTER_PORT", values["MASTER_PORT"], 1, 65535)
-    return Launch(own_rank, num_processes, local_rank, values["MASTER_ADDR"], port)
-
-
-def _whole_number(name: str, text: str, low: int, high: int) -> int:
-    if not (text.isascii() and text.isdecimal() and low <= int(text) <= high):
-        raise UserError(
-            f"{name}={printable(text)}: expected a whole number from {low} to {high}; start with "
-            f"torchrun, or unset {_join_names(VARIABLES)}"
-        )
-    return int(text)
-
-
-def _join_names(names: Sequence[str]) -> str:
-    """Return names as "A, B and C"."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-_said: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        print(message, file=sys.stderr, flush=True)
-
-
-def launched_rank() -> int:
-    """Return the rank that torchrun gave to this process, before it has joined the others."""
-    launched = launch()
-    return 0 if launched is None else launched.rank
-
-
-def launched_world_size() -> int:
-    """Return how many processes torchrun started."""
-    launched = launch()
-    return 1 if launched is None else launched.world_size
 
 
 def local_device(name: str) -> str:
@@ -192,7 +112,7 @@ def _is_server(launched: Launch) -> bool:
 
 def _check_address(launched: Launch) -> None:
     """Raise UserError if there is no such machine, or if another program has the port."""
-    unset = f"to run one process alone, unset {_join_names(VARIABLES)}"
+    unset = f"to run one process alone, unset {join_names(VARIABLES)}"
     try:
         socket.getaddrinfo(launched.address, launched.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -234,11 +154,11 @@ def _wait(is_over: Callable[[], bool], message: str, deadline: float) -> None:
     while not is_over():
         now = time.monotonic()
         if now > announce_at:
-            _say_once(message)
+            say_once(message)
         if now > deadline:
             raise UserError(
                 f"{message}: gave up after {START_LIMIT / 60:g} minutes; start them, or to run one "
-                f"process alone, unset {_join_names(VARIABLES)}"
+                f"process alone, unset {join_names(VARIABLES)}"
             )
         time.sleep(POLL_EVERY)
 
@@ -348,7 +268,7 @@ def wait_for_all_ranks() -> None:
                 latest_at = now
             message = _waiting_for(launched.world_size - done, launched)
             if now > announce_at:
-                _say_once(f"{message} to finish")
+                say_once(f"{message} to finish")
                 announce_at = math.inf
             if now > latest_at + SILENCE_LIMIT:
                 raise UserError(
