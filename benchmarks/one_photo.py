@@ -4,9 +4,9 @@
 
 Both are measured as whole processes, in turn. Without --model, a ViT-B/16 with random weights is
 written into .cache once. For a folder, infer.py alone is measured: photos a second, seconds to the
-first figure, and peak memory; then names alone (--no-figures), and how fast the photos are decoded
-without a model, in as many threads. The first run of each program fills the disk's cache and does
-not count.
+first figure, and peak memory; names alone (--no-figures), medians of three runs; and how fast the
+photos are decoded without a model, in as many threads. The first run of each program fills the
+disk's cache and does not count.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from minivit import Preprocess
 from minivit.data.photos import open_photo
 from minivit.system.cores import cores
 
+NAMES_RUNS = 3
 # This small program stands between us and the one that is measured. On Linux, the peak memory of a
 # process includes what its parent held when it started it, and we hold torch.
 LAUNCH = """import resource, subprocess, sys
@@ -82,10 +84,11 @@ def measure_folder(command: list[str], folder: Path, out: Path) -> dict[str, Fig
     first = [word if word != str(folder) else str(photos[0]) for word in command]
     names = ["--no-figures", "--json"]
     run([*first, *names])
-    start = run([*first, *names]).seconds
+    # The start varies by a tenth of a second, which would matter to what comes after it.
+    start = statistics.median(run([*first, *names]).seconds for _ in range(NAMES_RUNS))
+    names_seconds = statistics.median(run([*command, *names]).seconds for _ in range(NAMES_RUNS))
     result = run(command)
     number = len(list(out.iterdir()))
-    names_seconds = run([*command, *names]).seconds
     figures = {
         "infer.py, photos": figure_of([number], "photos"),
         "infer.py, speed": figure_of([number / result.seconds], "photos/s"),

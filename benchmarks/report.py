@@ -4,10 +4,10 @@
 
 A table stands between two comments, of which the first names it: <!-- results: NAME -->. Its
 figures are those of one workload on one machine. Each figure is taken from the newest row that has
-it. Of rows with one command only those of the newest commit count; several of one commit and one
-set of versions count as runs of one measurement. The line under a table says where its figures come
-from, newest first. --check writes nothing, and exits with 1 if a table or docs/scaling.png differs
-from the data.
+it, and of several of one day from the row with the most runs. Of rows with one command only those
+of the newest commit count; several of one commit and one set of versions count as runs of one
+measurement. The line under a table says where its figures come from, newest first. --check writes
+nothing, and exits with 1 if a table or docs/scaling.png differs from the data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import recipe_tables
 import workloads
-from results import ROOT, Figure, Row, read_rows, rounded, runs_of
+from results import ROOT, Figure, Row, number_of_runs, read_rows, rounded, runs_of
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 PLOT = ROOT / "docs" / "scaling.png"
@@ -32,12 +32,13 @@ BEGIN = "<!-- results: {} -->\n"
 END = "<!-- end of results -->"
 TABLE = re.compile(rf"(?s){BEGIN.format('([^>]*)')}(.*?){END}")
 SHOWN_VERSIONS = ("torch", "transformers", "timm")  # of those that a row holds
-GPU = "NVIDIA H100"
+JOB_GPU = "NVIDIA H200"  # on which whole programs were measured last
+GPU = "NVIDIA H100"  # on which everything else was
 AMX_CORES = "Intel(R) Xeon(R) Processor, AMX, 2 cores"
 BF16_CORES = "AMD EPYC, AVX512-BF16, 2 cores"
 PLAIN_CORES = "AMD EPYC (Zen 2), 2 cores"
 SLOWER_COMMIT = "477e192"  # what phases.py compares with
-H100_JOB = workloads.whole_job("ViT-B/16", 5, 3680, 3669, "photos", "cuda")
+GPU_JOB = workloads.whole_job("ViT-B/16", 5, 3680, 3669, "photos", "cuda")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Cell:
 
 
 class Measurement:
-    """The rows of one workload on one machine, newest first."""
+    """The rows of one workload on one machine: newest first, and of one day those of most runs."""
 
     def __init__(self, rows: Iterable[Row], benchmark: str, workload: str, hardware: str) -> None:
         """Select rows. `hardware` begins a machine's name; the machine of the newest row counts."""
@@ -62,12 +63,15 @@ class Measurement:
             raise ValueError(f"no row of {benchmark} says {workload!r} on {hardware}")
         matching.sort(key=age)
         self.workload = workload
-        self.rows = newest_of_each_command(
-            [row for row in matching if row.hardware == matching[-1].hardware]
+        rows_of_machine = [row for row in matching if row.hardware == matching[-1].hardware]
+        self.rows = sorted(
+            newest_of_each_command(rows_of_machine),
+            key=lambda row: (row.date, number_of_runs(row), row.line),
+            reverse=True,
         )
 
     def figure(self, name: str) -> tuple[Figure, Row]:
-        """Return a figure, and the newest row that has it."""
+        """Return a figure, and the first row that has it."""
         for row in self.rows:
             if name in row.figures:
                 return row.figures[name], row
@@ -220,7 +224,7 @@ def job_in_short(rows: Sequence[Row]) -> str:
         "minivit-cold": "`train.py`, photos still to be decoded",
         "minivit": "`train.py`, photos decoded by an earlier run",
     }
-    runs = Measurement(rows, "finetune", H100_JOB, GPU)
+    runs = Measurement(rows, "finetune", GPU_JOB, JOB_GPU)
     return table_of_variants(runs, labels, {"device GiB": ".2f"})
 
 
@@ -228,7 +232,7 @@ def job_on_a_gpu(rows: Sequence[Row]) -> str:
     names = ["transformers", "transformers-bf16", "transformers-tuned", "transformers-tuned-256"]
     names += ["transformers-even", "minivit-cold", "minivit", "minivit-views1"]
     labels = {name: workloads.VARIANTS[name] for name in names}
-    runs = Measurement(rows, "finetune", H100_JOB, GPU)
+    runs = Measurement(rows, "finetune", GPU_JOB, JOB_GPU)
     columns = {"device GiB": ".2f", "host MiB": ",.0f"}
     return table_of_variants(runs, labels, columns, against="minivit-cold")
 
@@ -238,7 +242,7 @@ def phases_of_a_run(rows: Sequence[Row]) -> str:
     columns: dict[str, Row] = {}
     for run, cold in (("first run", True), ("second run", False)):
         workload = workloads.phases("cuda", cold=cold)
-        of_gpu = [row for row in rows if row.hardware.startswith(GPU)]
+        of_gpu = [row for row in rows if row.hardware.startswith(JOB_GPU)]
         of_workload = sorted((row for row in of_gpu if row.workload == workload), key=age)
         before = [row for row in of_workload if row.commit == SLOWER_COMMIT]
         now = [row for row in of_workload if row.commit != SLOWER_COMMIT]
@@ -252,8 +256,8 @@ def phases_of_a_run(rows: Sequence[Row]) -> str:
 
 
 def job_on_cores_with_amx(rows: Sequence[Row]) -> str:
-    names = ["transformers", "transformers-bf16", "transformers-even", "minivit-cold"]
-    names += ["minivit-views1"]
+    names = ["transformers", "transformers-bf16", "transformers-tuned", "transformers-even"]
+    names += ["minivit-cold"]
     labels = {name: workloads.VARIANTS[name] for name in names}
     workload = workloads.whole_job("ViT-B/16", 5, 40, 40, "photos", "cpu")
     runs = Measurement(rows, "finetune", workload, AMX_CORES)
@@ -269,18 +273,25 @@ def job_on_cores_with_bf16(rows: Sequence[Row]) -> str:
 
 
 def job_on_cores_in_float32(rows: Sequence[Row]) -> str:
-    names = ["transformers-tuned-float32", "minivit-float32-cold"]
-    labels = {name: workloads.VARIANTS[name] for name in names}
     workload = workloads.whole_job("ViT-B/16", 5, 40, 40, "photos", "cpu")
-    runs = Measurement(rows, "finetune", workload, BF16_CORES)
-    return table_of_variants(runs, labels, {}, against="minivit-float32-cold")
+    ours = "minivit-float32-cold, time"
+    theirs = "transformers-tuned-float32, time"
+    lines = []
+    for cores in (BF16_CORES, AMX_CORES):
+        runs = Measurement(rows, "finetune", workload, cores)
+        slower, source = runs.figure(theirs)
+        ratio = Cell(f"{slower.median / source.figures[ours].median:.1f} times", source)
+        seconds = [runs.cell(name, ".1f", spread=True) for name in (theirs, ours)]
+        lines.append([Cell(cores.removesuffix(", 2 cores")), *seconds, ratio])
+    head = ["two cores of", "Trainer tuned, batch 64, float32", "`train.py --amp off`", "ratio"]
+    return table(head, lines)
 
 
 def job_on_a_gpu_with_two_cores(rows: Sequence[Row]) -> str:
     names = ["transformers-fp16", "minivit-fp16-cold", "minivit-fp16"]
     labels = {name: workloads.VARIANTS[name] for name in names}
     workload = workloads.whole_job("ViT-B/16", 5, 740, 740, "photos", "cuda")
-    runs = Measurement(rows, "finetune", workload, f"{GPU} 80GB HBM3, 2 cores")
+    runs = Measurement(rows, "finetune", workload, f"{JOB_GPU}, 2 cores")
     return table_of_variants(runs, labels, {}, against="minivit-fp16-cold")
 
 
@@ -466,15 +477,43 @@ def accuracy(rows: Sequence[Row]) -> str:
 def mean_over_seeds(rows: Sequence[Row], data: str, flags: str, name: str) -> Cell:
     """Return the mean and standard deviation of a test accuracy over all seeds, in per cent."""
     runs = Measurement(rows, "accuracy", workloads.accuracy("dino", data, flags), GPU)
+    values = [value for row in runs.rows for value in accuracies(row, name)]
+    return Cell(mean_and_deviation(values), runs.rows[0]) if values else Cell("")
+
+
+def accuracies(row: Row, name: str) -> list[float]:
+    """Return the test accuracy of each seed in a row of accuracy.py, in per cent."""
     values = []
-    for row in runs.rows:
-        for figure_name, figure in row.figures.items():
-            if figure_name.startswith(f"{name}, seed "):
-                values.append(100 * figure.median)
-    if not values:
-        return Cell("")
-    text = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-    return Cell(text, runs.rows[0])
+    for figure_name, figure in row.figures.items():
+        if figure_name.startswith(f"{name}, seed "):
+            values.append(100 * figure.median)
+    return values
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def accuracy_of_fast_paths(rows: Sequence[Row]) -> str:
+    """Return the table of test accuracies before and after the changes that phases.py shows."""
+    of_gpu = [row for row in rows if row.hardware.startswith(JOB_GPU)]
+    lines = []
+    for setting in ("float32", "bf16"):
+        for is_before in (True, False):
+            cells = []
+            for data in ("pets3", "pets37"):
+                workload = workloads.accuracy("dino", data, "")
+                matching = [
+                    row
+                    for row in of_gpu
+                    if row.workload == workload and (row.commit == SLOWER_COMMIT) == is_before
+                ]
+                row = max(matching, key=age)
+                values = accuracies(row, f"blocks 10-11, {setting}")
+                cells.append(Cell(mean_and_deviation(values), row))
+            lines.append([Cell(row.commit), Cell(setting), *cells])
+    head = ["commit", "precision", "3 breeds, 298 test photos", "37 breeds, 74 test photos"]
+    return table(head, lines)
 
 
 def demo(rows: Sequence[Row]) -> str:
@@ -505,9 +544,12 @@ def many_photos_on_a_gpu(rows: Sequence[Row]) -> str:
             rows,
             "one_photo",
             workloads.many_photos("ViT-B/16", "cuda"),
-            f"NVIDIA H100 80GB HBM3, {cores} cores",
+            f"{JOB_GPU}, {cores} cores",
         )
-        cells = [runs.cell(name, ".1f" if "time" in name else ",.0f") for name in columns.values()]
+        cells = []
+        for name in columns.values():
+            style = ".1f" if "time" in name else ",.0f"
+            cells.append(runs.cell(name, style, spread="after" in name))
         lines.append([Cell(str(cores)), runs.cell("infer.py, photos", ",.0f"), *cells])
     return table(["cores", "photos", *columns], lines)
 
@@ -530,6 +572,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "a folder of photos on a GPU": many_photos_on_a_gpu,
     "attention beside the logits": attention_cost,
     "accuracy on real photos": accuracy,
+    "accuracy before and after": accuracy_of_fast_paths,
     "which epoch to keep": lambda _: recipe_tables.rules(),
     "training settings": lambda _: recipe_tables.settings(),
     "the demo": demo,

@@ -222,8 +222,12 @@ def about(row: Row) -> str:
     return ", ".join([row.hardware, *versions, row.date, runs_of(row), f"commit {row.commit}"])
 
 
+def number_of_runs(row: Row) -> int:
+    return max(figure.runs for figure in row.figures.values())
+
+
 def runs_of(row: Row) -> str:
-    runs = max(figure.runs for figure in row.figures.values())
+    runs = number_of_runs(row)
     return "one run" if runs == 1 else f"medians of {runs} runs"
 
 

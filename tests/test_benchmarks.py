@@ -120,14 +120,14 @@ def test_the_share_of_the_time_that_the_readme_names_was_measured(rows):
     parts = {"fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (named,) = re.findall(r"takes less than an? (\w+) of the time", " ".join(readme.split()))
-    runs = report.Measurement(rows, "finetune", report.H100_JOB, report.GPU)
+    runs = report.Measurement(rows, "finetune", report.GPU_JOB, report.JOB_GPU)
     theirs, source = runs.figure("transformers, time")
     ours = source.figures["minivit-cold, time"]
     assert parts[named] < theirs.median / ours.median < parts[named] + 1
 
 
 def test_a_newly_measured_row_makes_a_table_differ(rows):
-    job = next(row for row in reversed(rows) if row.workload == report.H100_JOB)
+    job = next(row for row in reversed(rows) if row.workload == report.GPU_JOB)
     figures = {**job.figures, "minivit-cold, time": Figure("s", 1, 9.87)}
     new = dataclasses.replace(job, commit="fffffff", date="2099-01-01", figures=figures)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -166,6 +166,13 @@ def test_the_newest_row_of_a_command_counts():
     assert newest([later, new]).median == 7
     other_machine = make_row(1, line=3, hardware="another GPU, 16 cores")
     assert newest([old, new, other_machine]).median == 6
+
+
+def test_of_rows_of_one_day_the_one_with_the_most_runs_counts():
+    several = make_row(5, line=1, figures={"minivit, time": Figure("s", 2, 5, 4, 6)})
+    single = make_row(7, line=2, command="python benchmarks/finetune.py --runs 1")
+    assert newest([several, single]).median == 5
+    assert newest([several, dataclasses.replace(single, date="2026-01-03")]).median == 7
 
 
 def test_a_figure_that_the_newest_row_lacks_comes_from_an_older():
