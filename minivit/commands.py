@@ -222,8 +222,10 @@ def _infer(args: argparse.Namespace) -> int:
     with start_workers(jobs, settings) as pool:
         torch_start.import_torch()  # The workers start meanwhile.
         from .infer import infer
+        from .system.distributed import wait_for_all_ranks
 
         num_unreadable = infer(settings, jobs, pool)
+    wait_for_all_ranks()
     return 2 if num_unread or num_unreadable else 0
 
 

@@ -42,7 +42,8 @@ from .training.reference import find_reference
 
 GPU_BATCH = 32
 NAMES_GPU_BATCH = 128  # where there are no figures, of which the first should come soon
-# Photos that a worker process sends in one message, each of which costs this process some time.
+# Photos that a worker process sends in one message, at most. Each message takes this process some
+# time, however little it holds.
 READ_TOGETHER = 8
 # Memory for attention in a batch, where all rows of it are kept.
 MAX_ROWS_GIB = 0.5
@@ -72,7 +73,10 @@ class Answer:
 
 @devices.own_defaults()
 def infer(settings: InferSettings, jobs: Sequence[Job], pool: Executor) -> int:
-    """Name the photos of these jobs and draw their figures; return how many cannot be read."""
+    """Name the photos of these jobs and draw their figures; return how many cannot be read.
+
+    data/jobs.py lists the jobs and starts the workers of the pool, before torch is imported.
+    """
     # torchrun's processes share the photos out, which is right only if all of them are there.
     distributed.join_others()
     with devices.few_threads():
@@ -98,7 +102,6 @@ def infer(settings: InferSettings, jobs: Sequence[Job], pool: Executor) -> int:
                 finish(pending.popleft(), settings, progress)
         while pending:
             finish(pending.popleft(), settings, progress)
-    distributed.wait_for_all_ranks()
     return num_unreadable
 
 
@@ -152,12 +155,13 @@ def read_all(
 ) -> Iterator[Photo | UserError]:
     """Yield each job's photo in order, read in the pool's processes; if it has none, in threads.
 
-    Up to a batch of them waits to be taken, and some more for each worker.
+    Up to a batch of them waits to be taken, and some more for each worker. Of a batch, and of few
+    photos, each process reads an equal part.
     """
     if isinstance(pool, InlineExecutor):
         yield from read_ahead(lambda job: read_photo(job.photo, needs), jobs, workers)
         return
-    num_together = min(READ_TOGETHER, math.ceil(batch_size / workers))
+    num_together = min(READ_TOGETHER, math.ceil(min(batch_size, len(jobs)) / workers))
     parts = []
     for start in range(0, len(jobs), num_together):
         part = jobs[start : start + num_together]

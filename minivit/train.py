@@ -67,7 +67,7 @@ PixelsAndLabels = tuple[Pixels | Tensor, Tensor]  # pixels, uint8 (n, 3, h, w), 
 # photos are tested.
 DRAW_IN_WORKERS_FROM = 64
 
-# A run that is killed loses the epoch under way, and at most so much training before it.
+# A run that is killed loses the epoch under way, and at most this much training before it.
 SECONDS_BETWEEN_SAVES = 5.0
 
 
@@ -227,7 +227,7 @@ def run_epochs(
     if state.cut == state.model.config.depth:
         return evaluation  # No block trains, so the head alone is all.
 
-    while state.epoch <= settings.epochs and not patience_is_over(state, settings.patience):
+    while epochs_are_left(state, settings):
         started = time.perf_counter() - state.seconds
         photos_of_epoch = photos.of_epoch(state.epoch, stop_requested)
         if photos_of_epoch is None:
@@ -402,10 +402,13 @@ def place_for_features(
     return torch.device("cpu")
 
 
-def patience_is_over(state: RunState, patience: int | None) -> bool:
-    if patience is None or not state.rows:
+def epochs_are_left(state: RunState, settings: TrainSettings) -> bool:
+    """Return whether another epoch is to be trained, or the one under way to be finished."""
+    if state.epoch > settings.epochs:
         return False
-    return metrics.epochs_without_better(state.rows) >= patience
+    if settings.patience is None or not state.rows:
+        return True
+    return metrics.epochs_without_better(state.rows) < settings.patience
 
 
 def measure_speed(state: RunState, n: int, runs_frozen_blocks: bool) -> dict[str, float]:
@@ -483,17 +486,17 @@ class Recorder:
         return self.described.result()[1]
 
     def save_and_report(self, state: RunState, current_weights: dict[str, Tensor]) -> None:
-        """Print the row of an epoch and, if it is time, save the state in the background.
+        """Print the row of an epoch, and save the state in the background if that is worth it.
 
-        Not all short epochs are saved: on a GPU, a save takes a tenth of the time of an epoch. The
-        last one always is, because what follows it may fail.
+        It is if the last save was SECONDS_BETWEEN_SAVES ago: on a GPU, a save takes a tenth of the
+        time of a short epoch. After the last epoch it always is, because what follows may fail.
         """
         now = time.perf_counter()
         state.spent = now - self.started
         if distributed.rank() != 0:
             return
-        is_time = self.last_save is None or now - self.last_save >= SECONDS_BETWEEN_SAVES
-        if is_time or state.epoch > self.settings.epochs:
+        is_due = self.last_save is None or now - self.last_save >= SECONDS_BETWEEN_SAVES
+        if is_due or not epochs_are_left(state, self.settings):
             self.last_save = now
             snapshot = state.snapshot(self.fingerprint(), current_weights)
             self.write_later(tensors.save_tensors, self.out / run_folder.STATE, *snapshot)

@@ -788,7 +788,13 @@ def test_names_alone_are_those_of_the_figures_and_nothing_is_written(
 
 @pytest.mark.parametrize(
     "workers, batch_size, sizes, ahead",
-    [(3, 20, [7] * 7 + [1], 6), (16, 128, [8] * 6 + [2], 32), (16, 8, [1] * 50, 24)],
+    [
+        (3, 20, [7] * 7 + [1], 6),
+        (5, 128, [8] * 6 + [2], 21),
+        (16, 128, [4] * 12 + [2], 48),
+        (16, 8, [1] * 50, 24),
+        (4, 32, [3] * 4, 15),
+    ],
 )
 def test_worker_processes_read_photos_in_parts_of_a_batch(
     workers, batch_size, sizes, ahead, monkeypatch
@@ -806,7 +812,7 @@ def test_worker_processes_read_photos_in_parts_of_a_batch(
 
     read_sizes = []
     monkeypatch.setattr(infer_job, "read_photos", read)
-    photos = [Path(str(i)) for i in range(50)]
+    photos = [Path(str(i)) for i in range(sum(sizes))]
     jobs = [infer_jobs.Job(photo) for photo in photos]
     reading = infer_job.read_all(jobs, "needs", Pool(), workers, batch_size=batch_size)
     assert next(reading) == photos[0]

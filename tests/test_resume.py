@@ -131,15 +131,34 @@ def test_a_state_is_saved_after_five_seconds_and_after_the_last_epoch(tmp_path, 
     now, saved, reported = 0.0, [], []
     monkeypatch.setattr(train.time, "perf_counter", lambda: now)
     monkeypatch.setattr(runs, "report_epoch", lambda *_: reported.append(now))
-    recorder = train.Recorder(TrainSettings(out=str(tmp_path), epochs=6), None, None, write_later)
+    recorder = train.Recorder(TrainSettings(out=str(tmp_path), epochs=5), None, None, write_later)
     monkeypatch.setattr(recorder, "fingerprint", dict)
     state = State()
-    for state.epoch in range(1, 8):  # first the head alone, then epochs of two seconds
+    for state.epoch in range(1, 7):  # first the head alone, then epochs of two seconds
         recorder.save_and_report(state, {})
         assert state.spent == now
         now += 2
-    assert reported == [0, 2, 4, 6, 8, 10, 12]
-    assert saved == [1, 4, 7]
+    assert reported == [0, 2, 4, 6, 8, 10]
+    assert saved == [1, 4, 6]
+
+
+def test_a_state_is_saved_when_patience_ends_the_run(
+    tiny_saved, shapes_data, tmp_path, monkeypatch
+):
+    def end_here(recorder, state, *_):
+        recorder.write_later(len, ()).result()  # It waits for the state to be written.
+        _, about = read_state(out / runs.STATE, {})
+        assert about["rows"] == state.rows
+        assert len(state.rows) < 30
+        ended.append(about["epoch"])
+        return False
+
+    out, ended = tmp_path / "run", []
+    monkeypatch.setattr(train, "finish", end_here)
+    monkeypatch.setattr(train, "SECONDS_BETWEEN_SAVES", 1e9)
+    monkeypatch.setattr(runs, "report_result", lambda _: None)
+    assert run_train(tiny_saved, shapes_data, out, "--epochs", "40", "--patience", "1") == 0
+    assert len(ended) == 1
 
 
 def test_a_second_interrupt_ends_at_once(tiny_saved, shapes_data, tmp_path, monkeypatch, capsys):

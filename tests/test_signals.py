@@ -80,6 +80,7 @@ def run(job):
     os.environ.update(job["env"])
     minivit.system.distributed.ANNOUNCE_AFTER = 0.1
     minivit.tools.demo.command.PER_BREED = (12, 4)
+    minivit.train.SECONDS_BETWEEN_SAVES = 0
     sys.argv = ["minivit", *job["argv"]]
     if job["moment"]:
         prepare(job)
@@ -211,7 +212,7 @@ TRAINING = {
     "a step": (["call", "minivit.training.step.train_step", 2], "epoch 1, after 1 of its steps"),
     # The head alone is evaluated on both splits before.
     "evaluation": (["call", "minivit.train.predict", 3], "epoch 1, after 5 of its steps"),
-    "saving": (["os.rename", "state.safetensors", 1], "epoch 1, after"),
+    "saving": (["os.rename", "state.safetensors", 3], "epoch 2, after"),  # two for each file
     "testing": (["call", "minivit.train.predict_photos", 1], "epoch 4, after 0 of its steps"),
     "writing weights": (["os.rename", "tail.safetensors", 1], "epoch 4, after 0 of its steps"),
     "drawing": (["os.rename", "confusion.png", 1], "epoch 4, after 0 of its steps"),

@@ -57,6 +57,35 @@ def test_an_error_of_a_job_is_raised_and_the_next_job_runs(count):
         assert pool.submit(abs, -1).result() == 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs process groups")
+@pytest.mark.parametrize("start", ["worker_pool(2, 'minivit.errors')", "silent_process(print)"])
+def test_ctrl_c_while_processes_start_prints_nothing_of_them(start, tmp_path):
+    slow = "import sys, time\nif '--multiprocessing-fork' in sys.orig_argv:\n    time.sleep(1)\n"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    code = (
+        "import os, signal, time\n"
+        "from minivit.system.workers import silent_process, worker_pool\n"
+        "signal.signal(signal.SIGINT, lambda *_: os._exit(130))\n"  # as the commands do
+        f"with {start}:\n"
+        "    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])\n"
+        "    print('started', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout.readline() == "started\n"
+        time.sleep(0.3)  # Python has started in the other processes, and their own code has not.
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate() == ("", "")
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_a_killed_worker_is_one_clear_line(again):
     with (

@@ -1,6 +1,7 @@
-"""What infer.py is asked to do: its photos, the figure of each, and the processes that help.
+"""What infer.py is asked to do: its photos, the path of each figure, and the workers that help.
 
-Nothing here imports torch, so that the processes start while that is imported.
+commands.py calls this before infer.py. Nothing here imports torch, so that the workers can start
+while torch is imported.
 """
 
 from __future__ import annotations

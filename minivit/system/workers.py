@@ -69,14 +69,14 @@ def worker_pool(num_processes: int, module: str) -> Iterator[Executor]:
     if num_processes == 0:
         yield InlineExecutor()
         return
-    _silence_resource_tracker()
+    _start_resource_tracker()
     # A forked process would inherit torch's threads with their locks held.
     context = multiprocessing.get_context("spawn")
     if sys.platform == "win32":
         num_processes = min(num_processes, MAX_PROCESSES_ON_WINDOWS)
     pool = ProcessPoolExecutor(num_processes, context, _start_worker, (module,))
     try:
-        with _without_main_module():
+        with _starting_processes():
             for _ in range(num_processes):
                 pool.submit(_do_nothing)  # The pool starts a process for each job until it is full.
         yield pool
@@ -97,10 +97,10 @@ def silent_process(function: Callable[..., object], *args: object) -> Iterator[B
     It may have workers itself. Nothing that it prints or raises is shown. It leaves Ctrl-C to this
     process, and it ends when this one ends, even if that is killed.
     """
-    _silence_resource_tracker()
+    _start_resource_tracker()
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_run_silently, args=(function, *args))
-    with _without_main_module():
+    with _starting_processes():
         process.start()
     try:
         yield process
@@ -121,17 +121,23 @@ def _run_silently(function: Callable[..., object], *args: object) -> None:
 
 
 @contextlib.contextmanager
-def _without_main_module() -> Iterator[None]:
-    """Hide the main module from worker processes that are started meanwhile.
+def _starting_processes() -> Iterator[None]:
+    """Hide the main module, and block Ctrl-C, from processes that are started meanwhile.
 
     They would run a user's script again from its beginning, although they need nothing of it, and
-    a script that comes from stdin or a notebook cannot be run again.
+    a script that comes from stdin or a notebook cannot be run again. Ctrl-C reaches all processes
+    of a terminal. Each ignores it as soon as it runs our code, but before that it would end with a
+    traceback. What is blocked here is blocked in a new process, too.
     """
     main_module = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
+    if sys.platform != "win32":
+        blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
         sys.modules["__main__"] = main_module
 
 
@@ -183,8 +189,8 @@ def _do_nothing() -> None:
     pass
 
 
-def _silence_resource_tracker() -> None:
-    """Let Python's resource tracker clean up after this process without a word.
+def _start_resource_tracker() -> None:
+    """Start Python's resource tracker, which cleans up after this process, without a word.
 
     If this process ends at once, as on Ctrl-C, the tracker removes the semaphores of the pool.
     It would also print a warning about them, below the one line that was meant to be the last.
@@ -193,6 +199,11 @@ def _silence_resource_tracker() -> None:
     filters = os.environ.get("PYTHONWARNINGS", "")
     if silence not in filters:
         os.environ["PYTHONWARNINGS"] = f"{filters},{silence}" if filters else silence
+    if sys.platform != "win32":
+        from multiprocessing import resource_tracker
+
+        # Python would start it with the first process, and unblock Ctrl-C behind it.
+        resource_tracker.ensure_running()
 
 
 def map_ahead(
