@@ -32,8 +32,8 @@ BEGIN = "<!-- results: {} -->\n"
 END = "<!-- end of results -->"
 TABLE = re.compile(rf"(?s){BEGIN.format('([^>]*)')}(.*?){END}")
 SHOWN_VERSIONS = ("torch", "transformers", "timm")  # of those that a row holds
-JOB_GPU = "NVIDIA H200"  # on which whole programs were measured last
-GPU = "NVIDIA H100"  # on which everything else was
+H200 = "NVIDIA H200"
+H100 = "NVIDIA H100"
 AMX_CORES = "Intel(R) Xeon(R) Processor, AMX, 2 cores"
 BF16_CORES = "AMD EPYC, AVX512-BF16, 2 cores"
 PLAIN_CORES = "AMD EPYC (Zen 2), 2 cores"
@@ -50,7 +50,7 @@ class Cell:
 
 
 class Measurement:
-    """The rows of one workload on one machine: newest first, and of one day those of most runs."""
+    """The rows of one workload on one machine: newest day first, of one day most runs first."""
 
     def __init__(self, rows: Iterable[Row], benchmark: str, workload: str, hardware: str) -> None:
         """Select rows. `hardware` begins a machine's name; the machine of the newest row counts."""
@@ -224,7 +224,7 @@ def job_in_short(rows: Sequence[Row]) -> str:
         "minivit-cold": "`train.py`, photos still to be decoded",
         "minivit": "`train.py`, photos decoded by an earlier run",
     }
-    runs = Measurement(rows, "finetune", GPU_JOB, JOB_GPU)
+    runs = Measurement(rows, "finetune", GPU_JOB, H200)
     return table_of_variants(runs, labels, {"device GiB": ".2f"})
 
 
@@ -232,7 +232,7 @@ def job_on_a_gpu(rows: Sequence[Row]) -> str:
     names = ["transformers", "transformers-bf16", "transformers-tuned", "transformers-tuned-256"]
     names += ["transformers-even", "minivit-cold", "minivit", "minivit-views1"]
     labels = {name: workloads.VARIANTS[name] for name in names}
-    runs = Measurement(rows, "finetune", GPU_JOB, JOB_GPU)
+    runs = Measurement(rows, "finetune", GPU_JOB, H200)
     columns = {"device GiB": ".2f", "host MiB": ",.0f"}
     return table_of_variants(runs, labels, columns, against="minivit-cold")
 
@@ -242,7 +242,7 @@ def phases_of_a_run(rows: Sequence[Row]) -> str:
     columns: dict[str, Row] = {}
     for run, cold in (("first run", True), ("second run", False)):
         workload = workloads.phases("cuda", cold=cold)
-        of_gpu = [row for row in rows if row.hardware.startswith(JOB_GPU)]
+        of_gpu = [row for row in rows if row.hardware.startswith(H200)]
         of_workload = sorted((row for row in of_gpu if row.workload == workload), key=age)
         before = [row for row in of_workload if row.commit == SLOWER_COMMIT]
         now = [row for row in of_workload if row.commit != SLOWER_COMMIT]
@@ -291,7 +291,7 @@ def job_on_a_gpu_with_two_cores(rows: Sequence[Row]) -> str:
     names = ["transformers-fp16", "minivit-fp16-cold", "minivit-fp16"]
     labels = {name: workloads.VARIANTS[name] for name in names}
     workload = workloads.whole_job("ViT-B/16", 5, 740, 740, "photos", "cuda")
-    runs = Measurement(rows, "finetune", workload, f"{JOB_GPU}, 2 cores")
+    runs = Measurement(rows, "finetune", workload, f"{H200}, 2 cores")
     return table_of_variants(runs, labels, {}, against="minivit-fp16-cold")
 
 
@@ -320,7 +320,7 @@ def images_a_second(rows: Sequence[Row]) -> str:
         "batch 256": "batch 256, bfloat16",
         "batch 256, compiled": "batch 256, bfloat16, compiled",
     }
-    runs = Measurement(rows, "throughput", workloads.steady_speed("ViT-B/16", 5120, "cuda"), GPU)
+    runs = Measurement(rows, "throughput", workloads.steady_speed("ViT-B/16", 5120, "cuda"), H100)
     lines = []
     for name, label in labels.items():
         cells = [runs.cell(f"{name}, {case}, speed", ",.0f") for case in cases.values()]
@@ -330,7 +330,7 @@ def images_a_second(rows: Sequence[Row]) -> str:
 
 def epochs(rows: Sequence[Row]) -> Measurement:
     workload = workloads.epoch_cost("ViT-B/16", "bfloat16", 64, "cuda")
-    return Measurement(rows, "scaling", workload, GPU)
+    return Measurement(rows, "scaling", workload, H100)
 
 
 @dataclass(frozen=True)
@@ -444,7 +444,7 @@ def many_photos(rows: Sequence[Row]) -> str:
 
 
 def attention_cost(rows: Sequence[Row]) -> str:
-    gpu = Measurement(rows, "attention_cost", workloads.attention_cost(64, "cuda"), GPU)
+    gpu = Measurement(rows, "attention_cost", workloads.attention_cost(64, "cuda"), H100)
     cores = Measurement(rows, "attention_cost", workloads.attention_cost(64, "cpu"), "AMD EPYC")
     cases = {
         "one H100, bf16": (gpu, "bfloat16"),
@@ -476,7 +476,7 @@ def accuracy(rows: Sequence[Row]) -> str:
 
 def mean_over_seeds(rows: Sequence[Row], data: str, flags: str, name: str) -> Cell:
     """Return the mean and standard deviation of a test accuracy over all seeds, in per cent."""
-    runs = Measurement(rows, "accuracy", workloads.accuracy("dino", data, flags), GPU)
+    runs = Measurement(rows, "accuracy", workloads.accuracy("dino", data, flags), H100)
     values = [value for row in runs.rows for value in accuracies(row, name)]
     return Cell(mean_and_deviation(values), runs.rows[0]) if values else Cell("")
 
@@ -494,24 +494,23 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def accuracy_of_fast_paths(rows: Sequence[Row]) -> str:
+def accuracy_before_and_after(rows: Sequence[Row]) -> str:
     """Return the table of test accuracies before and after the changes that phases.py shows."""
-    of_gpu = [row for row in rows if row.hardware.startswith(JOB_GPU)]
+    of_data: dict[str, list[Row]] = {}
+    for data in ("pets3", "pets37"):
+        workload = workloads.accuracy("dino", data, "")
+        of_workload = [row for row in rows if row.workload == workload]
+        of_data[data] = [row for row in of_workload if row.hardware.startswith(H200)]
+    newest = max((row for row in of_data["pets3"] if row.commit != SLOWER_COMMIT), key=age)
     lines = []
     for setting in ("float32", "bf16"):
-        for is_before in (True, False):
+        for commit in (SLOWER_COMMIT, newest.commit):
             cells = []
-            for data in ("pets3", "pets37"):
-                workload = workloads.accuracy("dino", data, "")
-                matching = [
-                    row
-                    for row in of_gpu
-                    if row.workload == workload and (row.commit == SLOWER_COMMIT) == is_before
-                ]
-                row = max(matching, key=age)
+            for of_one in of_data.values():
+                row = max((row for row in of_one if row.commit == commit), key=age)
                 values = accuracies(row, f"blocks 10-11, {setting}")
                 cells.append(Cell(mean_and_deviation(values), row))
-            lines.append([Cell(row.commit), Cell(setting), *cells])
+            lines.append([Cell(commit), Cell(setting), *cells])
     head = ["commit", "precision", "3 breeds, 298 test photos", "37 breeds, 74 test photos"]
     return table(head, lines)
 
@@ -528,30 +527,35 @@ def demo(rows: Sequence[Row]) -> str:
     return table(head, [line])
 
 
-def many_photos_on_a_gpu(rows: Sequence[Row]) -> str:
-    """Return the table of infer.py on a folder: figures, names alone, and decoding alone."""
-    columns = {
-        "figures a second": "infer.py, speed",
-        "seconds to the first": "infer.py, time to the first figure",
-        "names a second": "infer.py --no-figures, speed",
-        "seconds for one photo's names": "infer.py --no-figures, time of one photo",
-        "names a second from then on": "infer.py --no-figures, speed after the first photo",
-        "decoded a second in threads": "decoding in threads, speed",
-    }
+def folder_on_a_gpu(rows: Sequence[Row], cores: int) -> Measurement:
+    workload = workloads.many_photos("ViT-B/16", "cuda")
+    return Measurement(rows, "one_photo", workload, f"{H200}, {cores} cores")
+
+
+def figures_on_a_gpu(rows: Sequence[Row]) -> str:
     lines = []
     for cores in (16, 2):
-        runs = Measurement(
-            rows,
-            "one_photo",
-            workloads.many_photos("ViT-B/16", "cuda"),
-            f"{JOB_GPU}, {cores} cores",
-        )
-        cells = []
-        for name in columns.values():
-            style = ".1f" if "time" in name else ",.0f"
-            cells.append(runs.cell(name, style, spread="after" in name))
-        lines.append([Cell(str(cores)), runs.cell("infer.py, photos", ",.0f"), *cells])
-    return table(["cores", "photos", *columns], lines)
+        runs = folder_on_a_gpu(rows, cores)
+        photos = runs.cell("infer.py, photos", ",.0f")
+        speed = runs.cell("infer.py, speed", ",.0f")
+        first = runs.cell("infer.py, time to the first figure", ".1f")
+        lines.append([Cell(str(cores)), photos, speed, first])
+    return table(["cores", "photos", "figures a second", "seconds to the first"], lines)
+
+
+def names_on_a_gpu(rows: Sequence[Row]) -> str:
+    """Return the table of names without figures, and of decoding alone."""
+    lines = []
+    for cores in (16, 2):
+        runs = folder_on_a_gpu(rows, cores)
+        name = "infer.py --no-figures"
+        photos = runs.cell(f"{name}, photos", ",.0f")
+        start = runs.cell(f"{name}, time of one photo", ".1f", spread=True)
+        speed = runs.cell(f"{name}, speed after the first photo", ",.0f", spread=True)
+        decoding = runs.cell("decoding in threads, speed", ",.0f")
+        lines.append([Cell(str(cores)), photos, start, speed, decoding])
+    head = ["cores", "photos", "seconds for one photo's names", "names a second from then on"]
+    return table([*head, "decoded a second in threads"], lines)
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
@@ -569,10 +573,11 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "the whole job on two cores without AMX": job_on_cores_without_amx,
     "one photo": one_photo,
     "a folder of photos": many_photos,
-    "a folder of photos on a GPU": many_photos_on_a_gpu,
+    "a folder of photos on a GPU": figures_on_a_gpu,
+    "names of a folder on a GPU": names_on_a_gpu,
     "attention beside the logits": attention_cost,
     "accuracy on real photos": accuracy,
-    "accuracy before and after": accuracy_of_fast_paths,
+    "accuracy before and after": accuracy_before_and_after,
     "which epoch to keep": lambda _: recipe_tables.rules(),
     "training settings": lambda _: recipe_tables.settings(),
     "the demo": demo,

@@ -119,11 +119,20 @@ def test_a_number_that_was_edited_by_hand_is_found(name, rows):
 def test_the_share_of_the_time_that_the_readme_names_was_measured(rows):
     parts = {"fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (named,) = re.findall(r"takes less than an? (\w+) of the time", " ".join(readme.split()))
-    runs = report.Measurement(rows, "finetune", report.GPU_JOB, report.JOB_GPU)
+    text = " ".join(readme.split())
+    (named,) = re.findall(r"takes about an? (\w+) of the time", text)
+    runs = report.Measurement(rows, "finetune", report.GPU_JOB, report.H200)
     theirs, source = runs.figure("transformers, time")
     ours = source.figures["minivit-cold, time"]
-    assert parts[named] < theirs.median / ours.median < parts[named] + 1
+    assert abs(theirs.median / ours.median - parts[named]) < 0.5
+
+    tuned = []
+    for name in ("transformers-tuned", "transformers-tuned-256", "transformers-even"):
+        theirs, source = runs.figure(f"{name}, time")
+        tuned.append(theirs.median / source.figures["minivit-cold, time"].median)
+    assert min(tuned) > 3
+    assert "less than a third of a tuned one's" in text
+    assert f"takes {min(tuned):.1f} to {max(tuned):.1f} times as long as `train.py`" in text
 
 
 def test_a_newly_measured_row_makes_a_table_differ(rows):
