@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from minivit import Preprocess
 from minivit.data.photos import open_photo
 from minivit.system.cores import cores
 
+# The start of a process varies by some tenths of a second, which matters to what comes after it.
 NAMES_RUNS = 3
 # This small program stands between us and the one that is measured. On Linux, the peak memory of a
 # process includes what its parent held when it started it, and we hold torch.
@@ -84,22 +84,31 @@ def measure_folder(command: list[str], folder: Path, out: Path) -> dict[str, Fig
     first = [word if word != str(folder) else str(photos[0]) for word in command]
     names = ["--no-figures", "--json"]
     run([*first, *names])
-    # The start varies by a tenth of a second, which would matter to what comes after it.
-    start = statistics.median(run([*first, *names]).seconds for _ in range(NAMES_RUNS))
-    names_seconds = statistics.median(run([*command, *names]).seconds for _ in range(NAMES_RUNS))
     result = run(command)
     number = len(list(out.iterdir()))
+    starts = []
+    speeds = []
+    speeds_after_start = []
+    decoding_speeds = []
+    for _ in range(NAMES_RUNS):
+        start = run([*first, *names]).seconds
+        seconds = run([*command, *names]).seconds
+        starts.append(start)
+        speeds.append(number / seconds)
+        speeds_after_start.append((number - 1) / (seconds - start))
+        decoding_speeds.append(decoding_speed(photos))
     figures = {
         "infer.py, photos": figure_of([number], "photos"),
         "infer.py, speed": figure_of([number / result.seconds], "photos/s"),
         "infer.py, time to the first figure": figure_of([result.first_figure], "s"),
         "infer.py, host memory": figure_of([result.peak_mib], "MiB"),
-        "infer.py --no-figures, speed": figure_of([number / names_seconds], "photos/s"),
-        "infer.py --no-figures, time of one photo": figure_of([start], "s"),
+        "infer.py --no-figures, photos": figure_of([number], "photos"),
+        "infer.py --no-figures, speed": figure_of(speeds, "photos/s"),
+        "infer.py --no-figures, time of one photo": figure_of(starts, "s"),
         "infer.py --no-figures, speed after the first photo": figure_of(
-            [(number - 1) / (names_seconds - start)], "photos/s"
+            speeds_after_start, "photos/s"
         ),
-        "decoding in threads, speed": figure_of([decoding_speed(photos)], "photos/s"),
+        "decoding in threads, speed": figure_of(decoding_speeds, "photos/s"),
     }
     for name, figure in figures.items():
         print(f"{name:52} {figure.median:8,.2f} {figure.unit}")

@@ -50,7 +50,7 @@ class Cell:
 
 
 class Measurement:
-    """The rows of one workload on one machine: newest day first, of one day most runs first."""
+    """The rows of one workload on one machine: the newest day first, and in it the most runs."""
 
     def __init__(self, rows: Iterable[Row], benchmark: str, workload: str, hardware: str) -> None:
         """Select rows. `hardware` begins a machine's name; the machine of the newest row counts."""
@@ -496,18 +496,18 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 def accuracy_before_and_after(rows: Sequence[Row]) -> str:
     """Return the table of test accuracies before and after the changes that phases.py shows."""
-    of_data: dict[str, list[Row]] = {}
+    rows_by_data: dict[str, list[Row]] = {}
     for data in ("pets3", "pets37"):
         workload = workloads.accuracy("dino", data, "")
         of_workload = [row for row in rows if row.workload == workload]
-        of_data[data] = [row for row in of_workload if row.hardware.startswith(H200)]
-    newest = max((row for row in of_data["pets3"] if row.commit != SLOWER_COMMIT), key=age)
+        rows_by_data[data] = [row for row in of_workload if row.hardware.startswith(H200)]
+    newest = max((row for row in rows_by_data["pets3"] if row.commit != SLOWER_COMMIT), key=age)
     lines = []
     for setting in ("float32", "bf16"):
         for commit in (SLOWER_COMMIT, newest.commit):
             cells = []
-            for of_one in of_data.values():
-                row = max((row for row in of_one if row.commit == commit), key=age)
+            for rows_of_data in rows_by_data.values():
+                row = max((row for row in rows_of_data if row.commit == commit), key=age)
                 values = accuracies(row, f"blocks 10-11, {setting}")
                 cells.append(Cell(mean_and_deviation(values), row))
             lines.append([Cell(commit), Cell(setting), *cells])

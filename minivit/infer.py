@@ -161,7 +161,8 @@ def read_all(
     if isinstance(pool, InlineExecutor):
         yield from read_ahead(lambda job: read_photo(job.photo, needs), jobs, workers)
         return
-    num_together = min(READ_TOGETHER, math.ceil(min(batch_size, len(jobs)) / workers))
+    part_of_worker = math.ceil(min(batch_size, len(jobs)) / workers)
+    num_together = max(1, min(READ_TOGETHER, part_of_worker))
     parts = []
     for start in range(0, len(jobs), num_together):
         part = jobs[start : start + num_together]

@@ -67,7 +67,7 @@ PixelsAndLabels = tuple[Pixels | Tensor, Tensor]  # pixels, uint8 (n, 3, h, w), 
 # photos are tested.
 DRAW_IN_WORKERS_FROM = 64
 
-# A run that is killed loses the epoch under way, and at most this much training before it.
+# A run that is killed loses the epoch under way, and about this much training before it.
 SECONDS_BETWEEN_SAVES = 5.0
 
 
@@ -486,10 +486,10 @@ class Recorder:
         return self.described.result()[1]
 
     def save_and_report(self, state: RunState, current_weights: dict[str, Tensor]) -> None:
-        """Print the row of an epoch, and save the state in the background if that is worth it.
+        """Print the row of an epoch, and save the state in the background if it is due.
 
-        It is if the last save was SECONDS_BETWEEN_SAVES ago: on a GPU, a save takes a tenth of the
-        time of a short epoch. After the last epoch it always is, because what follows may fail.
+        On a GPU, a save takes a tenth of the time of a short epoch, so SECONDS_BETWEEN_SAVES lie
+        between two saves. The last epoch is always saved, because what follows it may fail.
         """
         now = time.perf_counter()
         state.spent = now - self.started

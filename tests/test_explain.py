@@ -819,6 +819,7 @@ def test_worker_processes_read_photos_in_parts_of_a_batch(
     assert len(read_sizes) == min(len(sizes), 1 + ahead)
     assert [photos[0], *reading] == photos
     assert read_sizes == sizes
+    assert list(infer_job.read_all([], "needs", Pool(), workers, batch_size=batch_size)) == []
 
 
 def test_photos_are_listed_and_processes_started_before_torch_is_imported(many, tmp_path):
